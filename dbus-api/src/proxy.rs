@@ -1,0 +1,211 @@
+//! Client proxies: what the daemon offers, as Rust traits. The order and signatures here are the API; the daemon's handlers match them.
+
+use std::collections::HashMap;
+
+use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant, Variant};
+
+/// One row of `ListVms`: name, uuid, state, sub-state, main process id, generation, object path.
+pub type VmRow = (String, String, String, String, u32, u64, OwnedObjectPath);
+/// One row of `ListJobs`: id, type, VM, state, phase, error message, age in microseconds, object path.
+pub type JobRow = (u32, String, String, String, String, String, u64, OwnedObjectPath);
+/// Trailing options of a call.
+pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
+/// Details of a signal.
+pub type Details = HashMap<String, OwnedVariant>;
+
+/// The fleet.
+#[zbus::proxy(
+    interface = "org.flotilla.Flotilla1.Manager",
+    default_service = "org.flotilla.Flotilla1",
+    default_path = "/org/flotilla/Flotilla1"
+)]
+pub trait Manager {
+    /// All VMs, from the daemon's memory: never waits for a VM.
+    fn list_vms(&self) -> Result<Vec<VmRow>, crate::error::Error>;
+    /// The object of a VM by name.
+    fn get_vm(&self, name: &str) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// The object of a VM by uuid.
+    fn get_vm_by_uuid(&self, uuid: &str) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Stores a definition (JSON, see [`crate::spec::VmSpec`]). Options: `replace b`, `if_generation t`. Returns the object and generation.
+    fn define_vm(
+        &self,
+        name: &str,
+        spec: &str,
+        options: Options<'_>,
+    ) -> Result<(OwnedObjectPath, u64), crate::error::Error>;
+    /// Forgets a stopped VM. Options: `force b` powers it off first.
+    fn undefine_vm(&self, name: &str, options: Options<'_>) -> Result<(), crate::error::Error>;
+    /// Starts a VM. `mode` is `run` or `paused`. Returns the job.
+    fn start_vm(
+        &self,
+        name: &str,
+        mode: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Asks the guest to shut down; powers off after `timeout_usec t` (default 30 s) when `force b` is set (default true). Returns the job.
+    fn shutdown_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Ends the VM at once. Returns the job.
+    fn power_off_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Stops the vCPUs. Returns the job.
+    fn pause_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Lets the vCPUs go on. Returns the job.
+    fn resume_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Jobs under way.
+    fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
+
+    /// A VM was defined.
+    #[zbus(signal)]
+    fn vm_new(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A VM was undefined.
+    #[zbus(signal)]
+    fn vm_removed(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A VM changed state.
+    #[zbus(signal)]
+    fn vm_state_changed(
+        &self,
+        seq: u64,
+        name: String,
+        path: OwnedObjectPath,
+        old: String,
+        new: String,
+        reason: String,
+        details: Details,
+    ) -> zbus::Result<()>;
+    /// A job began.
+    #[zbus(signal)]
+    fn job_new(&self, id: u32, path: OwnedObjectPath, kind: String, vm: String) -> zbus::Result<()>;
+    /// A job ended: `result` is `done`, `failed` or `cancelled`; the error fields are empty unless it failed.
+    #[zbus(signal)]
+    fn job_removed(
+        &self,
+        id: u32,
+        path: OwnedObjectPath,
+        kind: String,
+        vm: String,
+        result: String,
+        error_name: String,
+        error_message: String,
+    ) -> zbus::Result<()>;
+
+    /// The daemon's version.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> zbus::Result<String>;
+    /// `starting`, `running` or `degraded` (a record was set aside or a VM is quarantined).
+    #[zbus(property)]
+    fn state(&self) -> zbus::Result<String>;
+    /// Number of VMs defined.
+    #[zbus(property(emits_changed_signal = "false"), name = "NVms")]
+    fn n_vms(&self) -> zbus::Result<u32>;
+    /// Number of VMs running or paused.
+    #[zbus(property(emits_changed_signal = "false"), name = "NRunning")]
+    fn n_running(&self) -> zbus::Result<u32>;
+    /// Number of the newest event.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn event_seq(&self) -> zbus::Result<u64>;
+    /// Records that could not be read and were set aside: file and reason.
+    #[zbus(property)]
+    fn corrupt_records(&self) -> zbus::Result<Vec<(String, String)>>;
+}
+
+/// One VM.
+#[zbus::proxy(interface = "org.flotilla.Flotilla1.Vm", default_service = "org.flotilla.Flotilla1")]
+pub trait Vm {
+    /// As `StartVm`.
+    fn start(&self, mode: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `ShutdownVm`.
+    fn shutdown(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `PowerOffVm`.
+    fn power_off(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `PauseVm`.
+    fn pause(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `ResumeVm`.
+    fn resume(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `UndefineVm`.
+    fn undefine(&self, options: Options<'_>) -> Result<(), crate::error::Error>;
+    /// Sends one QMP command (JSON) and returns its answer (JSON).
+    fn qmp_command(&self, command: &str, options: Options<'_>) -> Result<String, crate::error::Error>;
+    /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy.
+    fn open_qmp(&self, options: Options<'_>) -> Result<OwnedFd, crate::error::Error>;
+    /// A connected stream of the console `which` (`""` is the serial port), and what kind of descriptor it is.
+    fn open_console(
+        &self,
+        which: &str,
+        options: Options<'_>,
+    ) -> Result<(OwnedFd, String), crate::error::Error>;
+
+    /// State changed. (Named apart from the change signal that the property `State` has of its own.)
+    #[zbus(signal, name = "StateChanged")]
+    fn changed_state(&self, seq: u64, old: String, new: String, reason: String) -> zbus::Result<()>;
+    /// A QMP event of this VM: number, microseconds since the epoch, name, data as JSON.
+    #[zbus(signal)]
+    fn event(&self, seq: u64, usec: u64, qmp_event: String, data: String) -> zbus::Result<()>;
+
+    /// Name.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    /// Identity.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn uuid(&self) -> zbus::Result<String>;
+    /// `defined`, `starting`, `running`, `paused`, `stopping`, `stopped`, `quarantined` or `failed`.
+    #[zbus(property)]
+    fn state(&self) -> zbus::Result<String>;
+    /// Why it is in that state, in words.
+    #[zbus(property)]
+    fn state_reason(&self) -> zbus::Result<String>;
+    /// When it came into that state, microseconds since the epoch.
+    #[zbus(property)]
+    fn state_change_timestamp(&self) -> zbus::Result<u64>;
+    /// What the administrator wants: `running`, `paused` or `stopped`.
+    #[zbus(property)]
+    fn intent(&self) -> zbus::Result<String>;
+    /// Number of the definition.
+    #[zbus(property)]
+    fn generation(&self) -> zbus::Result<u64>;
+    /// Number of the definition that the running process was started from; 0 when none runs.
+    #[zbus(property)]
+    fn applied_generation(&self) -> zbus::Result<u64>;
+    /// The VMM's process; 0 when none.
+    #[zbus(property, name = "MainPID")]
+    fn main_pid(&self) -> zbus::Result<u32>;
+    /// systemd unit; empty under the process launcher.
+    #[zbus(property)]
+    fn unit(&self) -> zbus::Result<String>;
+    /// How the last process ended: (`exited`, code), (`signal`, name) or two empty strings.
+    #[zbus(property)]
+    fn exit_status(&self) -> zbus::Result<(String, String)>;
+    /// The definition, JSON.
+    #[zbus(property(emits_changed_signal = "invalidates"))]
+    fn spec(&self) -> zbus::Result<String>;
+    /// The command line of the VMM, as `ps` shows it.
+    #[zbus(property)]
+    fn command_line(&self) -> zbus::Result<Vec<String>>;
+    /// Network cards: id, tap, hardware address, bridge.
+    #[zbus(property)]
+    fn network_interfaces(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
+    /// Path of the proxy's QMP socket.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn qmp_socket(&self) -> zbus::Result<String>;
+    /// The VMM answers QMP.
+    #[zbus(property)]
+    fn qmp_responsive(&self) -> zbus::Result<bool>;
+}
+
+/// A job under way.
+#[zbus::proxy(interface = "org.flotilla.Flotilla1.Job", default_service = "org.flotilla.Flotilla1")]
+pub trait Job {
+    /// Number.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> zbus::Result<u32>;
+    /// `start`, `shutdown`, `power-off`, `pause` or `resume`.
+    #[zbus(property(emits_changed_signal = "const"), name = "Type")]
+    fn kind(&self) -> zbus::Result<String>;
+    /// The VM's name.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn vm(&self) -> zbus::Result<String>;
+    /// `running`.
+    #[zbus(property)]
+    fn state(&self) -> zbus::Result<String>;
+    /// What it is doing now, in a word.
+    #[zbus(property)]
+    fn phase(&self) -> zbus::Result<String>;
+}

@@ -1,0 +1,182 @@
+//! A VM's definition: owns the schema that people write (JSON or TOML) and that the daemon stores. Plain data, unknown keys refused.
+//!
+//! A kernel alone is a valid definition: `{"kernel": "/boot/vmlinuz"}`. Rules that need more than types (ranges, names, files) are the
+//! daemon's, in one place.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// What one VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Identity for the guest and for tools; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<uuid::Uuid>,
+    /// Free text for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Free key and value pairs for tools.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Board: `microvm` (default).
+    #[serde(default)]
+    pub machine: Machine,
+    /// vCPUs, 1 to 254; default 1.
+    #[serde(default = "one")]
+    pub cpus: u8,
+    /// Guest RAM, a number of MiB or a string such as `"512M"` or `"2G"`; 128 MiB to 512 GiB, default 256 MiB.
+    #[serde(default)]
+    pub memory: Size,
+    /// Kernel image: bzImage, ELF vmlinux or raw vmlinux.bin. Absolute path.
+    pub kernel: PathBuf,
+    /// Initial RAM disk. Absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; default `console=ttyS0 reboot=k panic=1`, with ` root=/dev/vda rw` when there is a disk and no initrd.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub append: Option<String>,
+    /// Disks in order: the first is the guest's `/dev/vda`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+    /// Network cards in order: the first is the guest's `eth0`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<Nic>,
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// Boards that a definition can ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// virtio-mmio only: the light VM.
+    #[default]
+    Microvm,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Image file or block device, raw. Absolute path.
+    pub path: PathBuf,
+    /// Refuse the guest's writes.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Bypass the host's page cache (`O_DIRECT`).
+    #[serde(default)]
+    pub direct: bool,
+    /// Serial number that the guest sees, at most 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Bridge to put the tap on; made when it does not exist yet.
+    pub bridge: String,
+    /// Hardware address `52:54:00:…`; derived from the VM's uuid when absent, so it stays the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+}
+
+/// A number of bytes; written as MiB (a number) or with a unit (`"512M"`, `"2G"`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(
+    /// Bytes.
+    pub u64,
+);
+
+impl Default for Size {
+    fn default() -> Self {
+        Self(256 << 20)
+    }
+}
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match &text[digits.len()..] {
+            "" | "M" | "m" | "MiB" => 20,
+            "K" | "k" | "KiB" => 10,
+            "G" | "g" | "GiB" => 30,
+            "T" | "t" | "TiB" => 40,
+            unit => return Err(format!("unknown unit \"{unit}\" in size \"{text}\": use K, M, G or T")),
+        };
+        let number: u64 =
+            digits.parse().map_err(|_| format!("\"{text}\" is not a size: write 512M or 2G"))?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(|| format!("size \"{text}\" is too large"))
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            n if n % (1 << 30) == 0 => write!(f, "{}G", n >> 30),
+            n if n % (1 << 20) == 0 => write!(f, "{}M", n >> 20),
+            n => write!(f, "{}K", n >> 10),
+        }
+    }
+}
+
+impl Serialize for Size {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a number of MiB, or a size such as \"512M\" or \"2G\"")]
+        enum Written {
+            MiB(u64),
+            Text(String),
+        }
+        let text = match Written::deserialize(deserializer)? {
+            Written::MiB(n) => n.to_string(),
+            Written::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_alone_is_enough() {
+        let spec: VmSpec = serde_json::from_str(r#"{"kernel":"/boot/vmlinuz"}"#).unwrap();
+        assert_eq!((spec.cpus, spec.memory, spec.machine), (1, Size(256 << 20), Machine::Microvm));
+        let back: VmSpec = serde_json::from_str(&serde_json::to_string(&spec).unwrap()).unwrap();
+        assert_eq!(back, spec);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error =
+            serde_json::from_str::<VmSpec>(r#"{"kernel":"/k","memroy":"1G"}"#).unwrap_err().to_string();
+        assert!(error.contains("memroy"), "{error}");
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("512", 512 << 20), ("512M", 512 << 20), ("2G", 2 << 30), ("1024K", 1 << 20)] {
+            assert_eq!(text.parse::<Size>().unwrap(), Size(bytes));
+        }
+        for text in ["", "M", "1.5G", "-1", "1X", "99999999999999T"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+}

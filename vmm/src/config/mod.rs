@@ -1,0 +1,331 @@
+//! What a VM is, as plain data: owns the types that the command line is parsed into and that a machine is built from.
+//!
+//! Nothing here touches the host: a [`VmConfig`] is a wish. Paths are opened by the rooms that use them. The parser
+//! (`cmdline`) and the validation (`validate`) live beside this file; every rule about values is in `validate`, once.
+
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// One virtual machine, as the command line describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// `-name`: shown in logs and thread names; at most 255 bytes.
+    pub name: Option<String>,
+    /// `-uuid`: reported by `query-uuid`; nothing else depends on it.
+    pub uuid: Option<uuid::Uuid>,
+    /// `-machine`.
+    pub machine: MachineConfig,
+    /// `-smp`.
+    pub smp: Smp,
+    /// `-m`, `-mem-path`, `-mem-prealloc`.
+    pub memory: MemoryConfig,
+    /// `-kernel`, `-initrd`, `-append`.
+    pub boot: BootConfig,
+    /// `-drive`, in command-line order.
+    pub drives: Vec<Drive>,
+    /// `-netdev`, in command-line order.
+    pub netdevs: Vec<Netdev>,
+    /// `-chardev`, in command-line order.
+    pub chardevs: Vec<Chardev>,
+    /// `-serial`; without it the machine has no serial port.
+    pub serial: Option<ChardevKind>,
+    /// `-device`, in command-line order: that order decides addresses and interrupts.
+    pub devices: Vec<Device>,
+    /// `-object iothread,id=…`.
+    pub iothreads: Vec<String>,
+    /// `-qmp` and `-mon`: where QMP clients connect.
+    pub monitors: Vec<Monitor>,
+    /// `-S`: create the vCPUs paused.
+    pub start_paused: bool,
+    /// How the process presents itself to the host.
+    pub process: ProcessConfig,
+}
+
+/// `-machine`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Which board.
+    pub kind: MachineKind,
+    /// `dump-guest-core`: include guest RAM in core dumps (default on).
+    pub dump_guest_core: bool,
+    /// `mem-share`: map guest RAM shared (default off).
+    pub mem_share: bool,
+}
+
+/// The boards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineKind {
+    /// QMP only, no guest: what libvirt probes.
+    None,
+    /// virtio-mmio only, no PCI.
+    Microvm,
+    /// PCIe (x86_64).
+    Q35,
+    /// PCIe (aarch64).
+    Virt,
+}
+
+/// `-smp`. Invariant (checked in `validate`): `sockets * dies * clusters * cores * threads == max_cpus`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Smp {
+    /// vCPUs at boot, 1 to 254.
+    pub cpus: u8,
+    /// vCPUs at most; those above `cpus` can be hot-plugged.
+    pub max_cpus: u8,
+    /// Sockets.
+    pub sockets: u8,
+    /// Dies per socket.
+    pub dies: u8,
+    /// Clusters per die.
+    pub clusters: u8,
+    /// Cores per cluster.
+    pub cores: u8,
+    /// Threads per core.
+    pub threads: u8,
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Bytes; 128 MiB to 512 GiB.
+    pub size: u64,
+    /// `-mem-path`: a file, or a directory of a hugetlbfs, that backs guest RAM.
+    pub path: Option<PathBuf>,
+    /// `-mem-prealloc`: touch every page before the guest starts.
+    pub prealloc: bool,
+}
+
+/// What the guest starts with.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BootConfig {
+    /// bzImage, ELF vmlinux or raw "PE" kernel.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line as the user gave it.
+    pub append: String,
+}
+
+/// `-drive`: a block back end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drive {
+    /// Name that devices refer to.
+    pub id: String,
+    /// Image file or block device.
+    pub file: PathBuf,
+    /// `readonly` (default off).
+    pub readonly: bool,
+    /// `direct`: open with `O_DIRECT` (default on, as StratoVirt has it).
+    pub direct: bool,
+    /// `aio`; `None` means the default (native when direct, otherwise off).
+    pub aio: Option<Aio>,
+    /// `format` (default raw; never guessed).
+    pub format: ImageFormat,
+    /// `throttling.iops-total`, at most 1 000 000.
+    pub iops_total: Option<u64>,
+    /// `discard=unmap`.
+    pub discard: bool,
+    /// `detect-zeroes`.
+    pub detect_zeroes: DetectZeroes,
+    /// `if=pflash,unit=N`.
+    pub pflash_unit: Option<u8>,
+}
+
+/// How block requests reach the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aio {
+    /// Linux native asynchronous I/O; needs `direct`.
+    Native,
+    /// io_uring.
+    IoUring,
+    /// A pool of threads.
+    Threads,
+    /// Synchronously, on the thread of the device.
+    Off,
+}
+
+/// Image formats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// Plain bytes.
+    Raw,
+    /// QEMU copy-on-write, version 2 and 3.
+    Qcow2,
+}
+
+/// `detect-zeroes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Write zeroes as they come.
+    Off,
+    /// Turn writes of zeroes into write-zeroes.
+    On,
+    /// Turn writes of zeroes into discards where allowed.
+    Unmap,
+}
+
+/// `-netdev`: a network back end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Netdev {
+    /// Name that devices refer to.
+    pub id: String,
+    /// Where packets go.
+    pub backend: NetBackend,
+}
+
+/// Kinds of network back end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetBackend {
+    /// A tap interface.
+    Tap {
+        /// By name, or as inherited descriptors (one per queue pair).
+        source: TapSource,
+        /// Queue pairs, 1 to 16.
+        queues: u16,
+        /// Use the kernel's vhost-net.
+        vhost: bool,
+        /// Inherited `/dev/vhost-net` descriptors.
+        vhost_fds: Vec<RawFd>,
+    },
+    /// A vhost-user back end behind a chardev.
+    VhostUser {
+        /// The chardev's id.
+        chardev: String,
+        /// Queue pairs, 1 to 16.
+        queues: u16,
+    },
+}
+
+/// How a tap is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapSource {
+    /// Interface name, shorter than IFNAMSIZ (16).
+    Name(String),
+    /// Open descriptors inherited by this process.
+    Fds(Vec<RawFd>),
+}
+
+/// `-chardev`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chardev {
+    /// Name that devices and monitors refer to.
+    pub id: String,
+    /// What it is connected to.
+    pub kind: ChardevKind,
+}
+
+/// Where the bytes of a character device go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChardevKind {
+    /// This process's standard input and output; they need not be a terminal.
+    Stdio,
+    /// A new pseudo-terminal, its name printed to the log.
+    Pty,
+    /// Output to a file, created or appended to; no input.
+    File(PathBuf),
+    /// A unix socket.
+    UnixSocket {
+        /// Path of the socket.
+        path: PathBuf,
+        /// Listen rather than connect.
+        server: bool,
+        /// Do not wait for the first client.
+        nowait: bool,
+    },
+    /// A TCP socket.
+    TcpSocket {
+        /// Address to listen on or connect to.
+        addr: SocketAddr,
+        /// Listen rather than connect.
+        server: bool,
+        /// Do not wait for the first client.
+        nowait: bool,
+    },
+    /// Lines go to the log of this process.
+    Log,
+    /// Another chardev by id (`-serial chardev:ID`).
+    Ref(String),
+}
+
+/// Where QMP clients connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Monitor {
+    /// `-qmp unix:PATH,server,nowait`.
+    Unix(PathBuf),
+    /// `-qmp tcp:IP:PORT,server,nowait`.
+    Tcp(SocketAddr),
+    /// `-mon chardev=ID,mode=control`.
+    Chardev(String),
+}
+
+/// `-device`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// `id=`, or one made up from the driver and its position: unique in the VM.
+    pub id: String,
+    /// `bus=` (PCI only).
+    pub bus: Option<String>,
+    /// `addr=` (PCI only): slot and function.
+    pub addr: Option<PciAddr>,
+    /// `multifunction=on`.
+    pub multifunction: bool,
+    /// Driver and its properties.
+    pub driver: DeviceDriver,
+}
+
+/// Slot and function on a PCI bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PciAddr {
+    /// 0 to 31.
+    pub slot: u8,
+    /// 0 to 7.
+    pub function: u8,
+}
+
+/// Device models and their properties. `-device` (`*-device`) and `-pci` spellings share one variant;
+/// which was written is in [`Device::addr`] and [`Device::bus`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceDriver {
+    /// `virtio-blk-*`.
+    VirtioBlk {
+        /// `drive=`.
+        drive: String,
+        /// `serial=`, at most 20 bytes.
+        serial: Option<String>,
+        /// `iothread=`.
+        iothread: Option<String>,
+        /// `num-queues=`, 1 to 32.
+        num_queues: Option<u16>,
+        /// `queue-size=`, a power of two, 4 to 1024.
+        queue_size: u16,
+        /// `bootindex=`.
+        boot_index: Option<u8>,
+    },
+    /// `virtio-net-*`.
+    VirtioNet {
+        /// `netdev=`.
+        netdev: String,
+        /// `mac=`.
+        mac: Option<[u8; 6]>,
+        /// `iothread=`.
+        iothread: Option<String>,
+        /// `mq=on`.
+        multi_queue: bool,
+        /// `queue-size=`, a power of two, 256 to 4096.
+        queue_size: u16,
+    },
+}
+
+/// How the process presents itself to the host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ProcessConfig {
+    /// `-daemonize`.
+    pub daemonize: bool,
+    /// `-pidfile`.
+    pub pidfile: Option<PathBuf>,
+    /// `-D FILE`; `None` logs to standard error.
+    pub log_file: Option<PathBuf>,
+    /// `-disable-seccomp`.
+    pub disable_seccomp: bool,
+}

@@ -1,0 +1,34 @@
+//! `flotilla-vmm`: one process, one virtual machine.
+//!
+//! The rooms, top floor first. A room imports only from rooms below it:
+//!
+//! ```text
+//! main.rs    arguments -> config -> machine -> run; exit codes
+//! qmp        socket server, codec, command table, events: text in, `control::Command` out
+//! control    the one owner of a VM's life: who may do what when
+//! machine    microvm (later q35, virt): what is wired where
+//! boot       kernels, initrd, command line, ACPI, MP table
+//! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
+//! block net  host back ends of virtio           chardev  host back ends of serial lines and QMP
+//! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
+//! sandbox event inherit                         seccomp; the event loop; descriptors handed to us
+//! config     what a VM is, as plain data
+//! ```
+
+pub mod block;
+pub mod boot;
+pub mod bus;
+pub mod chardev;
+pub mod config;
+pub mod control;
+pub mod cpu;
+pub mod device;
+pub mod event;
+pub mod inherit;
+pub mod irq;
+pub mod machine;
+pub mod memory;
+pub mod net;
+pub mod qmp;
+pub mod sandbox;
+pub mod virtio;

@@ -27,6 +27,7 @@ pub trait Manager {
     /// The object of a VM by uuid.
     fn get_vm_by_uuid(&self, uuid: &str) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Stores a definition (JSON, see [`crate::spec::VmSpec`]). Options: `replace b`, `if_generation t`. Returns the object and generation.
+    #[zbus(allow_interactive_auth)]
     fn define_vm(
         &self,
         name: &str,
@@ -34,8 +35,10 @@ pub trait Manager {
         options: Options<'_>,
     ) -> Result<(OwnedObjectPath, u64), crate::error::Error>;
     /// Forgets a stopped VM. Options: `force b` powers it off first.
+    #[zbus(allow_interactive_auth)]
     fn undefine_vm(&self, name: &str, options: Options<'_>) -> Result<(), crate::error::Error>;
     /// Starts a VM. `mode` is `run` or `paused`. Returns the job.
+    #[zbus(allow_interactive_auth)]
     fn start_vm(
         &self,
         name: &str,
@@ -43,12 +46,16 @@ pub trait Manager {
         options: Options<'_>,
     ) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Asks the guest to shut down; powers off after `timeout_usec t` (default 30 s) when `force b` is set (default true). Returns the job.
+    #[zbus(allow_interactive_auth)]
     fn shutdown_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Ends the VM at once. Returns the job.
+    #[zbus(allow_interactive_auth)]
     fn power_off_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Stops the vCPUs. Returns the job.
+    #[zbus(allow_interactive_auth)]
     fn pause_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Lets the vCPUs go on. Returns the job.
+    #[zbus(allow_interactive_auth)]
     fn resume_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Jobs under way.
     fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
@@ -111,22 +118,31 @@ pub trait Manager {
 #[zbus::proxy(interface = "org.flotilla.Flotilla1.Vm", default_service = "org.flotilla.Flotilla1")]
 pub trait Vm {
     /// As `StartVm`.
+    #[zbus(allow_interactive_auth)]
     fn start(&self, mode: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// As `ShutdownVm`.
+    #[zbus(allow_interactive_auth)]
     fn shutdown(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// As `PowerOffVm`.
+    #[zbus(allow_interactive_auth)]
     fn power_off(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// As `PauseVm`.
+    #[zbus(allow_interactive_auth)]
     fn pause(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// As `ResumeVm`.
+    #[zbus(allow_interactive_auth)]
     fn resume(&self, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// As `UndefineVm`.
+    #[zbus(allow_interactive_auth)]
     fn undefine(&self, options: Options<'_>) -> Result<(), crate::error::Error>;
     /// Sends one QMP command (JSON) and returns its answer (JSON).
+    #[zbus(allow_interactive_auth)]
     fn qmp_command(&self, command: &str, options: Options<'_>) -> Result<String, crate::error::Error>;
     /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy.
+    #[zbus(allow_interactive_auth)]
     fn open_qmp(&self, options: Options<'_>) -> Result<OwnedFd, crate::error::Error>;
     /// A connected stream of the console `which` (`""` is the serial port), and what kind of descriptor it is.
+    #[zbus(allow_interactive_auth)]
     fn open_console(
         &self,
         which: &str,
@@ -170,6 +186,9 @@ pub trait Vm {
     /// systemd unit; empty under the process launcher.
     #[zbus(property)]
     fn unit(&self) -> zbus::Result<String>;
+    /// File that takes the VMM's own messages under the process launcher; empty where they go to the journal of `Unit`.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn log_file(&self) -> zbus::Result<String>;
     /// How the last process ended: (`exited`, code), (`signal`, name) or two empty strings.
     #[zbus(property)]
     fn exit_status(&self) -> zbus::Result<(String, String)>;

@@ -3,9 +3,26 @@
 //! Nothing here touches the host: a [`VmConfig`] is a wish. Paths are opened by the rooms that use them. The parser
 //! (`cmdline`) and the validation (`validate`) live beside this file; every rule about values is in `validate`, once.
 
+pub mod cmdline;
+mod validate;
+
+use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+
+pub use validate::InvalidConfig;
+
+/// Smallest guest RAM, in bytes.
+pub const MEMORY_MIN: u64 = 128 << 20;
+/// Largest guest RAM, in bytes.
+pub const MEMORY_MAX: u64 = 512 << 30;
+/// Most vCPUs of one VM.
+pub const MAX_CPUS: u8 = 254;
+/// Replaceable block slots of a microvm: `vda` to `vdf`.
+pub const MICROVM_BLOCK_SLOTS: usize = 6;
+/// Replaceable network slots of a microvm: `eth0` and `eth1`.
+pub const MICROVM_NET_SLOTS: usize = 2;
 
 /// One virtual machine, as the command line describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +59,44 @@ pub struct VmConfig {
     pub process: ProcessConfig,
 }
 
+impl Default for VmConfig {
+    /// What an empty command line means: a microvm with one vCPU and 256 MiB, and nothing else.
+    fn default() -> Self {
+        Self {
+            name: None,
+            uuid: None,
+            machine: MachineConfig { kind: MachineKind::Microvm, dump_guest_core: true, mem_share: false },
+            smp: Smp { cpus: 1, max_cpus: 1, sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
+            memory: MemoryConfig { size: 256 << 20, path: None, prealloc: false },
+            boot: BootConfig::default(),
+            drives: Vec::new(),
+            netdevs: Vec::new(),
+            chardevs: Vec::new(),
+            serial: None,
+            devices: Vec::new(),
+            iothreads: Vec::new(),
+            monitors: Vec::new(),
+            start_paused: false,
+            process: ProcessConfig::default(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// Checks every rule that needs more than one value to be known, and every range. A machine is only built from what passes.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        validate::validate(self)
+    }
+
+    /// The chardev that `kind` stands for: itself, or the one its [`ChardevKind::Ref`] names.
+    pub fn resolve_chardev<'a>(&'a self, kind: &'a ChardevKind) -> Option<&'a ChardevKind> {
+        match kind {
+            ChardevKind::Ref(id) => self.chardevs.iter().find(|c| c.id == *id).map(|c| &c.kind),
+            kind => Some(kind),
+        }
+    }
+}
+
 /// `-machine`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -64,6 +119,17 @@ pub enum MachineKind {
     Q35,
     /// PCIe (aarch64).
     Virt,
+}
+
+impl fmt::Display for MachineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Microvm => "microvm",
+            Self::Q35 => "q35",
+            Self::Virt => "virt",
+        })
+    }
 }
 
 /// `-smp`. Invariant (checked in `validate`): `sockets * dies * clusters * cores * threads == max_cpus`.
@@ -130,6 +196,13 @@ pub struct Drive {
     pub detect_zeroes: DetectZeroes,
     /// `if=pflash,unit=N`.
     pub pflash_unit: Option<u8>,
+}
+
+impl Drive {
+    /// `aio=`, or its default: native when direct, else off.
+    pub fn effective_aio(&self) -> Aio {
+        self.aio.unwrap_or(if self.direct { Aio::Native } else { Aio::Off })
+    }
 }
 
 /// How block requests reach the kernel.
@@ -272,6 +345,13 @@ pub struct Device {
     pub multifunction: bool,
     /// Driver and its properties.
     pub driver: DeviceDriver,
+}
+
+impl Device {
+    /// Says whether the device was asked for on a PCI bus.
+    pub fn is_pci(&self) -> bool {
+        self.bus.is_some() || self.addr.is_some()
+    }
 }
 
 /// Slot and function on a PCI bus.

@@ -1,0 +1,261 @@
+//! `-drive`, `-netdev`, `-chardev`, `-serial`, `-object`, `-qmp`, `-mon`: the host ends that devices and clients use.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use super::props::{Props, path_value};
+use super::{CmdlineError, Given};
+use crate::config::{
+    Aio, Chardev, ChardevKind, DetectZeroes, Drive, ImageFormat, Monitor, NetBackend, Netdev, TapSource,
+    VmConfig,
+};
+
+/// Most requests per second that a throttle can be set to.
+const IOPS_MAX: u64 = 1_000_000;
+/// Most queue pairs of a network back end.
+const QUEUE_PAIRS_MAX: u64 = 16;
+
+/// Reads the options of this file out of `given` into `config`.
+pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), CmdlineError> {
+    for text in given.many("-drive") {
+        config.drives.push(drive(&text)?);
+    }
+    for text in given.many("-netdev") {
+        config.netdevs.push(netdev(&text)?);
+    }
+    for text in given.many("-chardev") {
+        let mut props = Props::parse("-chardev", &text, Some("backend"))?;
+        let id = props.required_id()?;
+        config.chardevs.push(Chardev { id, kind: chardev_kind(props)? });
+    }
+    if let Some(text) = given.one("-serial") {
+        config.serial = Some(match text.strip_prefix("chardev:") {
+            Some("") => {
+                return Err(CmdlineError::BadValue {
+                    option: "-serial",
+                    message: "the id is missing: write chardev:ID".to_owned(),
+                });
+            }
+            Some(id) => ChardevKind::Ref(id.to_owned()),
+            None => chardev_kind(Props::parse("-serial", &text, Some("backend"))?)?,
+        });
+    }
+    for text in given.many("-object") {
+        config.iothreads.push(object(&text)?);
+    }
+    if let Some(text) = given.one("-qmp") {
+        config.monitors.push(qmp(&text)?);
+    }
+    if let Some(text) = given.one("-mon") {
+        config.monitors.push(mon(&text)?);
+    }
+    Ok(())
+}
+
+fn drive(text: &str) -> Result<Drive, CmdlineError> {
+    let mut props = Props::parse("-drive", text, None)?;
+    let interface = props.text("if")?.unwrap_or_else(|| "none".to_owned());
+    match interface.as_str() {
+        "none" => {}
+        "pflash" => return Err(props.unsupported("if=pflash (firmware)")),
+        other => return Err(props.bad(format!("if={other}: use none"))),
+    }
+    let id = props.required_id()?;
+    let file = PathBuf::from(props.required("file")?);
+    let readonly = props.boolean("readonly")?.unwrap_or(false);
+    let direct = props.boolean("direct")?.unwrap_or(true);
+    let aio = match props.text("aio")?.as_deref() {
+        None => None,
+        Some("native") => Some(Aio::Native),
+        Some("io_uring" | "iouring") => Some(Aio::IoUring),
+        Some("threads") => Some(Aio::Threads),
+        Some("off") => Some(Aio::Off),
+        Some(other) => return Err(props.bad(format!("aio={other}: use native, io_uring, threads or off"))),
+    };
+    let format = match props.text("format")?.as_deref() {
+        None | Some("raw") => ImageFormat::Raw,
+        Some("qcow2") => ImageFormat::Qcow2,
+        Some(other) => return Err(props.bad(format!("format={other}: use raw"))),
+    };
+    match props.text("media")?.as_deref() {
+        None | Some("disk") => {}
+        Some("cdrom") => return Err(props.unsupported("media=cdrom")),
+        Some(other) => return Err(props.bad(format!("media={other}: use disk"))),
+    }
+    let iops_total = props.number("throttling.iops-total", 0..=IOPS_MAX)?;
+    let discard = props.boolean("discard")?.unwrap_or(false);
+    let detect_zeroes = match props.text("detect-zeroes")?.as_deref() {
+        None | Some("off") => DetectZeroes::Off,
+        Some("on") => DetectZeroes::On,
+        Some("unmap") => DetectZeroes::Unmap,
+        Some(other) => return Err(props.bad(format!("detect-zeroes={other}: use off, on or unmap"))),
+    };
+    for key in ["unit", "l2-cache-size", "refcount-cache-size"] {
+        props.refuse(key)?;
+    }
+    props.finish()?;
+    Ok(Drive {
+        id,
+        file,
+        readonly,
+        direct,
+        aio,
+        format,
+        iops_total,
+        discard,
+        detect_zeroes,
+        pflash_unit: None,
+    })
+}
+
+fn netdev(text: &str) -> Result<Netdev, CmdlineError> {
+    let mut props = Props::parse("-netdev", text, Some("type"))?;
+    match props.word("type")?.as_deref() {
+        Some("tap") => {}
+        Some("vhost-user") => return Err(props.unsupported("vhost-user")),
+        Some(other) => return Err(props.bad(format!("unknown kind '{other}': use tap"))),
+        None => return Err(props.bad("the kind is missing: write -netdev tap,id=ID,ifname=NAME")),
+    }
+    let id = props.required_id()?;
+    let name = props.text("ifname")?;
+    let fds = fd_list(&mut props, "fd", "fds")?;
+    let pairs = props.number("queues", 1..=QUEUE_PAIRS_MAX)?;
+    let vhost = props.boolean("vhost")?.unwrap_or(false);
+    let vhost_fds = fd_list(&mut props, "vhostfd", "vhostfds")?;
+    for key in ["path", "macnat"] {
+        props.refuse(key)?;
+    }
+    let source = match (name, fds.is_empty()) {
+        (Some(name), true) => TapSource::Name(name),
+        (None, false) => TapSource::Fds(fds),
+        (None, true) => {
+            return Err(props.bad("the tap device is missing: use 'ifname' or 'fd' to name one"));
+        }
+        (Some(_), false) => return Err(props.bad("'ifname' and 'fd' exclude each other")),
+    };
+    let queues = match (&source, pairs) {
+        (TapSource::Fds(fds), None) => fds.len() as u64,
+        (TapSource::Fds(fds), Some(n)) if n != fds.len() as u64 => {
+            return Err(props.bad(format!("queues={n} does not match the {} descriptors", fds.len())));
+        }
+        (_, n) => n.unwrap_or(1),
+    };
+    props.finish()?;
+    let queues = u16::try_from(queues).unwrap_or(u16::MAX);
+    Ok(Netdev { id, backend: NetBackend::Tap { source, queues, vhost, vhost_fds } })
+}
+
+/// `one=N` or `many=A:B:C`.
+fn fd_list(props: &mut Props, one: &'static str, many: &'static str) -> Result<Vec<RawFd>, CmdlineError> {
+    let (key, text) = match (props.text(one)?, props.text(many)?) {
+        (None, None) => return Ok(Vec::new()),
+        (Some(text), None) => (one, text),
+        (None, Some(text)) => (many, text),
+        (Some(_), Some(_)) => return Err(props.bad(format!("'{one}' and '{many}' exclude each other"))),
+    };
+    let fds: Option<Vec<RawFd>> =
+        text.split(':').map(|n| n.parse().ok().filter(|fd: &RawFd| *fd > 2 && !n.starts_with('+'))).collect();
+    match fds {
+        Some(fds) if (key == many || fds.len() == 1) && fds.len() as u64 <= QUEUE_PAIRS_MAX => Ok(fds),
+        _ => Err(props.bad(format!(
+            "{key}={text}: write the number of an inherited descriptor above 2{}",
+            if key == many { ", several joined with ':'" } else { "" }
+        ))),
+    }
+}
+
+fn chardev_kind(mut props: Props) -> Result<ChardevKind, CmdlineError> {
+    let kind = match props.word("backend")?.as_deref() {
+        Some("stdio") => ChardevKind::Stdio,
+        Some("pty") => ChardevKind::Pty,
+        Some("redirect-to-log") => ChardevKind::Log,
+        Some("file") => match props.path("path")? {
+            Some(path) => ChardevKind::File(path),
+            None => return Err(props.bad("'path' is missing: write file,path=PATH")),
+        },
+        Some("socket") => socket(&mut props)?,
+        other => {
+            return Err(props.bad(format!(
+                "unknown kind '{}': use stdio, pty, file, socket or redirect-to-log",
+                other.unwrap_or("")
+            )));
+        }
+    };
+    props.finish()?;
+    Ok(kind)
+}
+
+fn socket(props: &mut Props) -> Result<ChardevKind, CmdlineError> {
+    let path = props.path("path")?;
+    let host = props.text("host")?;
+    let port = props.number("port", 1..=u64::from(u16::MAX))?.and_then(|n| u16::try_from(n).ok());
+    let server = props.flag("server")?;
+    let nowait = props.flag("nowait")?;
+    match (path, port) {
+        (Some(path), None) if host.is_none() => Ok(ChardevKind::UnixSocket { path, server, nowait }),
+        (None, Some(port)) => {
+            let ip = match host {
+                None => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                Some(host) => host
+                    .parse()
+                    .map_err(|_| props.bad(format!("host={host}: write an IP address, not a name")))?,
+            };
+            Ok(ChardevKind::TcpSocket { addr: SocketAddr::new(ip, port), server, nowait })
+        }
+        _ => Err(props.bad("a socket needs either path=PATH or port=N with an optional host=IP")),
+    }
+}
+
+fn object(text: &str) -> Result<String, CmdlineError> {
+    let mut props = Props::parse("-object", text, Some("type"))?;
+    match props.word("type")?.as_deref() {
+        Some("iothread") => {}
+        Some(
+            known @ ("rng-random"
+            | "memory-backend-ram"
+            | "memory-backend-file"
+            | "memory-backend-memfd"
+            | "tls-creds-x509"
+            | "authz-simple"),
+        ) => return Err(props.unsupported(known)),
+        other => return Err(props.bad(format!("unknown object '{}': use iothread", other.unwrap_or("")))),
+    }
+    let id = props.required_id()?;
+    props.finish()?;
+    Ok(id)
+}
+
+fn qmp(text: &str) -> Result<Monitor, CmdlineError> {
+    let mut props = Props::parse("-qmp", text, Some("address"))?;
+    let form = "write unix:PATH,server,nowait or tcp:IP:PORT,server,nowait";
+    let address = props.word("address")?.unwrap_or_default();
+    let monitor =
+        match address.split_once(':') {
+            Some(("unix", path)) => Monitor::Unix(path_value("-qmp", path)?),
+            Some(("tcp", addr)) => Monitor::Tcp(addr.parse().map_err(|_| {
+                props.bad(format!("'{addr}' is not IP:PORT (names are not looked up): {form}"))
+            })?),
+            _ => return Err(props.bad(format!("'{address}' is no address: {form}"))),
+        };
+    let (server, nowait) = (props.flag("server")?, props.flag("nowait")?);
+    props.refuse("iothread")?;
+    if !server || !nowait {
+        return Err(props.bad(format!("'server' and 'nowait' must both be there: {form}")));
+    }
+    props.finish()?;
+    Ok(monitor)
+}
+
+fn mon(text: &str) -> Result<Monitor, CmdlineError> {
+    let mut props = Props::parse("-mon", text, None)?;
+    let chardev = props.required("chardev")?;
+    props.id()?;
+    match props.text("mode")?.as_deref() {
+        Some("control") => {}
+        Some(other) => return Err(props.bad(format!("mode={other}: use control"))),
+        None => return Err(props.bad("'mode' is missing: add mode=control")),
+    }
+    props.finish()?;
+    Ok(Monitor::Chardev(chardev))
+}

@@ -1,0 +1,205 @@
+//! `-device`: the devices of the guest.
+
+use super::props::{Props, number};
+use super::{CmdlineError, Given};
+use crate::config::{Device, DeviceDriver, PciAddr, VmConfig};
+
+/// Drivers that a later version will have.
+const KNOWN: [&str; 31] = [
+    "virtio-serial-device",
+    "virtio-serial-pci",
+    "virtconsole",
+    "virtserialport",
+    "virtio-balloon-device",
+    "virtio-balloon-pci",
+    "virtio-rng-device",
+    "virtio-rng-pci",
+    "vhost-vsock-device",
+    "vhost-vsock-pci",
+    "pcie-root-port",
+    "vfio-pci",
+    "vhost-user-fs-device",
+    "vhost-user-fs-pci",
+    "vhost-user-blk-device",
+    "vhost-user-blk-pci",
+    "virtio-scsi-pci",
+    "scsi-hd",
+    "scsi-cd",
+    "virtio-mem-device",
+    "virtio-mem-pci",
+    "virtio-pmem-device",
+    "virtio-pmem-pci",
+    "pvpanic",
+    "nec-usb-xhci",
+    "virtio-gpu-pci",
+    "ramfb",
+    "ivshmem-scream",
+    "vhost-user-gpu-pci",
+    "pcie-demo-dev",
+    "usb-camera",
+];
+const KNOWN_PREFIXES: [&str; 3] = ["usb-", "virtio-input-", "virtio-multitouch-"];
+
+/// Queue size when none is asked for.
+const QUEUE_SIZE: u16 = 256;
+
+/// Reads the options of this file out of `given` into `config`.
+pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), CmdlineError> {
+    let mut parsed = Vec::new();
+    for text in given.many("-device") {
+        parsed.push(device(&text)?);
+    }
+    let taken: Vec<String> = parsed.iter().filter_map(|(id, _, _)| id.clone()).collect();
+    let mut made_up = 0usize;
+    for (id, name, mut device) in parsed {
+        device.id = id.unwrap_or_else(|| {
+            loop {
+                let id = format!("{name}.{made_up}");
+                made_up += 1;
+                if !taken.contains(&id) {
+                    return id;
+                }
+            }
+        });
+        config.devices.push(device);
+    }
+    Ok(())
+}
+
+/// The device, its `id=` if it has one, and its driver's name.
+fn device(text: &str) -> Result<(Option<String>, String, Device), CmdlineError> {
+    let mut props = Props::parse("-device", text, Some("driver"))?;
+    let Some(name) = props.word("driver")? else {
+        return Err(props.bad("the driver is missing: write -device DRIVER,KEY=VALUE"));
+    };
+    let pci = name.ends_with("-pci");
+    let blk = matches!(name.as_str(), "virtio-blk-device" | "virtio-blk-pci");
+    let net = matches!(name.as_str(), "virtio-net-device" | "virtio-net-pci");
+    if !blk && !net {
+        let known = KNOWN.contains(&name.as_str()) || KNOWN_PREFIXES.iter().any(|p| name.starts_with(p));
+        return Err(if known {
+            props.unsupported(format!("device {name}"))
+        } else {
+            props.bad(format!("unknown driver '{name}': use virtio-blk-device or virtio-net-device"))
+        });
+    }
+    if pci {
+        return Err(props.unsupported(format!(
+            "device {name} (no machine of this version has PCI; use {})",
+            name.replace("-pci", "-device")
+        )));
+    }
+    let id = props.id()?;
+    let (bus, addr) = (props.text("bus")?, props.text("addr")?);
+    let addr = match addr {
+        None => None,
+        Some(text) => Some(pci_addr(&text).ok_or_else(|| {
+            props.bad(format!("addr={text}: write SLOT[.FUNCTION], slot up to 0x1f, function up to 0x7"))
+        })?),
+    };
+    let multifunction = props.boolean("multifunction")?.unwrap_or(false);
+    let driver = if blk { virtio_blk(&mut props)? } else { virtio_net(&mut props)? };
+    props.finish()?;
+    Ok((id, name, Device { id: String::new(), bus, addr, multifunction, driver }))
+}
+
+fn virtio_blk(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+    let drive = props.required("drive")?;
+    let serial = props.text("serial")?;
+    if serial.as_ref().is_some_and(|s| s.len() > 20) {
+        return Err(props.bad("the serial number is longer than 20 bytes"));
+    }
+    Ok(DeviceDriver::VirtioBlk {
+        drive,
+        serial,
+        iothread: props.text("iothread")?,
+        num_queues: props.number("num-queues", 1..=32)?.and_then(|n| u16::try_from(n).ok()),
+        queue_size: queue_size(props, 4..=1024)?,
+        boot_index: props.number("bootindex", 0..=255)?.and_then(|n| u8::try_from(n).ok()),
+    })
+}
+
+fn virtio_net(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+    let netdev = props.required("netdev")?;
+    let mac = match props.text("mac")? {
+        None => None,
+        Some(text) => Some(mac(&text).ok_or_else(|| {
+            props.bad(format!(
+                "mac={text}: write six hexadecimal bytes like 52:54:00:12:34:56, not a group address"
+            ))
+        })?),
+    };
+    for key in ["rx-iothread", "tx-iothread"] {
+        props.refuse(key)?;
+    }
+    // Says how many interrupt vectors a PCI device has; scripts write it for every NIC.
+    props.number("vectors", 0..=2048)?;
+    Ok(DeviceDriver::VirtioNet {
+        netdev,
+        mac,
+        iothread: props.text("iothread")?,
+        multi_queue: props.boolean("mq")?.unwrap_or(false),
+        queue_size: queue_size(props, 256..=4096)?,
+    })
+}
+
+fn queue_size(props: &mut Props, range: std::ops::RangeInclusive<u16>) -> Result<u16, CmdlineError> {
+    let (low, high) = (*range.start(), *range.end());
+    match props.number("queue-size", u64::from(low)..=u64::from(high))? {
+        None => Ok(QUEUE_SIZE),
+        Some(n) if n.is_power_of_two() => Ok(u16::try_from(n).unwrap_or(QUEUE_SIZE)),
+        Some(n) => Err(props.bad(format!("queue-size={n}: write a power of two from {low} to {high}"))),
+    }
+}
+
+/// Six bytes in hexadecimal, not a group address: no NIC has one.
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && !p.starts_with('+'))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+/// `slot[.function]`, each decimal or hexadecimal.
+fn pci_addr(text: &str) -> Option<PciAddr> {
+    let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
+    let slot = u8::try_from(number(slot)?).ok().filter(|n| *n < 32)?;
+    let function = u8::try_from(number(function)?).ok().filter(|n| *n < 8)?;
+    Some(PciAddr { slot, function })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_pci_addresses() {
+        for (text, want) in [
+            ("0x3", Some((3, 0))),
+            ("0x1.0x0", Some((1, 0))),
+            ("0x04.0x7", Some((4, 7))),
+            ("31", Some((31, 0))),
+            ("32", None),
+            ("1.8", None),
+            ("", None),
+            (".", None),
+            ("1.2.3", None),
+        ] {
+            assert_eq!(pci_addr(text), want.map(|(slot, function)| PciAddr { slot, function }), "{text}");
+        }
+    }
+
+    #[test]
+    fn reads_mac_addresses() {
+        assert_eq!(mac("52:54:00:12:34:ff"), Some([0x52, 0x54, 0, 0x12, 0x34, 0xff]));
+        for text in
+            ["", "52", "52:54:00:12:34", "52:54:00:12:34:56:78", "01:54:00:12:34:56", "zz:54:00:12:34:56"]
+        {
+            assert_eq!(mac(text), None, "{text}");
+        }
+        assert_eq!(mac("00:00:00:00:00:00"), None);
+    }
+}

@@ -1,0 +1,336 @@
+//! Command lines that scripts and orchestrators send, and what becomes of bad ones.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::{ChardevKind, DeviceDriver, Monitor, NetBackend, TapSource};
+
+/// Splits at blanks, but not inside double quotes, as a shell would.
+fn words(line: &str) -> Vec<OsString> {
+    let mut words = vec![];
+    let (mut word, mut quoted, mut any) = (String::new(), false, false);
+    for c in line.chars() {
+        match c {
+            '"' => (quoted, any) = (!quoted, true),
+            c if c.is_whitespace() && !quoted => {
+                if any {
+                    words.push(std::mem::take(&mut word).into());
+                }
+                any = false;
+            }
+            c => {
+                word.push(c);
+                any = true;
+            }
+        }
+    }
+    if any {
+        words.push(word.into());
+    }
+    words
+}
+
+fn run(line: &str) -> VmConfig {
+    match parse(words(line)) {
+        Ok(Request::Run(config)) => *config,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn error(line: &str) -> String {
+    match parse(words(line)) {
+        Err(e) => e.to_string(),
+        Ok(request) => panic!("{line}: {request:?}"),
+    }
+}
+
+#[test]
+fn the_line_of_the_snapshot_manual() {
+    let config = run("-machine microvm -kernel /k -smp 1 -m 1024 \
+         -append \"console=ttyS0 pci=off reboot=k quiet panic=1 root=/dev/vda\" \
+         -drive file=/r,id=rootfs,readonly=off,direct=off -device virtio-blk-device,drive=rootfs \
+         -qmp unix:/s,server,nowait -serial stdio");
+    assert_eq!(config.memory.size, 1 << 30);
+    assert_eq!(config.boot.append, "console=ttyS0 pci=off reboot=k quiet panic=1 root=/dev/vda");
+    assert_eq!(config.serial, Some(ChardevKind::Stdio));
+    assert_eq!(config.monitors, [Monitor::Unix("/s".into())]);
+    assert_eq!(config.devices[0].id, "virtio-blk-device.0");
+    assert!(!config.drives[0].direct);
+}
+
+#[test]
+fn the_line_of_a_fleet_vm() {
+    let config = run(
+        "-name web -uuid 6f1c2b1e-7d1a-4a58-9f0e-5b7c1f6f9a10 -machine microvm -smp 1 -m 256M -kernel /k -initrd /i \
+         -append \"console=ttyS0\" -drive file=/x.img,id=disk0,readonly=off,direct=off \
+         -device virtio-blk-device,drive=disk0,id=disk0 -netdev tap,id=nic0,ifname=fl-web-0 \
+         -device virtio-net-device,netdev=nic0,id=nic0,mac=52:54:00:12:34:56 \
+         -qmp unix:/run/flotilla-vm/web/qmp.sock,server,nowait \
+         -serial socket,path=/run/flotilla-vm/web/console.sock,server,nowait -S",
+    );
+    assert_eq!(config.name.as_deref(), Some("web"));
+    assert!(config.start_paused && config.uuid.is_some());
+    let DeviceDriver::VirtioNet { mac, .. } = &config.devices[1].driver else { panic!("{config:?}") };
+    assert_eq!(*mac, Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+}
+
+#[test]
+fn the_line_of_a_test_client_without_the_devices_to_come() {
+    let config = run("-name microvm -D /var/log/stratovirt -qmp unix:/s,server,nowait -pidfile /p \
+         -machine microvm,dump-guest-core=on,mem-share=on -disable-seccomp -daemonize -S \
+         -netdev tap,id=t,ifname=tap0 -device virtio-net-device,netdev=t,id=t,iothread=iothread1 \
+         -object iothread,id=iothread1 -kernel /k \
+         -append \"rw console=hvc0 lastbus=0 reboot=k panic=1 tsc=reliable ipv6.disable=1 root=/dev/vda\" -initrd /i \
+         -smp 4 -m 2048 -mem-path /dev/hugepages -cpu pmu=on -drive id=rootfs,file=/r,readonly=off,direct=on \
+         -device virtio-blk-device,drive=rootfs,id=rootfs,iothread=iothread1,serial=1");
+    assert!(config.machine.mem_share && config.process.daemonize && config.process.disable_seccomp);
+    assert_eq!((config.smp.cpus, config.smp.cores, config.smp.sockets), (4, 4, 1));
+}
+
+#[test]
+fn the_line_of_kata_without_the_devices_to_come() {
+    let config = run("-name sandbox -uuid 6f1c2b1e-7d1a-4a58-9f0e-5b7c1f6f9a10 -smp 1 -m 2048M -kernel /k \
+         -append \"tsc=reliable pci=off iommu=off acpi=off\" -qmp unix:/s,server,nowait -D -disable-seccomp \
+         -machine type=microvm,dump-guest-core=off,mem-share=on -initrd /i \
+         -drive id=rootfs,file=/r,readonly=on,direct=off -device virtio-blk-device,drive=rootfs,id=rootfs \
+         -netdev tap,id=network-0,fds=3 -device virtio-net-device,netdev=network-0,id=network-0,mac=02:00:00:00:00:01");
+    assert_eq!(config.process.log_file, None);
+    assert!(!config.machine.dump_guest_core);
+    let NetBackend::Tap { source, queues, .. } = &config.netdevs[0].backend else { panic!("{config:?}") };
+    assert_eq!((source, *queues), (&TapSource::Fds(vec![3]), 1));
+}
+
+#[test]
+fn libvirt_options_are_accepted_without_effect() {
+    let config = run(
+        "-no-user-config -nodefaults -sandbox on,obsolete=deny -msg timestamp=on -rtc base=utc -boot strict=on \
+         -nographic -realtime mlock=off -display none -usb -overcommit mem-lock=off -kernel /k \
+         -chardev socket,id=mon0,path=/m,server,nowait -mon chardev=mon0,id=monitor,mode=control",
+    );
+    assert_eq!(config.monitors, [Monitor::Chardev("mon0".to_owned())]);
+}
+
+#[test]
+fn defaults() {
+    let config = run("-kernel /k");
+    assert_eq!(
+        config,
+        VmConfig {
+            boot: crate::config::BootConfig { kernel: Some("/k".into()), ..Default::default() },
+            ..Default::default()
+        }
+    );
+}
+
+#[test]
+fn an_append_of_many_words_is_joined() {
+    for line in
+        ["-kernel /k -append a b=c -S", "-kernel /k -append a -append b=c -S", "-append \"a b=c\" -kernel /k"]
+    {
+        assert_eq!(run(line).boot.append, "a b=c", "{line}");
+    }
+}
+
+#[test]
+fn help_and_version_need_nothing_else() {
+    for (line, want) in [
+        ("-h", Request::Help),
+        ("-help", Request::Help),
+        ("-V", Request::Version),
+        ("-version", Request::Version),
+        ("-machine nonsense -help", Request::Help),
+    ] {
+        assert_eq!(parse(words(line)), Ok(want), "{line}");
+    }
+    for spec in options::OPTIONS.iter().filter(|spec| spec.class == Class::Used) {
+        assert!(help().contains(&format!("\n  {}", spec.name)), "{}", spec.name);
+    }
+}
+
+#[test]
+fn freeze_is_a_spelling_of_s() {
+    assert!(run("-kernel /k -freeze").start_paused);
+    assert_eq!(
+        error("-kernel /k -freeze -S"),
+        "-S was provided more than once, but cannot be used multiple times"
+    );
+}
+
+#[test]
+fn processors() {
+    for (text, want) in [
+        ("2", (2, 2, 1, 1, 1, 2, 1)),
+        ("cpus=2", (2, 2, 1, 1, 1, 2, 1)),
+        ("2,maxcpus=4", (2, 4, 1, 1, 1, 4, 1)),
+        ("4,sockets=2", (4, 4, 2, 1, 1, 2, 1)),
+        ("8,sockets=2,cores=2,threads=2", (8, 8, 2, 1, 1, 2, 2)),
+        ("sockets=2,cores=2,cpus=1", (1, 4, 2, 1, 1, 2, 1)),
+        ("254", (254, 254, 1, 1, 1, 254, 1)),
+    ] {
+        let smp = run(&format!("-kernel /k -smp {text}")).smp;
+        let got = (smp.cpus, smp.max_cpus, smp.sockets, smp.dies, smp.clusters, smp.cores, smp.threads);
+        assert_eq!(got, want, "{text}");
+    }
+}
+
+#[test]
+fn each_bad_line_gets_one_clear_line() {
+    for (line, want) in [
+        ("--unsupported", "unknown option '--unsupported'; see -help"),
+        ("--kernel /k", "unknown option '--kernel'; see -help"),
+        ("-bogus", "unknown option '-bogus'; see -help"),
+        ("stray", "unexpected argument 'stray'; see -help"),
+        ("-name a b", "unexpected argument 'b'; see -help"),
+        ("-kernel /k -- x", "unexpected argument 'x'; see -help"),
+        ("-kernel", "-kernel needs a value; see -help"),
+        ("-kernel -S", "-kernel needs a value; see -help"),
+        ("-kernel /a -kernel /b", "-kernel was provided more than once, but cannot be used multiple times"),
+        ("-smp 1", "a kernel is needed: add -kernel FILE"),
+        ("-kernel /k -smp 0", "-smp: '0' is not in 1..=254: write a number of vCPUs"),
+        ("-kernel /k -smp 255", "-smp: '255' is not in 1..=254: write a number of vCPUs"),
+        (
+            "-kernel /k -smp 4,maxcpus=2",
+            "-smp: 4 vCPUs at boot and 2 at most: write 1 to 254, and no more than maxcpus",
+        ),
+        (
+            "-kernel /k -smp 4,sockets=3",
+            "-smp: sockets * dies * clusters * cores * threads must be equal to max_cpus, but 3 * 1 * 1 * 1 * 1 is not 4",
+        ),
+        (
+            "-kernel /k -m 64M",
+            "-m: memory size 67108864 should be in the range of [134217728, 549755813888] bytes (128M to 512G)",
+        ),
+        (
+            "-kernel /k -m 513G",
+            "-m: memory size 550829555712 should be in the range of [134217728, 549755813888] bytes (128M to 512G)",
+        ),
+        (
+            "-kernel /k -m lots",
+            "-m: memory size 'lots' should be a whole number with K, M or G, in the range of [134217728, 549755813888] bytes",
+        ),
+        (
+            "-kernel /k -m 1G,maxmem=2G",
+            "-m: maxmem above the memory at boot (memory hot-plug) is not supported in this version",
+        ),
+        (
+            "-machine q35 -kernel /k",
+            "-machine: machine type q35 (use microvm) is not supported in this version",
+        ),
+        ("-machine pc -kernel /k", "-machine: unknown machine type 'pc': use microvm"),
+        (
+            "-machine microvm,foo=on -kernel /k",
+            "-machine: unknown key 'foo' (known: accel, dump-guest-core, mem-share, usb)",
+        ),
+        ("-accel tcg -kernel /k", "-accel: unknown accelerator 'tcg': use kvm"),
+        ("-cpu qemu64 -kernel /k", "-cpu: unknown CPU model 'qemu64': use host"),
+        ("-incoming tcp:1.2.3.4:5 -kernel /k", "-incoming is not supported in this version"),
+        ("-numa node,nodeid=0 -kernel /k", "-numa is not supported in this version"),
+        (
+            "-kernel /k -device virtio-rng-device,rng=r",
+            "-device: device virtio-rng-device is not supported in this version",
+        ),
+        ("-kernel /k -object rng-random,id=r", "-object: rng-random is not supported in this version"),
+        (
+            "-kernel /k -device nonsense,id=x",
+            "-device: unknown driver 'nonsense': use virtio-blk-device or virtio-net-device",
+        ),
+        (
+            "-kernel /k -device virtio-blk-pci,drive=d",
+            "-device: device virtio-blk-pci (no machine of this version has PCI; use virtio-blk-device) \
+             is not supported in this version",
+        ),
+        ("-kernel /k -drive file=/x", "-drive: 'id' is missing: add id=NAME"),
+        ("-kernel /k -drive id=a", "-drive: 'file' is missing: add file=VALUE"),
+        (
+            "-kernel /k -drive id=a,file=/x -drive id=a,file=/y",
+            "drive \"a\" has been added already: ids must differ",
+        ),
+        ("-kernel /k -drive id=a,file=/x,direct=maybe", "-drive: direct=maybe: write on or off"),
+        (
+            "-kernel /k -drive id=a,file=/x,direct=off,aio=native",
+            "drive \"a\": aio=native should be used with direct=on: add direct=on, or leave out aio",
+        ),
+        (
+            "-kernel /k -device virtio-blk-device,drive=none",
+            "device \"virtio-blk-device.0\": drive \"none\" not found: add -drive id=none,file=…",
+        ),
+        (
+            "-kernel /k -drive id=a,file=/x -device virtio-blk-device,drive=a,bus=pcie.0,addr=0x1",
+            "device \"virtio-blk-device.0\": 'bus', 'addr' and 'multifunction' belong to PCI devices: \
+             leave them out on a microvm",
+        ),
+        (
+            "-kernel /k -netdev tap,id=a",
+            "-netdev: the tap device is missing: use 'ifname' or 'fd' to name one",
+        ),
+        (
+            "-kernel /k -netdev tap,id=a,ifname=abcdefghijklmnop",
+            "netdev \"a\": \"abcdefghijklmnop\" is no interface name of 1 to 15 bytes",
+        ),
+        ("-kernel /k -netdev user,id=a", "-netdev: unknown kind 'user': use tap"),
+        (
+            "-kernel /k -qmp unix:/s",
+            "-qmp: 'server' and 'nowait' must both be there: write unix:PATH,server,nowait or tcp:IP:PORT,server,nowait",
+        ),
+        ("-kernel /k -mon chardev=x,mode=control", "-mon: chardev \"x\" not found: add -chardev …,id=x"),
+        ("-kernel /k -pidfile /p", "-pidfile must be used with -daemonize together"),
+        (
+            "-kernel /k -daemonize -serial stdio",
+            "stdio and -daemonize can't be set together: use a socket, a pty or a file",
+        ),
+        (
+            "-kernel /k -serial stdio -chardev stdio,id=x",
+            "stdio can be used by one chardev or serial port only",
+        ),
+        (
+            "-kernel /k -serial vc",
+            "-serial: unknown kind 'vc': use stdio, pty, file, socket or redirect-to-log",
+        ),
+        (
+            "-kernel /k -qmp unix:/s,server,nowait -serial socket,path=/s,server,nowait",
+            "two sockets have the path /s: each needs its own",
+        ),
+        ("-kernel /k -uuid 12", "-uuid: '12' is not a UUID such as 6f1c2b1e-7d1a-4a58-9f0e-5b7c1f6f9a10"),
+    ] {
+        assert_eq!(error(line), want, "{line}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_are_refused() {
+    use std::os::unix::ffi::OsStringExt;
+    let args = vec!["-kernel".into(), OsString::from_vec(vec![0xff])];
+    assert_eq!(parse(args), Err(CmdlineError::NotText(2)));
+}
+
+fn fragment() -> impl Strategy<Value = String> {
+    let names: Vec<String> = options::OPTIONS
+        .iter()
+        .map(|s| s.name.to_owned())
+        .chain(["--".to_owned(), "-freeze".to_owned()])
+        .collect();
+    prop_oneof![
+        3 => proptest::sample::select(names),
+        2 => "[a-z]{1,6}(,[a-z_-]{1,9}(=[a-z0-9:./,-]{0,9})?){0,4}",
+        1 => "[0-9]{1,25}[kKmMgGtT]?",
+        1 => "\\PC{0,12}",
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_argument_vector_panics(args in proptest::collection::vec(fragment(), 0..12)) {
+        if let Err(e) = parse(args.into_iter().map(OsString::from)) {
+            prop_assert!(!e.to_string().is_empty());
+        }
+    }
+
+    #[test]
+    fn no_value_panics(
+        option in proptest::sample::select(vec!["-machine", "-smp", "-m", "-drive", "-netdev", "-device", "-chardev", "-serial", "-qmp", "-mon", "-object", "-cpu"]),
+        head in proptest::sample::select(vec!["", "microvm", "tap", "virtio-blk-device", "virtio-net-device", "socket", "unix:/x", "iothread", "1"]),
+        tail in "(,(id|file|cores|sockets|drive|netdev|mac|fds|queues|port|host|addr|queue-size|maxmem)=[0-9a-fx:.KMG-]{0,10}){0,4}",
+    ) {
+        let _ = parse(["-kernel", "/k", option, &format!("{head}{tail}")].map(OsString::from));
+    }
+}

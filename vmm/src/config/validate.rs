@@ -1,0 +1,301 @@
+//! Every rule about a [`VmConfig`] that needs more than one option to be known, and the ranges of the numbers that matter to it.
+//!
+//! The parser guarantees the shape of each value; this file guarantees that they fit together and that the machine asked for
+//! can be built by this version. It looks at nothing on the host.
+
+use std::collections::BTreeSet;
+
+use super::{
+    Aio, ChardevKind, DetectZeroes, Device, DeviceDriver, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
+    MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, MachineKind, Monitor, NetBackend, TapSource, VmConfig,
+};
+
+/// Most `-object iothread`.
+const IOTHREADS_MAX: usize = 8;
+/// Longest interface name (IFNAMSIZ without its zero byte).
+const IFNAME_MAX: usize = 15;
+
+/// Why a configuration cannot become a VM: one line that says which part, what is wrong and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidConfig(String);
+
+fn bad<T>(message: impl Into<String>) -> Result<T, InvalidConfig> {
+    Err(InvalidConfig(message.into()))
+}
+
+pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
+    board(config)?;
+    drives(config)?;
+    netdevs(config)?;
+    chardevs(config)?;
+    devices(config)?;
+    process(config)
+}
+
+fn unique<'a>(what: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), InvalidConfig> {
+    let mut seen = BTreeSet::new();
+    for id in ids {
+        if !seen.insert(id) {
+            return bad(format!("{what} \"{id}\" has been added already: ids must differ"));
+        }
+    }
+    Ok(())
+}
+
+fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
+    if config.machine.kind != MachineKind::Microvm {
+        return bad(format!(
+            "-machine {} is not supported in this version: use microvm",
+            config.machine.kind
+        ));
+    }
+    let smp = &config.smp;
+    if smp.cpus == 0 || smp.max_cpus > MAX_CPUS || smp.cpus > smp.max_cpus {
+        return bad(format!(
+            "-smp: {} vCPUs at boot and {} at most: write 1 to {MAX_CPUS}, and no more than maxcpus",
+            smp.cpus, smp.max_cpus
+        ));
+    }
+    let product = [smp.sockets, smp.dies, smp.clusters, smp.cores, smp.threads]
+        .iter()
+        .fold(1u64, |product, n| product * u64::from(*n));
+    if product != u64::from(smp.max_cpus) {
+        return bad(format!(
+            "-smp: sockets * dies * clusters * cores * threads must be equal to max_cpus, but {} * {} * {} * {} * {} is not {}",
+            smp.sockets, smp.dies, smp.clusters, smp.cores, smp.threads, smp.max_cpus
+        ));
+    }
+    if !(MEMORY_MIN..=MEMORY_MAX).contains(&config.memory.size) {
+        return bad(format!(
+            "-m: memory size {} should be in the range of [{MEMORY_MIN}, {MEMORY_MAX}] bytes (128M to 512G)",
+            config.memory.size
+        ));
+    }
+    if config.boot.kernel.is_none() {
+        return bad("a kernel is needed: add -kernel FILE");
+    }
+    if config.iothreads.len() > IOTHREADS_MAX {
+        return bad(format!(
+            "-object iothread: {} are too many: at most {IOTHREADS_MAX}",
+            config.iothreads.len()
+        ));
+    }
+    unique("iothread", config.iothreads.iter().map(String::as_str))
+}
+
+fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
+    unique("drive", config.drives.iter().map(|d| d.id.as_str()))?;
+    for drive in &config.drives {
+        let id = &drive.id;
+        match drive.aio {
+            Some(Aio::Native) if !drive.direct => {
+                return bad(format!(
+                    "drive \"{id}\": aio=native should be used with direct=on: add direct=on, or leave out aio"
+                ));
+            }
+            Some(Aio::Off) if drive.direct => {
+                return bad(format!(
+                    "drive \"{id}\": aio=off with direct=on gives low performance: use aio=native or direct=off"
+                ));
+            }
+            _ => {}
+        }
+        let unsupported = [
+            (drive.format == ImageFormat::Qcow2, "format=qcow2"),
+            (drive.iops_total.is_some_and(|n| n > 0), "throttling.iops-total"),
+            (drive.discard, "discard=unmap"),
+            (drive.detect_zeroes != DetectZeroes::Off, "detect-zeroes"),
+            (drive.pflash_unit.is_some(), "if=pflash"),
+        ];
+        if let Some((_, what)) = unsupported.iter().find(|(asked, _)| *asked) {
+            return bad(format!("drive \"{id}\": {what} is not supported in this version"));
+        }
+    }
+    Ok(())
+}
+
+fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
+    unique("netdev", config.netdevs.iter().map(|n| n.id.as_str()))?;
+    let mut fds = BTreeSet::new();
+    let mut names = BTreeSet::new();
+    for netdev in &config.netdevs {
+        let id = &netdev.id;
+        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
+            return bad(format!("netdev \"{id}\": vhost-user is not supported in this version"));
+        };
+        if *vhost {
+            return bad(format!("netdev \"{id}\": vhost=on is not supported in this version: leave it out"));
+        }
+        if !vhost_fds.is_empty() {
+            return bad(format!(
+                "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device"
+            ));
+        }
+        if *queues != 1 {
+            return bad(format!(
+                "netdev \"{id}\": more than one queue pair is not supported in this version"
+            ));
+        }
+        match source {
+            TapSource::Name(name) => {
+                let odd = |c: char| c == '/' || c == ':' || c == '%' || c.is_whitespace() || c.is_control();
+                if name.is_empty()
+                    || name.len() > IFNAME_MAX
+                    || name.contains(odd)
+                    || name == "."
+                    || name == ".."
+                {
+                    return bad(format!(
+                        "netdev \"{id}\": \"{name}\" is no interface name of 1 to {IFNAME_MAX} bytes"
+                    ));
+                }
+                if !names.insert(name) {
+                    return bad(format!("netdev \"{id}\": tap {name} is used by another netdev already"));
+                }
+            }
+            TapSource::Fds(list) => {
+                if let Some(fd) = list.iter().find(|fd| !fds.insert(**fd)) {
+                    return bad(format!(
+                        "netdev \"{id}\": descriptor {fd} is used by another netdev already"
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
+    unique("chardev", config.chardevs.iter().map(|c| c.id.as_str()))?;
+    let mut users = BTreeSet::new();
+    let mut claim = |id: &str, user: &str| {
+        if !config.chardevs.iter().any(|c| c.id == id) {
+            return bad(format!("{user}: chardev \"{id}\" not found: add -chardev …,id={id}"));
+        }
+        if !users.insert(id.to_owned()) {
+            return bad(format!("{user}: chardev \"{id}\" is used by something else already"));
+        }
+        Ok(())
+    };
+    if let Some(ChardevKind::Ref(id)) = &config.serial {
+        claim(id, "-serial")?;
+    }
+    for monitor in &config.monitors {
+        if let Monitor::Chardev(id) = monitor {
+            claim(id, "-mon")?;
+        }
+    }
+    let all = || config.chardevs.iter().map(|c| &c.kind).chain(&config.serial);
+    if all().filter(|kind| **kind == ChardevKind::Stdio).count() > 1 {
+        return bad("stdio can be used by one chardev or serial port only");
+    }
+    for kind in all() {
+        if let ChardevKind::UnixSocket { server: false, .. } | ChardevKind::TcpSocket { server: false, .. } =
+            kind
+        {
+            return bad(
+                "socket chardev: connecting as a client is not supported in this version: add server,nowait",
+            );
+        }
+        if let ChardevKind::UnixSocket { nowait: false, .. } | ChardevKind::TcpSocket { nowait: false, .. } =
+            kind
+        {
+            return bad(
+                "socket chardev: waiting for the first client is not supported in this version: add nowait",
+            );
+        }
+    }
+    let mut paths: Vec<_> = all()
+        .filter_map(|kind| match kind {
+            ChardevKind::UnixSocket { path, .. } => Some(path),
+            _ => None,
+        })
+        .collect();
+    paths.extend(config.monitors.iter().filter_map(|m| match m {
+        Monitor::Unix(path) => Some(path),
+        _ => None,
+    }));
+    let mut seen = BTreeSet::new();
+    match paths.into_iter().find(|path| !seen.insert(*path)) {
+        Some(path) => bad(format!("two sockets have the path {}: each needs its own", path.display())),
+        None => Ok(()),
+    }
+}
+
+fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
+    unique("device", config.devices.iter().map(|d| d.id.as_str()))?;
+    let (mut drives, mut netdevs) = (BTreeSet::new(), BTreeSet::new());
+    for device in &config.devices {
+        let Device { id, driver, .. } = device;
+        if device.is_pci() || device.multifunction {
+            return bad(format!(
+                "device \"{id}\": 'bus', 'addr' and 'multifunction' belong to PCI devices: leave them out on a microvm"
+            ));
+        }
+        let iothread = match driver {
+            DeviceDriver::VirtioBlk { drive, iothread, num_queues, .. } => {
+                if !config.drives.iter().any(|d| d.id == *drive) {
+                    return bad(format!(
+                        "device \"{id}\": drive \"{drive}\" not found: add -drive id={drive},file=…"
+                    ));
+                }
+                if !drives.insert(drive) {
+                    return bad(format!(
+                        "device \"{id}\": drive \"{drive}\" is used by another device already"
+                    ));
+                }
+                if num_queues.is_some_and(|n| n > 1) {
+                    return bad(format!("device \"{id}\": num-queues above 1 is not supported on a microvm"));
+                }
+                iothread
+            }
+            DeviceDriver::VirtioNet { netdev, iothread, .. } => {
+                if !config.netdevs.iter().any(|n| n.id == *netdev) {
+                    return bad(format!(
+                        "device \"{id}\": netdev \"{netdev}\" not found: add -netdev tap,id={netdev},ifname=…"
+                    ));
+                }
+                if !netdevs.insert(netdev) {
+                    return bad(format!(
+                        "device \"{id}\": netdev \"{netdev}\" is used by another device already"
+                    ));
+                }
+                iothread
+            }
+        };
+        if let Some(name) = iothread
+            && !config.iothreads.contains(name)
+        {
+            return bad(format!(
+                "device \"{id}\": iothread \"{name}\" not found: add -object iothread,id={name}"
+            ));
+        }
+    }
+    if drives.len() > MICROVM_BLOCK_SLOTS {
+        return bad(format!(
+            "{} block devices are too many: a microvm has {MICROVM_BLOCK_SLOTS}",
+            drives.len()
+        ));
+    }
+    if netdevs.len() > MICROVM_NET_SLOTS {
+        return bad(format!(
+            "{} network devices are too many: a microvm has {MICROVM_NET_SLOTS}",
+            netdevs.len()
+        ));
+    }
+    Ok(())
+}
+
+fn process(config: &VmConfig) -> Result<(), InvalidConfig> {
+    let process = &config.process;
+    if process.pidfile.is_some() && !process.daemonize {
+        return bad("-pidfile must be used with -daemonize together");
+    }
+    let stdio =
+        config.chardevs.iter().map(|c| &c.kind).chain(&config.serial).any(|k| *k == ChardevKind::Stdio);
+    if process.daemonize && stdio {
+        return bad("stdio and -daemonize can't be set together: use a socket, a pty or a file");
+    }
+    Ok(())
+}

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::epoll;
@@ -160,7 +160,7 @@ impl Ops<'_> {
     pub fn remove(&mut self, token: Token) {
         if let Some(source) = self.inner.sources.remove(&token.0) {
             // The descriptor's duplicate may outlive this one elsewhere, so epoll must be told.
-            let _ = epoll::delete(&self.inner.epoll, BorrowedFd::from(source.fd.as_fd()));
+            let _ = epoll::delete(&self.inner.epoll, source.fd.as_fd());
         }
     }
 

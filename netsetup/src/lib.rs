@@ -1,1 +1,31 @@
-//! placeholder
+//! Bridges and taps of the host, through rtnetlink and `/dev/net/tun`.
+//!
+//! The crate knows links and nothing of virtual machines: the daemon says which bridge and which taps should be there
+//! ("ensure") or should be gone ("remove"), and every call may be repeated: a second one changes nothing and says so.
+//!
+//! **Whose link is it.** Each link made here carries a tag in its alias (`ip link show` prints it): a tap the tag of its
+//! owner (`flotilla:UUID`), a bridge [`BRIDGE_TAG`]. What carries no tag, or another one, is never changed and never
+//! removed; a bridge of the administrator may be *used*. Routes, firewall and IP forwarding are never touched.
+//!
+//! Rooms, each importing only those below it:
+//!
+//! ```text
+//! net.rs     ensure, remove, list: the public calls
+//! wire.rs    one rtnetlink socket; a deadline for each request
+//! tap.rs     /dev/net/tun (RTM_NEWLINK refuses to make taps)
+//! link.rs    what the kernel says about a link, as plain data
+//! name.rs    which names, tags, MTUs and addresses are acceptable; names for taps
+//! error.rs   what can go wrong, and what to do about it
+//! ```
+
+mod error;
+mod link;
+mod name;
+mod net;
+mod tap;
+mod wire;
+
+pub use error::NetError;
+pub use link::{Link, LinkKind, Outcome};
+pub use name::{BRIDGE_TAG, TAG_PREFIX, check_name, tap_name};
+pub use net::{BridgeSpec, Net, TapSpec};

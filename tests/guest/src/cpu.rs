@@ -1,0 +1,141 @@
+//! The processor: ports, time stamp, CPUID, and the gates into ring 0.
+
+use core::arch::asm;
+use core::arch::x86_64::{__cpuid, CpuidResult};
+
+/// Time stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: ring 3 may read it: CR4.TSD is clear.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// One leaf of CPUID.
+pub fn cpuid(leaf: u32) -> CpuidResult {
+    __cpuid(leaf)
+}
+
+/// Reads one byte from a port.
+pub fn inb(port: u16) -> u8 {
+    let value;
+    // SAFETY: the TSS opens all ports; reading one does not touch our memory.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes one byte to a port.
+pub fn outb(port: u16, value: u8) {
+    // SAFETY: the TSS opens all ports; no device here does DMA on a port write.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Writes two bytes to a port.
+pub fn outw(port: u16, value: u16) {
+    // SAFETY: as in `outb`.
+    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Writes all of `bytes` to one port: a string instruction, which a VMM may take in one exit.
+pub fn outsb(port: u16, bytes: &[u8]) {
+    // SAFETY: reads `bytes` only.
+    unsafe {
+        asm!("rep outsb", in("dx") port, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _, options(readonly, nostack, preserves_flags));
+    }
+}
+
+/// Halts until an interrupt; interrupts are only ever delivered in here. Returns at once when one is pending.
+pub fn idle() {
+    // SAFETY: the gate restores everything but rax; memory may have changed by DMA meanwhile.
+    unsafe { asm!("int 0x80", out("rax") _) };
+}
+
+/// Writes a model-specific register.
+pub fn wrmsr(register: u32, value: u64) {
+    // SAFETY: callers write registers whose effect is on memory that they own.
+    unsafe { asm!("int 0x81", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32) };
+}
+
+/// Forgets cached translations.
+pub fn flush_tlb() {
+    // SAFETY: reloads CR3 with itself.
+    unsafe { asm!("int 0x82", out("rax") _) };
+}
+
+/// Stops for good, interrupts off. The VM stays there, at no cost.
+pub fn hold() -> ! {
+    // SAFETY: never returns.
+    unsafe { asm!("int 0x83", options(noreturn)) };
+}
+
+/// Triple fault.
+pub fn triple_fault() -> ! {
+    // SAFETY: never returns.
+    unsafe { asm!("int 0x84", options(noreturn)) };
+}
+
+/// For loops that wait on memory.
+pub fn pause() {
+    core::hint::spin_loop();
+}
+
+/// Reads a 32-bit device register.
+///
+/// # Safety
+/// `address` is mapped and reading it has no effect that the caller did not mean.
+pub unsafe fn read32(address: u64) -> u32 {
+    let value;
+    // SAFETY: the caller's. One plain `mov`, the form that every VMM's and KVM's emulator knows.
+    unsafe {
+        asm!("mov {0:e}, dword ptr [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Reads an 8-bit device register.
+///
+/// # Safety
+/// As [`read32`].
+pub unsafe fn read8(address: u64) -> u8 {
+    let value;
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov {0}, byte ptr [{1}]", out(reg_byte) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes a 32-bit device register.
+///
+/// # Safety
+/// `address` is mapped, and what the write makes the device do is sound.
+pub unsafe fn write32(address: u64, value: u32) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov dword ptr [{1}], {0:e}", in(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+}
+
+/// The processor's brand string, trimmed; empty if it has none.
+pub fn brand(buffer: &mut [u8; 48]) -> &str {
+    if cpuid(0x8000_0000).eax < 0x8000_0004 {
+        return "";
+    }
+    for i in 0..3 {
+        let leaf = cpuid(0x8000_0002 + i as u32);
+        for (j, register) in [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx].into_iter().enumerate() {
+            buffer[i * 16 + j * 4..][..4].copy_from_slice(&register.to_le_bytes());
+        }
+    }
+    let end = buffer.iter().position(|b| *b == 0).unwrap_or(buffer.len());
+    core::str::from_utf8(&buffer[..end]).unwrap_or("").trim()
+}
+
+/// Writes an 8-bit device register.
+///
+/// # Safety
+/// As [`write32`].
+pub unsafe fn write8(address: u64, value: u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov byte ptr [{1}], {0}", in(reg_byte) value, in(reg) address, options(nostack, preserves_flags))
+    };
+}

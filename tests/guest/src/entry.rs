@@ -1,0 +1,215 @@
+//! From the VMM's hands into ring 3: the entry points, the gates back into ring 0, and the tables that the processor reads.
+//!
+//! Nearly everything runs in ring 3, because some hosts emulate guest ring 0 one instruction at a time. The states:
+//!
+//! ```text
+//! entry64 (Linux boot protocol, 64-bit) --+
+//!                                         +--> ring 0, IF=0: page tables, GDT, TSS --iretq--> ring 3, IF=0: `guest_main`
+//! entry32 (PVH) -- long mode -------------+                                                    |  ^
+//!                                     IDLE gate: sti; hlt -- interrupt: EOI ---------------iretq--+
+//!                                     exception: saves the facts ----------iretq to `report_fault`
+//! ```
+//!
+//! Interrupts can only arrive inside the IDLE gate, which is why the interrupt handler may drop its frame and return for it.
+
+use core::arch::global_asm;
+
+/// Bytes of stack in each ring.
+const STACK: usize = 32 * 1024;
+/// Task state segment (Intel SDM vol. 3, 8.7) and its I/O permission bitmap: 65536 zero bits, all ports open to ring 3, which IOPL
+/// alone would not do on hosts that ignore it.
+const TSS_SIZE: usize = 104 + 8192 + 8;
+
+global_asm!(
+    r#"
+.macro FIRST_BYTE
+    mov edx, 0x3f8
+    mov al, 10
+    out dx, al
+.endm
+/* The first 2 MiB (what the VMM wrote for us) and the image's own; paging.rs maps the rest. Present, writable, user; bit 7: 2 MiB page. */
+.macro BUILD_TABLES
+    mov dword ptr [boot_pml4], offset boot_pdpt + 7
+    mov dword ptr [boot_pdpt], offset boot_pd + 7
+    mov dword ptr [boot_pd], 0x87
+    mov dword ptr [boot_pd + 8 * 8], 0x1000087
+    mov eax, offset boot_pml4
+    mov cr3, rax
+.endm
+
+.section .entry, "ax"
+.code64
+.globl entry64
+entry64:
+    FIRST_BYTE
+    /* "hold..." as the command line: stop here, so that a benchmark sees the cost of getting here and nothing else. */
+    mov ecx, [rsi + 0x228]
+    cmp dword ptr [rcx], 0x646c6f68
+    je hold
+    mov [boot_argument], esi
+    BUILD_TABLES
+    /* PAE, OSFXSR, OSXMMEXCPT; PG, NE, ET, MP, PE */
+    mov eax, 0x620
+    mov cr4, rax
+    mov eax, 0x80000033
+    mov cr0, rax
+to_ring3:
+    mov esp, offset ring0_stack + {STACK}
+    mov eax, offset tss
+    mov [gdt_tss + 2], ax
+    mov dword ptr [tss + 4], esp
+    mov dword ptr [tss + 100], 104 << 16
+    shr eax, 16
+    mov [gdt_tss + 4], al
+    mov [gdt_tss + 7], ah
+    lgdt [gdt_pointer]
+    lidt [idt_pointer]
+    mov eax, 0x28
+    ltr ax
+    push 0x23
+    push offset ring3_stack + {STACK} - 8
+    push 2
+    push 0x1b
+    push offset guest_main
+    mov edi, [boot_argument]
+    mov esi, [boot_by_pvh]
+    iretq
+hold:
+    cli
+    hlt
+    jmp hold
+
+.code32
+entry32:
+    FIRST_BYTE
+    mov ecx, [ebx + 24]
+    cmp dword ptr [ecx], 0x646c6f68
+    je hold32
+    mov [boot_argument], ebx
+    mov dword ptr [boot_by_pvh], 1
+    mov dword ptr [boot_pml4], offset boot_pdpt + 7
+    mov dword ptr [boot_pdpt], offset boot_pd + 7
+    mov dword ptr [boot_pd], 0x87
+    mov dword ptr [boot_pd + 8 * 8], 0x1000087
+    mov eax, offset boot_pml4
+    mov cr3, eax
+    mov eax, 0x620
+    mov cr4, eax
+    mov ecx, 0xc0000080
+    mov eax, 0x100
+    xor edx, edx
+    wrmsr
+    mov eax, 0x80000033
+    mov cr0, eax
+    lgdt [gdt_pointer]
+    /* Far jump into the 64-bit code segment, spelt out: assemblers differ on its Intel syntax. */
+    .byte 0xea
+    .long to_ring3
+    .word 0x08
+hold32:
+    cli
+    hlt
+    jmp hold32
+.code64
+
+/* Gates for ring 3; they may use rax, rcx and rdx. */
+.globl gate_idle, gate_wrmsr, gate_hold, gate_fault, gate_flush, interrupt, spurious
+gate_idle:
+    sti
+    hlt
+    ud2
+gate_wrmsr:
+    wrmsr
+    iretq
+gate_flush:
+    mov rax, cr3
+    mov cr3, rax
+    iretq
+gate_hold:
+    cli
+    hlt
+    jmp gate_hold
+gate_fault:
+    lidt [empty_pointer]
+    int3
+interrupt:
+    mov eax, 0xfee000b0
+    mov dword ptr [rax], 0
+spurious:
+    /* The frame of the gate, not 40 bytes up: the processor aligned the stack before it pushed ours. */
+    mov esp, offset ring0_stack + {STACK} - 40
+    iretq
+
+/* Exceptions. Vectors 8, 10-14, 17, 21, 29 and 30 push an error code (Intel SDM vol. 3, 6.15); the others get a zero. 16 bytes each. */
+.globl exceptions
+.balign 16
+exceptions:
+.set vector, 0
+.rept 32
+    .balign 16
+    .if ((0x60227d00 >> vector) & 1) == 0
+    push 0
+    .endif
+    push vector
+    jmp exception
+    .set vector, vector + 1
+.endr
+exception:
+    pop qword ptr [fault_facts]
+    pop qword ptr [fault_facts + 8]
+    pop qword ptr [fault_facts + 16]
+    mov rax, cr2
+    mov [fault_facts + 24], rax
+    mov esp, offset ring0_stack + {STACK}
+    push 0x23
+    push offset ring3_stack + {STACK} - 8
+    push 2
+    push 0x1b
+    push offset report_fault
+    iretq
+
+.section .data
+.balign 8
+gdt:
+    .quad 0
+    .quad 0x00af9b000000ffff
+    .quad 0x00cf93000000ffff
+    .quad 0x00affb000000ffff
+    .quad 0x00cff3000000ffff
+gdt_tss:
+    .quad 0x0000890000000000 + {TSS_SIZE} - 1
+    .quad 0
+gdt_pointer:
+    .word 7 * 8 - 1
+    .quad gdt
+idt_pointer:
+    .word 256 * 16 - 1
+    .quad idt
+empty_pointer:
+    .word 0
+    .quad 0
+
+.section .note.Xen, "a", @note
+    .long 4, 8, 18
+    .asciz "Xen"
+    .quad entry32
+
+.section .bss
+.balign 4096
+boot_pml4: .skip 4096
+boot_pdpt: .skip 4096
+boot_pd: .skip 4096
+.globl idt, boot_pdpt, fault_facts
+idt: .skip 256 * 16
+ring0_stack: .skip {STACK}
+ring3_stack: .skip {STACK}
+tss: .skip {TSS_SIZE}
+.balign 8
+boot_argument: .skip 8
+boot_by_pvh: .skip 8
+fault_facts: .skip 32
+.section .text
+"#,
+    STACK = const STACK,
+    TSS_SIZE = const TSS_SIZE,
+);

@@ -1,0 +1,495 @@
+//! The command line of `flotilla`: verbs, options and their help. Owns no behaviour; every other file of the command may use its types.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dbus_api::spec::{Disk, Nic, Size};
+
+const AFTER_HELP: &str = "\
+Exit status:
+  0  done
+  1  it failed; the message says why
+  2  wrong usage of the command line
+  3  no such VM
+  4  flotillad cannot be reached
+  5  the definition is not valid
+  6  the VM's state does not allow it, or another verb is under way
+  7  not allowed
+  8  it took too long
+
+Examples:
+  flotilla run                         boot the small guest that comes with Flotilla
+  flotilla define web.toml             store a VM named \"web\"
+  flotilla start web && flotilla console web
+  flotilla list";
+
+/// Runs virtual machines as services of this host.
+///
+/// Talks to flotillad over D-Bus. A VM is a short JSON or TOML file; a kernel alone is enough.
+#[derive(Debug, Parser)]
+#[command(name = "flotilla", version, after_help = AFTER_HELP, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Bus that flotillad is on: "system", "session" or a D-Bus address.
+    #[arg(long, global = true, env = "FLOTILLA_BUS", default_value = "system", value_name = "BUS")]
+    pub(crate) bus: Bus,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// Which bus to talk on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Bus {
+    /// The host's.
+    System,
+    /// The user's.
+    Session,
+    /// At an address.
+    Address(String),
+}
+
+impl std::str::FromStr for Bus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "system" => Ok(Self::System),
+            "session" => Ok(Self::Session),
+            address if address.contains(':') => Ok(Self::Address(address.to_owned())),
+            _ => Err("write \"system\", \"session\" or an address such as unix:path=/run/bus".to_owned()),
+        }
+    }
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Define a VM, start it and show its console
+    ///
+    /// Without options it boots the small guest that comes with Flotilla, under a name made up for it. Ctrl-] leaves the console; the
+    /// VM runs on. When the standard input is not a terminal, it is typed into the console line by line as it comes, and the command
+    /// ends when the input has ended and the guest has been quiet for a while.
+    #[command(after_help = "\
+Examples:
+  flotilla run
+  echo help | flotilla run --rm
+  flotilla run web --kernel /boot/vmlinuz --initrd /boot/initrd.img --disk web.img --bridge br0 --memory 1G
+  flotilla run web --kernel vmlinux --append \"console=ttyS0\" --detach")]
+    Run(RunArgs),
+    /// Store a VM's definition
+    ///
+    /// Reads it from a JSON or TOML file (\"-\" is the standard input), or makes it from options. Relative paths in a file count from the
+    /// file's folder. The VM's name is the file's, without its ending, unless --name says otherwise.
+    #[command(after_help = "\
+Keys of a definition (only \"kernel\" is required):
+  kernel       image: bzImage, ELF vmlinux or raw (PE) kernel
+  initrd       initial RAM disk
+  append       kernel command line
+  memory       guest RAM: \"512M\", \"2G\", or a number of MiB   [default: 256M]
+  cpus         vCPUs, 1 to 254                                [default: 1]
+  disks        list of { path, readonly, direct, serial }; the first is /dev/vda
+  nics         list of { bridge, mac }; the first is eth0
+  machine      \"microvm\"
+  uuid, description, labels
+
+A definition, web.toml:
+  kernel = \"/boot/vmlinuz\"
+  initrd = \"/boot/initrd.img\"
+  memory = \"1G\"
+  disks = [{ path = \"web.img\" }]
+  nics = [{ bridge = \"br0\" }]
+
+Examples:
+  flotilla define web.toml
+  flotilla define web.toml --name web2
+  jq '.memory=\"2G\"' web.json | flotilla define - --name web --replace
+  flotilla define web --kernel /boot/vmlinuz --disk web.img --bridge br0")]
+    Define(DefineArgs),
+    /// Start VMs
+    #[command(after_help = "\
+Examples:
+  flotilla start web db
+  flotilla start web --paused")]
+    Start(StartArgs),
+    /// Stop VMs
+    ///
+    /// Asks the guest to shut down and powers the VM off when that takes longer than --timeout.
+    #[command(after_help = "\
+Examples:
+  flotilla stop web
+  flotilla stop web --timeout 2m
+  flotilla stop web db --now")]
+    Stop(StopArgs),
+    /// Pause VMs: their vCPUs stand still, their memory stays
+    #[command(after_help = "Example:\n  flotilla pause web")]
+    Pause(NamesArgs),
+    /// Let paused VMs go on
+    #[command(after_help = "Example:\n  flotilla resume web")]
+    Resume(NamesArgs),
+    /// List the VMs
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
+Examples:
+  flotilla list
+  flotilla list --json | jq -r '.[] | select(.state==\"running\").name'"
+    )]
+    List(ListArgs),
+    /// Show all about a VM
+    #[command(after_help = "\
+Examples:
+  flotilla show web
+  flotilla show web --json | jq .spec")]
+    Show(ShowArgs),
+    /// Use a VM's serial console
+    ///
+    /// Ctrl-] leaves it. The newest output from before is shown first.
+    #[command(after_help = "\
+Examples:
+  flotilla console web
+  echo uptime | flotilla console web")]
+    Console(ConsoleArgs),
+    /// Remove VMs' definitions; their disks stay
+    #[command(
+        visible_alias = "remove",
+        after_help = "\
+Examples:
+  flotilla rm web
+  flotilla rm web db --force"
+    )]
+    Rm(RmArgs),
+    /// Show what a VM's process has logged
+    ///
+    /// That is flotilla-vmm's own log, from the journal. What the guest prints is on its console.
+    #[command(after_help = "\
+Examples:
+  flotilla logs web
+  flotilla logs web -f -n 20")]
+    Logs(LogsArgs),
+    /// Send one QMP command to a VM
+    #[command(after_help = "\
+Examples:
+  flotilla qmp web query-status
+  flotilla qmp web '{\"execute\":\"query-cpus\"}'")]
+    Qmp(QmpArgs),
+    /// Write man pages or shell completions into a folder
+    #[command(hide = true)]
+    Generate(GenerateArgs),
+}
+
+/// What a VM is, as options.
+#[derive(Debug, Default, Args)]
+pub(crate) struct SpecArgs {
+    /// Kernel image
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) append: Option<String>,
+    /// A disk: its path, then any of ",readonly", ",direct", ",serial=TEXT"; may be given again
+    #[arg(long = "disk", value_name = "PATH[,...]", value_parser = parse_disk)]
+    pub(crate) disks: Vec<Disk>,
+    /// A network card on this bridge, then perhaps ",mac=ADDRESS"; may be given again
+    #[arg(long = "bridge", value_name = "BRIDGE[,...]", value_parser = parse_nic)]
+    pub(crate) nics: Vec<Nic>,
+    /// Guest RAM, such as 512M or 2G [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Size>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u8>,
+}
+
+impl SpecArgs {
+    /// The first option given besides `--kernel`, to name it in a message.
+    pub(crate) fn first_extra(&self) -> Option<&'static str> {
+        [
+            (self.initrd.is_some(), "--initrd"),
+            (self.append.is_some(), "--append"),
+            (!self.disks.is_empty(), "--disk"),
+            (!self.nics.is_empty(), "--bridge"),
+            (self.memory.is_some(), "--memory"),
+            (self.cpus.is_some(), "--cpus"),
+        ]
+        .into_iter()
+        .find_map(|(given, option)| given.then_some(option))
+    }
+}
+
+/// `flotilla run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Name of the new VM; made up when absent
+    pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) spec: SpecArgs,
+    /// Do not show the console
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Power the VM off and remove its definition at the end
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) rm: bool,
+    #[command(flatten)]
+    pub(crate) linger: LingerArgs,
+}
+
+/// `flotilla define`.
+#[derive(Debug, Args)]
+pub(crate) struct DefineArgs {
+    /// Definition file, or "-"; with --kernel the VM's name
+    #[arg(value_name = "FILE|NAME")]
+    pub(crate) source: String,
+    /// Name of the VM when it is not the file's
+    #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
+    pub(crate) name: Option<String>,
+    /// Replace the definition of a VM that exists; a running VM keeps the old one until it is started again
+    #[arg(long)]
+    pub(crate) replace: bool,
+    #[command(flatten)]
+    pub(crate) spec: SpecArgs,
+}
+
+/// `flotilla start`.
+#[derive(Debug, Args)]
+pub(crate) struct StartArgs {
+    /// VMs
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Leave the vCPUs standing; `flotilla resume` lets them go
+    #[arg(long)]
+    pub(crate) paused: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// `flotilla stop`.
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// VMs
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Power off at once, without asking the guest
+    #[arg(long, conflicts_with = "timeout")]
+    pub(crate) now: bool,
+    /// How long the guest may take, such as 30s or 2m
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// Whether a verb waits for its end.
+#[derive(Debug, Args)]
+pub(crate) struct WaitArgs {
+    /// Wait until it is done (the default)
+    #[arg(long, overrides_with = "no_wait")]
+    wait: bool,
+    /// Return as soon as the daemon has taken it on
+    #[arg(long, overrides_with = "wait")]
+    pub(crate) no_wait: bool,
+}
+
+/// Verbs that take names only.
+#[derive(Debug, Args)]
+pub(crate) struct NamesArgs {
+    /// VMs
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// `flotilla list`.
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `flotilla show`.
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    /// VM
+    pub(crate) name: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How long to listen after the end of an input that is no terminal.
+#[derive(Debug, Args)]
+pub(crate) struct LingerArgs {
+    /// When the input is no terminal and has ended: leave once the guest has been quiet for so long
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = parse_duration)]
+    pub(crate) linger: Duration,
+}
+
+/// `flotilla console`.
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// VM
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) linger: LingerArgs,
+}
+
+/// `flotilla rm`.
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// VMs
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Power a running VM off first
+    #[arg(long, short)]
+    pub(crate) force: bool,
+}
+
+/// `flotilla logs`.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// VM
+    pub(crate) name: String,
+    /// Go on with new lines as they come
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Only the newest N lines
+    #[arg(long, short = 'n', value_name = "N")]
+    pub(crate) lines: Option<u32>,
+}
+
+/// `flotilla qmp`.
+#[derive(Debug, Args)]
+pub(crate) struct QmpArgs {
+    /// VM
+    pub(crate) name: String,
+    /// Command as JSON, or just its name
+    pub(crate) command: String,
+}
+
+/// `flotilla generate`.
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// What to write
+    pub(crate) what: Generated,
+    /// Folder, which must exist
+    pub(crate) folder: PathBuf,
+}
+
+/// Files made from the command line's description.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Generated {
+    /// Man pages, section 1.
+    Man,
+    /// bash, zsh and fish completions.
+    Completions,
+}
+
+/// `PATH[,readonly][,direct][,serial=TEXT]`. A comma in the path itself needs a definition file.
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let mut parts = text.split(',');
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or("the path is missing")?;
+    let mut disk = Disk { path: path.into(), readonly: false, direct: false, serial: None };
+    for part in parts {
+        match part.split_once('=').unwrap_or((part, "")) {
+            ("readonly", "") => disk.readonly = true,
+            ("direct", "") => disk.direct = true,
+            ("serial", serial) if !serial.is_empty() => disk.serial = Some(serial.to_owned()),
+            _ => return Err(format!("\"{part}\" is none of readonly, direct, serial=TEXT")),
+        }
+    }
+    Ok(disk)
+}
+
+/// `BRIDGE[,mac=ADDRESS]`.
+fn parse_nic(text: &str) -> Result<Nic, String> {
+    let (bridge, rest) = match text.split_once(',') {
+        Some((bridge, rest)) => (bridge, Some(rest)),
+        None => (text, None),
+    };
+    if bridge.is_empty() {
+        return Err("the bridge's name is missing".to_owned());
+    }
+    let mac = match rest.map(|rest| (rest, rest.split_once('='))) {
+        None => None,
+        Some((_, Some(("mac", mac)))) if !mac.is_empty() => Some(mac.to_owned()),
+        Some((rest, _)) => return Err(format!("\"{rest}\" is not mac=ADDRESS")),
+    };
+    Ok(Nic { bridge: bridge.to_owned(), mac })
+}
+
+/// `30`, `30s`, `500ms`, `2m`, `1h`; at most a day, so that sums with it cannot overflow.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| "write 30s, 500ms or 2m".to_owned())?;
+    let unit = match &text[digits.len()..] {
+        "ms" => Duration::from_millis(1),
+        "" | "s" => Duration::from_secs(1),
+        "m" | "min" => Duration::from_secs(60),
+        "h" => Duration::from_secs(3600),
+        unit => return Err(format!("unknown unit \"{unit}\": write 30s, 500ms or 2m")),
+    };
+    u32::try_from(number)
+        .ok()
+        .and_then(|number| unit.checked_mul(number))
+        .filter(|duration| *duration <= DAY)
+        .ok_or_else(|| "at most one day".to_owned())
+}
+
+impl Cli {
+    /// The whole command, for generators. Without the help verb, which would give each man page a twin.
+    pub(crate) fn description() -> clap::Command {
+        <Self as clap::CommandFactory>::command().disable_help_subcommand(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn disks() {
+        let disk = parse_disk("a b.img,readonly,serial=x").unwrap();
+        assert_eq!((disk.path.to_str(), disk.readonly, disk.direct), (Some("a b.img"), true, false));
+        assert_eq!(disk.serial.as_deref(), Some("x"));
+        for text in ["", ",readonly", "a,ro", "a,readonly=1", "a,serial", "a,serial=", "a,,direct"] {
+            assert!(parse_disk(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cards() {
+        assert_eq!(parse_nic("br0").unwrap(), Nic { bridge: "br0".into(), mac: None });
+        assert_eq!(parse_nic("br0,mac=52:54:00:1:2:3").unwrap().mac.as_deref(), Some("52:54:00:1:2:3"));
+        for text in ["", ",mac=x", "br0,", "br0,mac", "br0,mac=", "br0,model=e1000"] {
+            assert!(parse_nic(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, ms) in
+            [("30", 30_000), ("30s", 30_000), ("500ms", 500), ("2m", 120_000), ("1h", 3_600_000)]
+        {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)));
+        }
+        for text in ["", "s", "-1s", "1.5s", "1d", "25h", "99999999999999999999s", "4294967296h"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn buses() {
+        assert_eq!("system".parse(), Ok(Bus::System));
+        assert_eq!("unix:path=/x".parse(), Ok(Bus::Address("unix:path=/x".into())));
+        assert!("sesion".parse::<Bus>().is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! Waiting for jobs: listens to `JobRemoved` from before the verb is called, shows the phase on a terminal, gives up at a deadline.
+//!
+//! One `Jobs` watches any number of jobs. Used by every verb that drives VMs.
+
+use std::collections::HashMap;
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use dbus_api::proxy::JobProxy;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use zbus::OwnedObjectPath;
+
+use crate::client::Client;
+use crate::failure::{self, Exit, Failure};
+
+/// Shows phases for at most so many jobs at once: a line that flickers through hundreds of names helps nobody.
+const SHOWN: usize = 16;
+
+enum News {
+    Ended { job: OwnedObjectPath, result: String, name: String, text: String },
+    Phase { vm: String, phase: String },
+    DaemonGone,
+}
+
+/// Watches jobs. Make it before calling the verb: a job may end before the call returns.
+pub(crate) struct Jobs {
+    news: mpsc::UnboundedReceiver<News>,
+    sender: mpsc::UnboundedSender<News>,
+    tasks: Vec<JoinHandle<()>>,
+    line: StatusLine,
+}
+
+impl Jobs {
+    /// Subscribes.
+    pub(crate) async fn watch(client: &Client) -> Result<Self, Failure> {
+        let (sender, news) = mpsc::unbounded_channel();
+        let mut removed =
+            client.manager.receive_job_removed().await.map_err(|error| client.bus_failed(error))?;
+        let mut owner =
+            client.manager.inner().receive_owner_changed().await.map_err(|error| client.bus_failed(error))?;
+        // Tasks of their own drain the streams at once: a full stream would hold up the replies behind it on the same connection.
+        let to = sender.clone();
+        let ended = tokio::spawn(async move {
+            while let Some(signal) = removed.next().await {
+                if let Ok(args) = signal.args() {
+                    let news = News::Ended {
+                        job: args.path().clone(),
+                        result: args.result().clone(),
+                        name: args.error_name().clone(),
+                        text: args.error_message().clone(),
+                    };
+                    if to.send(news).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        let to = sender.clone();
+        let gone = tokio::spawn(async move {
+            // A new owner is first seen when activation starts the daemon; only a loss ends jobs.
+            while let Some(owner) = owner.next().await {
+                if owner.is_none() && to.send(News::DaemonGone).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { news, sender, tasks: vec![ended, gone], line: StatusLine::new() })
+    }
+
+    /// Waits until all jobs have ended; gives each VM's outcome, in the order of the jobs.
+    pub(crate) async fn wait(
+        &mut self,
+        client: &Client,
+        jobs: Vec<(String, OwnedObjectPath)>,
+        limit: Duration,
+    ) -> Vec<(String, Result<(), Failure>)> {
+        let deadline = Instant::now() + limit;
+        if self.line.shown && jobs.len() <= SHOWN {
+            for (vm, job) in &jobs {
+                self.follow_phase(client, vm.clone(), job.clone());
+            }
+        }
+        let mut outcomes: HashMap<OwnedObjectPath, Result<(), Failure>> = HashMap::new();
+        while jobs.iter().any(|(_, job)| !outcomes.contains_key(job)) {
+            let trouble = match tokio::time::timeout_at(deadline, self.news.recv()).await {
+                Ok(Some(News::Ended { job, result, name, text })) => {
+                    let outcome = match result.as_str() {
+                        "done" => Ok(()),
+                        result => Err(failure::of_job(result, &name, &text)),
+                    };
+                    outcomes.insert(job, outcome);
+                    continue;
+                }
+                Ok(Some(News::Phase { vm, phase })) => {
+                    self.line.show(&format!("{vm}: {phase}"));
+                    continue;
+                }
+                Ok(Some(News::DaemonGone) | None) => Failure::new(
+                    Exit::Unreachable,
+                    "flotillad went away meanwhile; see `flotilla list` when it is back",
+                ),
+                Err(_) => Failure::new(
+                    Exit::TimedOut,
+                    format!(
+                        "not done after {} s; the daemon goes on with it: see `flotilla list`",
+                        limit.as_secs()
+                    ),
+                ),
+            };
+            for (_, job) in &jobs {
+                outcomes.entry(job.clone()).or_insert_with(|| Err(trouble.clone()));
+            }
+        }
+        self.line.clear();
+        jobs.into_iter()
+            .map(|(vm, job)| {
+                let outcome = outcomes.remove(&job).unwrap_or(Ok(()));
+                let outcome = outcome.map_err(|failure| failure.about(&vm));
+                (vm, outcome)
+            })
+            .collect()
+    }
+
+    fn follow_phase(&mut self, client: &Client, vm: String, job: OwnedObjectPath) {
+        let connection = client.connection.clone();
+        let to = self.sender.clone();
+        self.tasks.push(tokio::spawn(async move {
+            // The job may be over already: then there is nothing to show.
+            let Ok(job) = JobProxy::new(&connection, job).await else { return };
+            let mut phases = job.receive_phase_changed().await;
+            while let Some(change) = phases.next().await {
+                if let Ok(phase) = change.get().await
+                    && !phase.is_empty()
+                    && to.send(News::Phase { vm: vm.clone(), phase }).is_err()
+                {
+                    return;
+                }
+            }
+        }));
+    }
+}
+
+impl Drop for Jobs {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+        self.line.clear();
+    }
+}
+
+/// One line on the terminal that is written over.
+struct StatusLine {
+    shown: bool,
+    dirty: bool,
+}
+
+impl StatusLine {
+    fn new() -> Self {
+        Self { shown: std::io::stderr().is_terminal(), dirty: false }
+    }
+
+    fn show(&mut self, text: &str) {
+        if self.shown {
+            // Nothing can be done about a standard error that is closed.
+            let _ = write!(std::io::stderr(), "\r\x1b[K{}…", crate::output::plain(text));
+            self.dirty = true;
+        }
+    }
+
+    fn clear(&mut self) {
+        if std::mem::take(&mut self.dirty) {
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! `flotilla logs`: hands over to `journalctl` for VMs that are systemd units, and to `tail` for VMs of the process launcher.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use crate::args::LogsArgs;
+use crate::client::Client;
+use crate::failure::{Exit, Failure};
+
+/// Shows the log; on success this process becomes the other program.
+pub(crate) async fn logs(client: &Client, args: LogsArgs) -> Result<(), Failure> {
+    let vm = client.vm(&args.name).await?;
+    let file = vm.log_file().await.map_err(|error| client.bus_failed(error).about(&args.name))?;
+    let unit = vm.unit().await.map_err(|error| client.bus_failed(error).about(&args.name))?;
+    let mut command = if file.is_empty() { journalctl(&unit, &args) } else { tail(&file, &args)? };
+    let error = command.exec();
+    let program = command.get_program().to_string_lossy().into_owned();
+    Err(Failure::new(Exit::Failed, format!("{program}: {error}")))
+}
+
+fn journalctl(unit: &str, args: &LogsArgs) -> Command {
+    let fallback = format!("flotilla-vm@{}.service", args.name);
+    let mut command = Command::new("journalctl");
+    command.arg("--unit").arg(if unit.is_empty() { &fallback } else { unit });
+    if let Some(lines) = args.lines {
+        command.arg("--lines").arg(lines.to_string());
+    }
+    if args.follow {
+        command.arg("--follow");
+    }
+    command
+}
+
+fn tail(file: &str, args: &LogsArgs) -> Result<Command, Failure> {
+    if !std::path::Path::new(file).exists() {
+        return Err(Failure::new(Exit::Failed, format!("{}: nothing logged yet ({file})", args.name)));
+    }
+    let mut command = Command::new("tail");
+    match args.lines {
+        Some(lines) => command.arg(format!("--lines={lines}")),
+        None => command.arg("--lines=+1"),
+    };
+    if args.follow {
+        // By name: a new start may begin a new file.
+        command.arg("-F");
+    }
+    command.arg("--").arg(file);
+    Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn journalctl_gets_the_unit_and_the_wishes() {
+        let args = LogsArgs { name: "web".into(), follow: true, lines: Some(5) };
+        let command = journalctl("", &args);
+        let words: Vec<_> = command.get_args().map(|word| word.to_str().unwrap()).collect();
+        assert_eq!(words, ["--unit", "flotilla-vm@web.service", "--lines", "5", "--follow"]);
+    }
+
+    #[test]
+    fn tail_shows_the_whole_file_unless_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let command = tail(path, &LogsArgs { name: "web".into(), follow: false, lines: None }).unwrap();
+        let words: Vec<_> = command.get_args().map(|word| word.to_str().unwrap()).collect();
+        assert_eq!(words, ["--lines=+1", "--", path]);
+        assert!(
+            tail("/nonexistent/log", &LogsArgs { name: "web".into(), follow: false, lines: None }).is_err()
+        );
+    }
+}

@@ -42,34 +42,51 @@ pub fn outsb(port: u16, bytes: &[u8]) {
     }
 }
 
-/// Halts until an interrupt; interrupts are only ever delivered in here. Returns at once when one is pending.
-pub fn idle() {
-    // SAFETY: the gate restores everything but rax; memory may have changed by DMA meanwhile.
-    unsafe { asm!("int 0x80", out("rax") _) };
+/// The gates into ring 0, in the order of their table in `entry`.
+#[derive(Clone, Copy)]
+enum Gate {
+    Idle,
+    Wrmsr,
+    Flush,
+    Hold,
+    Fault,
 }
 
-/// Writes a model-specific register.
+fn enter(gate: Gate, a: u32, b: u32, c: u32) {
+    // SAFETY: the gate changes no register but these; memory may have changed by DMA meanwhile.
+    unsafe {
+        asm!("call enter_gate", inout("rax") gate as u64 => _, out("rcx") _, out("rdx") _, in("r8") u64::from(a),
+            in("r9") u64::from(b), in("r10") u64::from(c));
+    }
+}
+
+/// Halts until an interrupt; interrupts are only ever delivered in here. Returns at once when one is pending.
+pub fn idle() {
+    enter(Gate::Idle, 0, 0, 0);
+}
+
+/// Writes a model-specific register. Callers write those whose effect is on memory that they own.
 pub fn wrmsr(register: u32, value: u64) {
-    // SAFETY: callers write registers whose effect is on memory that they own.
-    unsafe { asm!("int 0x81", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32) };
+    enter(Gate::Wrmsr, register, value as u32, (value >> 32) as u32);
 }
 
 /// Forgets cached translations.
 pub fn flush_tlb() {
-    // SAFETY: reloads CR3 with itself.
-    unsafe { asm!("int 0x82", out("rax") _) };
+    enter(Gate::Flush, 0, 0, 0);
 }
 
 /// Stops for good, interrupts off. The VM stays there, at no cost.
 pub fn hold() -> ! {
-    // SAFETY: never returns.
-    unsafe { asm!("int 0x83", options(noreturn)) };
+    loop {
+        enter(Gate::Hold, 0, 0, 0);
+    }
 }
 
 /// Triple fault.
 pub fn triple_fault() -> ! {
-    // SAFETY: never returns.
-    unsafe { asm!("int 0x84", options(noreturn)) };
+    loop {
+        enter(Gate::Fault, 0, 0, 0);
+    }
 }
 
 /// For loops that wait on memory.

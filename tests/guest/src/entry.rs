@@ -74,10 +74,6 @@ to_ring3:
     mov edi, [boot_argument]
     mov esi, [boot_by_pvh]
     iretq
-hold:
-    cli
-    hlt
-    jmp hold
 
 .code32
 entry32:
@@ -112,26 +108,42 @@ hold32:
     jmp hold32
 .code64
 
-/* Gates for ring 3; they may use rax, rcx and rdx. */
-.globl gate_idle, gate_wrmsr, gate_hold, gate_fault, gate_flush, interrupt, spurious
+/* Ring 3 calls `enter_gate`, with the gate's number in rax; it takes rax, rcx and rdx. An undefined instruction at one known place,
+   because hosts that emulate ring 0 do not know `int`, and do not leave ring 3 on `syscall`. */
+.globl enter_gate, gate
+enter_gate:
+    ud2
+after_gate:
+    ret
+gate:
+    cmp dword ptr [rsp], offset enter_gate
+    jne exceptions + 6 * 16
+    mov dword ptr [rsp], offset after_gate
+    jmp [gates + rax * 8]
 gate_idle:
     sti
     hlt
-    ud2
+    cli
+    iretq
 gate_wrmsr:
+    mov ecx, r8d
+    mov eax, r9d
+    mov edx, r10d
     wrmsr
     iretq
 gate_flush:
     mov rax, cr3
     mov cr3, rax
     iretq
-gate_hold:
+hold:
     cli
     hlt
-    jmp gate_hold
+    jmp hold
 gate_fault:
     lidt [empty_pointer]
-    int3
+    ud2
+
+.globl interrupt, spurious
 interrupt:
     mov eax, 0xfee000b0
     mov dword ptr [rax], 0
@@ -170,6 +182,8 @@ exception:
 
 .section .data
 .balign 8
+gates:
+    .quad gate_idle, gate_wrmsr, gate_flush, hold, gate_fault
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff

@@ -19,17 +19,13 @@ unsafe extern "C" {
     static exceptions: [u8; 0];
     static interrupt: [u8; 0];
     static spurious: [u8; 0];
-    static gate_idle: [u8; 0];
-    static gate_wrmsr: [u8; 0];
-    static gate_flush: [u8; 0];
-    static gate_hold: [u8; 0];
-    static gate_fault: [u8; 0];
+    #[link_name = "gate"]
+    static gate_entry: [u8; 0];
 }
 
 /// An interrupt gate (Intel SDM vol. 3, 6.14.1) to our ring-0 code segment.
-fn gate(handler: u64, ring: u64) -> [u64; 2] {
-    let low =
-        (handler & 0xffff) | (0x08 << 16) | (0x8e00 | ring << 13) << 32 | (handler >> 16 & 0xffff) << 48;
+fn gate(handler: u64) -> [u64; 2] {
+    let low = (handler & 0xffff) | (0x08 << 16) | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
     [low, handler >> 32]
 }
 
@@ -52,14 +48,10 @@ pub fn init_vectors() {
     let table = unsafe { &mut *addr_of_mut!(idt) };
     let (first, any) = (addr_of_label(&raw const exceptions), addr_of_label(&raw const interrupt));
     for (vector, slot) in table.iter_mut().enumerate() {
-        *slot = if vector < 32 { gate(first + 16 * vector as u64, 0) } else { gate(any, 0) };
+        *slot = if vector < 32 { gate(first + 16 * vector as u64) } else { gate(any) };
     }
-    table[SPURIOUS as usize] = gate(addr_of_label(&raw const spurious), 0);
-    table[0x80] = gate(addr_of_label(&raw const gate_idle), 3);
-    table[0x81] = gate(addr_of_label(&raw const gate_wrmsr), 3);
-    table[0x82] = gate(addr_of_label(&raw const gate_flush), 3);
-    table[0x83] = gate(addr_of_label(&raw const gate_hold), 3);
-    table[0x84] = gate(addr_of_label(&raw const gate_fault), 3);
+    table[6] = gate(addr_of_label(&raw const gate_entry));
+    table[SPURIOUS as usize] = gate(addr_of_label(&raw const spurious));
 }
 
 /// Opens the local APIC, which `paging` must have mapped. The 8259s are masked: their lines reach us through the IOAPIC.

@@ -3,8 +3,9 @@
 use core::arch::{asm, naked_asm};
 use core::panic::PanicInfo;
 use core::ptr::addr_of;
+use core::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{console, power};
+use crate::{console, cpu, power};
 
 /// Copies forward.
 ///
@@ -99,6 +100,11 @@ unsafe extern "C" {
 /// Where the exception handler goes back to ring 3: says what happened and ends the VM.
 #[unsafe(no_mangle)]
 extern "C" fn report_fault() -> ! {
+    // A fault on the way out must not bring us here again.
+    static REPORTED: AtomicBool = AtomicBool::new(false);
+    if REPORTED.swap(true, Ordering::Relaxed) {
+        cpu::triple_fault();
+    }
     // SAFETY: written by the exception handler just before; nothing else writes it.
     let [vector, code, rip, address] = unsafe { addr_of!(fault_facts).read() };
     console::print(format_args!(

@@ -79,7 +79,7 @@ Examples:
     Run(RunArgs),
     /// Store a VM's definition
     ///
-    /// Reads it from a JSON or TOML file (\"-\" is the standard input), or makes it from options. Relative paths in a file count from the
+    /// Reads it from a JSON or TOML file ("-" is the standard input), or makes it from options. Relative paths in a file count from the
     /// file's folder. The VM's name is the file's, without its ending, unless --name says otherwise.
     #[command(after_help = "\
 Keys of a definition (only \"kernel\" is required):
@@ -87,7 +87,7 @@ Keys of a definition (only \"kernel\" is required):
   initrd       initial RAM disk
   append       kernel command line
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB   [default: 256M]
-  cpus         vCPUs, 1 to 254                                [default: 1]
+  cpus         vCPUs, 1 to 254; 1 when absent
   disks        list of { path, readonly, direct, serial }; the first is /dev/vda
   nics         list of { bridge, mac }; the first is eth0
   machine      \"microvm\"

@@ -1,8 +1,18 @@
 //! The owner of a VM's life: takes [`Command`]s, applies them to the machine, and decides who may do what when.
 //!
-//! Runs on the main loop's thread. QMP is above this room and turns text into commands; the machine is below it.
+//! Runs on the main loop's thread. QMP is above this room and turns text into commands; the machine is below it. `life` is the
+//! pure state machine (what follows from what); this file applies its effects.
 
-use serde_json::Value;
+mod life;
+
+use serde_json::{Value, json};
+
+use crate::config::{Smp, VmConfig};
+use crate::event::LoopHandle;
+use crate::machine::{CpuInfo, GuestEvent};
+
+use life::{Effect, step};
+pub use life::{End, Input, Refusal, State};
 
 /// What a management client can ask of a VM. One meaning each, whoever asks.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,4 +42,328 @@ pub struct Event {
     pub name: &'static str,
     /// QMP data.
     pub data: Value,
+}
+
+/// Why a command was not carried out. The text is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// The state does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The machine could not do it; the state is as before.
+    #[error("{what}: {source}")]
+    Machine {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: BoxError,
+    },
+}
+
+/// An error of the machine.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What the owner needs of a machine: the seam between a VM's life and its parts.
+pub trait Vm: Send {
+    /// Returns when every vCPU is out of the guest; on failure they all run.
+    fn pause(&mut self) -> Result<(), BoxError>;
+    /// Lets the vCPUs run.
+    fn resume(&mut self) -> Result<(), BoxError>;
+    /// The online vCPUs.
+    fn cpus(&self) -> Vec<CpuInfo>;
+}
+
+/// One thing that a command leads to, in the order in which clients must see it.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Told to everybody.
+    Event(Event),
+    /// The answer, for who asked; exactly one per command.
+    Reply(Result<Value, CommandError>),
+}
+
+/// The owner.
+pub struct Control {
+    vm: Box<dyn Vm>,
+    state: State,
+    end: Option<End>,
+    name: Option<String>,
+    uuid: Option<uuid::Uuid>,
+    smp: Smp,
+    main_loop: LoopHandle,
+}
+
+impl Control {
+    /// Takes over a machine that was started, paused or not as `config` says.
+    pub fn new(vm: Box<dyn Vm>, config: &VmConfig, main_loop: LoopHandle) -> Self {
+        Self {
+            vm,
+            state: if config.start_paused { State::Prelaunch } else { State::Running },
+            end: None,
+            name: config.name.clone(),
+            uuid: config.uuid,
+            smp: config.smp.clone(),
+            main_loop,
+        }
+    }
+
+    /// How the VM ended, once it has.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// Carries out a command.
+    pub fn execute(&mut self, command: &Command) -> Vec<Outcome> {
+        let input = match command {
+            Command::QueryStatus => return reply(self.status()),
+            Command::QueryCpus => return reply(self.cpus()),
+            Command::QueryHotpluggableCpus => return reply(self.hotpluggable_cpus()),
+            Command::QueryName => {
+                return reply(self.name.as_ref().map_or_else(|| json!({}), |name| json!({ "name": name })));
+            }
+            Command::QueryUuid => return reply(json!({ "UUID": self.uuid.unwrap_or_default().to_string() })),
+            Command::Stop => Input::Stop,
+            Command::Cont => Input::Cont,
+            Command::Quit => Input::Quit,
+        };
+        let (outcomes, error) = self.apply(&input);
+        match error {
+            Some(error) => vec![Outcome::Reply(Err(error))],
+            None => outcomes,
+        }
+    }
+
+    /// Something happened that nobody asked for: the guest ended, a signal came. Returns what clients must be told.
+    pub fn happened(&mut self, input: &Input) -> Vec<Outcome> {
+        if let Input::Guest(GuestEvent::InternalError(why)) = input {
+            tracing::error!("the VM cannot go on: {why}");
+        }
+        self.apply(input).0
+    }
+
+    /// Applies the effects of `input`; the state changes only when all of them worked.
+    fn apply(&mut self, input: &Input) -> (Vec<Outcome>, Option<CommandError>) {
+        let step = match step(self.state, input) {
+            Ok(step) => step,
+            Err(refusal) => return (Vec::new(), Some(refusal.into())),
+        };
+        let mut outcomes = Vec::with_capacity(step.effects.len());
+        for effect in step.effects {
+            let done = match effect {
+                Effect::Pause => self
+                    .vm
+                    .pause()
+                    .map_err(|source| CommandError::Machine { what: "cannot pause the VM", source }),
+                Effect::Resume => self
+                    .vm
+                    .resume()
+                    .map_err(|source| CommandError::Machine { what: "cannot resume the VM", source }),
+                Effect::Reply => {
+                    outcomes.push(Outcome::Reply(Ok(json!({}))));
+                    Ok(())
+                }
+                Effect::Stopped => {
+                    outcomes.push(Outcome::Event(Event { name: "STOP", data: json!({}) }));
+                    Ok(())
+                }
+                Effect::Resumed => {
+                    outcomes.push(Outcome::Event(Event { name: "RESUME", data: json!({}) }));
+                    Ok(())
+                }
+                Effect::End(end) => {
+                    tracing::info!("the VM ends: {}", end.reason());
+                    let data = json!({ "guest": end.by_guest(), "reason": end.reason() });
+                    outcomes.push(Outcome::Event(Event { name: "SHUTDOWN", data }));
+                    self.end = Some(end);
+                    self.main_loop.post(|ops| {
+                        ops.stop();
+                    });
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
+                return (outcomes, Some(error));
+            }
+        }
+        self.state = step.next;
+        (outcomes, None)
+    }
+
+    fn status(&self) -> Value {
+        let (running, status) = match self.state {
+            State::Running => (true, "running"),
+            // Clients know a VM that was created with -S as paused, too.
+            State::Prelaunch | State::Paused => (false, "paused"),
+            State::Shutdown => (false, "shutdown"),
+        };
+        json!({ "running": running, "singlestep": false, "status": status })
+    }
+
+    fn cpus(&self) -> Value {
+        let cpus = self.vm.cpus().into_iter().map(|cpu| {
+            json!({
+                "CPU": cpu.index,
+                "arch": "x86",
+                "current": true,
+                "halted": false,
+                "props": props(cpu.socket_id, cpu.die_id, cpu.core_id, cpu.thread_id),
+                "qom_path": qom_path(cpu.index),
+                "thread_id": cpu.host_tid,
+            })
+        });
+        cpus.collect()
+    }
+
+    fn hotpluggable_cpus(&self) -> Value {
+        let online = self.vm.cpus();
+        let cpus = (0..self.smp.max_cpus).map(|index| {
+            let (socket, die, core, thread) = place(&self.smp, index);
+            let mut cpu = json!({
+                "props": props(socket, die, core, thread),
+                "type": "host-x86-cpu",
+                "vcpus-count": 1,
+            });
+            if let Some(known) = online.iter().find(|c| c.index == index) {
+                cpu["props"] = props(known.socket_id, known.die_id, known.core_id, known.thread_id);
+                cpu["qom-path"] = qom_path(index).into();
+            }
+            cpu
+        });
+        cpus.collect()
+    }
+}
+
+fn reply(value: Value) -> Vec<Outcome> {
+    vec![Outcome::Reply(Ok(value))]
+}
+
+/// The die is written with a dash by some clients and with an underscore by others.
+fn props(socket: u8, die: u8, core: u8, thread: u8) -> Value {
+    json!({ "socket-id": socket, "die-id": die, "die_id": die, "core-id": core, "thread-id": thread })
+}
+
+fn qom_path(index: u8) -> String {
+    format!("/machine/unattached/device[{index}]")
+}
+
+/// Socket, die, core and thread of vCPU `index`: threads count fastest. Cores are numbered through the clusters of a die, since
+/// x86 has no clusters.
+fn place(smp: &Smp, index: u8) -> (u8, u8, u8, u8) {
+    let (threads, cores) = (smp.threads.max(1), smp.cores.max(1).saturating_mul(smp.clusters.max(1)));
+    let core = index / threads;
+    let die = core / cores;
+    (die / smp.dies.max(1), die % smp.dies.max(1), core % cores, index % threads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::EventLoop;
+
+    #[derive(Default)]
+    struct FakeVm {
+        fails: bool,
+    }
+
+    impl Vm for FakeVm {
+        fn pause(&mut self) -> Result<(), BoxError> {
+            if self.fails { Err("vCPU 0 did not stop".into()) } else { Ok(()) }
+        }
+        fn resume(&mut self) -> Result<(), BoxError> {
+            self.pause()
+        }
+        fn cpus(&self) -> Vec<CpuInfo> {
+            vec![CpuInfo { index: 0, socket_id: 0, die_id: 0, core_id: 0, thread_id: 0, host_tid: 42 }]
+        }
+    }
+
+    fn control(config: &VmConfig, fails: bool) -> (Control, EventLoop) {
+        let event_loop = EventLoop::new().unwrap();
+        (Control::new(Box::new(FakeVm { fails }), config, event_loop.handle()), event_loop)
+    }
+
+    /// Events as their names, replies as JSON or the error's text.
+    fn names(outcomes: &[Outcome]) -> Vec<String> {
+        let name = |o: &Outcome| match o {
+            Outcome::Event(e) => format!("{} {}", e.name, e.data),
+            Outcome::Reply(Ok(v)) => v.to_string(),
+            Outcome::Reply(Err(e)) => format!("error: {e}"),
+        };
+        outcomes.iter().map(name).collect()
+    }
+
+    #[test]
+    fn stop_and_cont_tell_before_they_answer_and_refuse_a_second_time() {
+        let (mut control, _loop) = control(&VmConfig::default(), false);
+        assert_eq!(names(&control.execute(&Command::Cont)), ["error: the VM is running already"]);
+        assert_eq!(names(&control.execute(&Command::Stop)), ["STOP {}", "{}"]);
+        assert_eq!(names(&control.execute(&Command::Stop)), ["error: the VM is paused already"]);
+        assert_eq!(
+            names(&control.execute(&Command::QueryStatus)),
+            [r#"{"running":false,"singlestep":false,"status":"paused"}"#]
+        );
+        assert_eq!(names(&control.execute(&Command::Cont)), ["RESUME {}", "{}"]);
+    }
+
+    #[test]
+    fn a_vm_created_paused_is_started_by_cont() {
+        let (mut control, _loop) = control(&VmConfig { start_paused: true, ..Default::default() }, false);
+        assert_eq!(names(&control.execute(&Command::Stop)), ["error: the VM is paused already"]);
+        assert_eq!(names(&control.execute(&Command::Cont)), ["RESUME {}", "{}"]);
+    }
+
+    #[test]
+    fn quit_answers_before_it_tells_and_ends_the_loop() {
+        let (mut control, mut event_loop) = control(&VmConfig::default(), false);
+        let outcomes = control.execute(&Command::Quit);
+        assert_eq!(names(&outcomes), ["{}", r#"SHUTDOWN {"guest":false,"reason":"host-qmp-quit"}"#]);
+        event_loop.run().unwrap();
+        assert_eq!(control.end(), Some(&End::Quit));
+        assert_eq!(names(&control.execute(&Command::Cont)), ["error: the VM has ended"]);
+        assert!(control.happened(&Input::Signal(15)).is_empty());
+    }
+
+    #[test]
+    fn a_machine_that_fails_leaves_the_state_alone() {
+        let (mut control, _loop) = control(&VmConfig::default(), true);
+        for _ in 0..2 {
+            assert_eq!(
+                names(&control.execute(&Command::Stop)),
+                ["error: cannot pause the VM: vCPU 0 did not stop"]
+            );
+        }
+    }
+
+    #[test]
+    fn each_end_has_its_reason() {
+        for (input, want) in [
+            (Input::Guest(GuestEvent::PowerOff), r#"SHUTDOWN {"guest":true,"reason":"guest-shutdown"}"#),
+            (Input::Guest(GuestEvent::TripleFault), r#"SHUTDOWN {"guest":true,"reason":"guest-shutdown"}"#),
+            (Input::Guest(GuestEvent::Reset), r#"SHUTDOWN {"guest":true,"reason":"guest-reset"}"#),
+            (
+                Input::Guest(GuestEvent::InternalError("x".to_owned())),
+                r#"SHUTDOWN {"guest":false,"reason":"host-error"}"#,
+            ),
+            (Input::Signal(15), r#"SHUTDOWN {"guest":false,"reason":"Guest shutdown by signal 15"}"#),
+        ] {
+            let (mut control, _loop) = control(&VmConfig::default(), false);
+            assert_eq!(names(&control.happened(&input)), [want]);
+        }
+    }
+
+    #[test]
+    fn hotpluggable_cpus_lists_those_that_are_offline_without_a_path() {
+        let smp = Smp { cpus: 1, max_cpus: 4, sockets: 2, dies: 1, clusters: 1, cores: 1, threads: 2 };
+        let (mut control, _loop) = control(&VmConfig { smp, ..Default::default() }, false);
+        let Some(Outcome::Reply(Ok(cpus))) = control.execute(&Command::QueryHotpluggableCpus).pop() else {
+            panic!()
+        };
+        assert_eq!(cpus[0]["qom-path"], "/machine/unattached/device[0]");
+        assert_eq!(
+            cpus[3],
+            json!({"props": {"socket-id": 1, "die-id": 0, "die_id": 0, "core-id": 0, "thread-id": 1},
+                   "type": "host-x86-cpu", "vcpus-count": 1})
+        );
+        assert_eq!(cpus.as_array().unwrap().len(), 4);
+    }
 }

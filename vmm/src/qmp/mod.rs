@@ -1,1 +1,161 @@
-//! (see lib.rs)
+//! QMP: owns the conversation with management clients. Text comes in, [`crate::control::Command`]s go down; it knows no device.
+//!
+//! Runs on the main loop's thread. `syntax` and `codec` find the requests in the stream, `message` gives them their shape,
+//! `commands` says what they mean. Each monitor is a front end on a character device, which brings one client at a time, the next
+//! one queued, and the rule that a client that does not read is dropped.
+
+mod codec;
+mod commands;
+mod message;
+mod syntax;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::chardev::{CharBackend, FrontEnd};
+use crate::control::{Control, Event, Input, Outcome};
+
+use codec::{Codec, Frame};
+use commands::{Action, resolve};
+use message::{QmpError, encode_event, encode_reply, greeting, parse};
+
+/// Bytes taken at once. A shorter read means that nothing more was waiting.
+const READ: usize = 4096;
+
+/// All monitors of a VM.
+pub struct Qmp {
+    control: Mutex<Control>,
+    sessions: Mutex<Vec<Arc<Session>>>,
+}
+
+/// One monitor: at most one client at a time.
+struct Session {
+    qmp: Weak<Qmp>,
+    backend: Arc<dyn CharBackend>,
+    codec: Mutex<Codec>,
+    connected: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Qmp {
+    /// No monitors yet.
+    pub fn new(control: Control) -> Arc<Self> {
+        Arc::new(Self { control: Mutex::new(control), sessions: Mutex::default() })
+    }
+
+    /// Serves the clients of `backend`.
+    pub fn add_monitor(self: &Arc<Self>, backend: &Arc<dyn CharBackend>) {
+        let session = Arc::new(Session {
+            qmp: Arc::downgrade(self),
+            backend: Arc::clone(backend),
+            codec: Mutex::default(),
+            connected: AtomicBool::new(false),
+        });
+        lock(&self.sessions).push(Arc::clone(&session));
+        backend.attach(session);
+    }
+
+    /// The VM's life.
+    pub fn control(&self) -> MutexGuard<'_, Control> {
+        lock(&self.control)
+    }
+
+    /// Something happened that no client asked for; all of them are told.
+    pub fn happened(&self, input: &Input) {
+        let outcomes = self.control().happened(input);
+        for outcome in outcomes {
+            if let Outcome::Event(event) = outcome {
+                self.tell(&event, None);
+            }
+        }
+    }
+
+    /// Gives the last answers to clients that are slow, at most `limit` each. For the end of the process.
+    pub fn drain(&self, limit: Duration) {
+        for session in lock(&self.sessions).iter() {
+            session.backend.drain(limit);
+        }
+    }
+
+    fn tell(&self, event: &Event, but: Option<&Session>) {
+        let mut line = String::new();
+        encode_event(&mut line, event, SystemTime::now());
+        for session in lock(&self.sessions).iter() {
+            if session.connected.load(Ordering::Relaxed)
+                && but.is_none_or(|s| !std::ptr::eq(s, &raw const **session))
+            {
+                session.backend.write(line.as_bytes());
+            }
+        }
+    }
+
+    /// Carries out one request and appends all that its client must see, in order, to `out`.
+    fn serve(&self, text: &[u8], from: &Session, out: &mut String) {
+        let request = match parse(text) {
+            Ok(request) => request,
+            Err((id, error)) => return encode_reply(out, Err(&error), id.as_ref()),
+        };
+        let id: Option<&Value> = request.id.as_ref();
+        let command = match resolve(&request) {
+            Ok(Action::Answer(value)) => return encode_reply(out, Ok(&value), id),
+            Ok(Action::Control(command)) => command,
+            Err(error) => return encode_reply(out, Err(&error), id),
+        };
+        let outcomes = self.control().execute(&command);
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Reply(Ok(value)) => encode_reply(out, Ok(&value), id),
+                Outcome::Reply(Err(error)) => {
+                    encode_reply(out, Err(&QmpError::generic(error.to_string())), id);
+                }
+                Outcome::Event(event) => {
+                    encode_event(out, &event, SystemTime::now());
+                    self.tell(&event, Some(from));
+                }
+            }
+        }
+    }
+}
+
+impl FrontEnd for Session {
+    fn can_receive(&self) -> usize {
+        READ
+    }
+
+    fn receive(&self, data: &[u8]) {
+        let Some(qmp) = self.qmp.upgrade() else { return };
+        let frames = lock(&self.codec).push(data, data.len() >= READ);
+        // One write for all: an event and the answer that follows it arrive together.
+        let mut out = String::new();
+        for frame in frames {
+            match frame {
+                Frame::Request(text) => qmp.serve(&text, self, &mut out),
+                Frame::Bad(why) => {
+                    encode_reply(&mut out, Err(&QmpError::generic(format!("invalid JSON: {why}"))), None);
+                }
+            }
+        }
+        if !out.is_empty() {
+            self.backend.write(out.as_bytes());
+        }
+    }
+
+    fn opened(&self) {
+        *lock(&self.codec) = Codec::default();
+        self.connected.store(true, Ordering::Relaxed);
+        self.backend.write(greeting().as_bytes());
+    }
+
+    fn closed(&self) {
+        self.connected.store(false, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,14 +1,40 @@
 //! virtio: queues, the transports that guests see, and the device models.
 //!
-//! A transport owns the registers and the one place where status transitions are decided. When the driver sets DRIVER_OK it
-//! builds an [`Activation`], an immutable set of queues checked against guest memory once, and gives it to the device: registers
-//! written later cannot reach it (virtio 1.2 §2.1, §3.1).
+//! A transport owns the registers and the one place where status transitions are decided (`status`). When the driver sets
+//! DRIVER_OK it builds an [`Activation`], an immutable set of queues checked against guest memory once, and gives it to the
+//! device: registers written later cannot reach it (virtio 1.2 §2.1, §3.1).
+//!
+//! ```text
+//! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
+//! blk net    device models: configuration, requests         queue    the split ring and its chains
+//! worker     I/O threads and the gate that reset waits at
+//! ```
 
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
+
+pub mod blk;
+mod chain;
+pub mod mmio;
+pub mod net;
+pub mod queue;
+pub mod status;
+pub mod worker;
+
+pub use worker::Worker;
+
+/// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may point to a table of descriptors.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX: each side says at which index it wants to be told.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_VERSION_1: not a legacy device. Always offered, and required of the driver.
+pub const F_VERSION_1: u64 = 1 << 32;
 
 /// How a device tells its driver that something happened. Cheap to call from any thread.
 pub trait Interrupt: Send + Sync {
@@ -20,14 +46,23 @@ pub trait Interrupt: Send + Sync {
     fn needs_reset(&self);
 }
 
+/// Lets the kernel signal a queue's descriptor on the driver's write, with no exit to user space. The machine implements it
+/// with KVM's ioeventfd. A transport works without it: a write that does reach it signals the same descriptor.
+pub trait Doorbell: Send + Sync {
+    /// From now on a 4-byte write of `queue` to guest physical address `addr` signals `fd`.
+    fn attach(&self, addr: u64, queue: u16, fd: &EventFd) -> io::Result<()>;
+    /// Undoes `attach` with the same arguments.
+    fn detach(&self, addr: u64, queue: u16, fd: &EventFd) -> io::Result<()>;
+}
+
 /// One queue as it was when the driver said DRIVER_OK.
 pub struct ActiveQueue {
     /// Its number.
     pub index: u16,
     /// The ring, valid and wholly in guest RAM.
-    pub queue: virtio_queue::Queue,
-    /// Signalled when the driver notifies.
-    pub notify: EventFd,
+    pub queue: queue::Queue,
+    /// Signalled when the driver notifies. Non-blocking; nobody has to read it (watch it edge-triggered).
+    pub notify: Arc<EventFd>,
 }
 
 /// All that a device needs to run, handed over once per DRIVER_OK.
@@ -36,10 +71,16 @@ pub struct Activation {
     pub memory: Arc<GuestMemory>,
     /// The features that the driver accepted; a subset of [`VirtioDevice::features`].
     pub features: u64,
-    /// The queues that the driver enabled, in order.
+    /// The queues that the driver enabled, in order of their number.
     pub queues: Vec<ActiveQueue>,
     /// To the driver.
     pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// The descriptor of `eventfd`, to watch it.
+pub(crate) fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd keeps it open as long as the borrow lasts.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
 
 /// Why a device could not be activated; the transport answers with DEVICE_NEEDS_RESET.
@@ -48,12 +89,19 @@ pub enum ActivateError {
     /// The driver enabled fewer queues than the device cannot do without.
     #[error("queue {0} is not enabled")]
     MissingQueue(u16),
+    /// A queue that the driver enabled makes no sense.
+    #[error("queue {0}: {1}")]
+    BadQueue(u16, #[source] queue::QueueError),
+    /// Requests from before the last reset are still with the host's kernel.
+    #[error("requests from before the last reset have not finished")]
+    StillBusy,
     /// A host resource ran out.
     #[error("{0}")]
-    Host(#[source] std::io::Error),
+    Host(#[source] io::Error),
 }
 
-/// A device model behind any transport. The transport calls it under its own lock, from a vCPU thread: nothing here may block.
+/// A device model behind any transport. The transport calls it under its own lock, from a vCPU thread: nothing here may block,
+/// but for [`reset`](Self::reset), which waits (with a deadline) for the host's kernel to give up guest memory.
 pub trait VirtioDevice: Send {
     /// Device type (virtio 1.2 §5).
     fn device_type(&self) -> u32;
@@ -70,4 +118,26 @@ pub trait VirtioDevice: Send {
     /// The driver wrote 0 to the status, or the machine goes down: when this returns no thread of the device touches guest memory
     /// or the queues again (requests in flight have finished or will only touch buffers that the device owns).
     fn reset(&mut self);
+    /// The machine goes down for good: like [`reset`](Self::reset), then what the guest has written is made durable.
+    fn shut_down(&mut self) -> io::Result<()> {
+        self.reset();
+        Ok(())
+    }
+}
+
+/// Copies the part of `config` that a read at `offset` covers; bytes beyond it become zero.
+pub(crate) fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let from = usize::try_from(offset).ok().and_then(|o| config.get(o..)).unwrap_or_default();
+    let n = from.len().min(data.len());
+    data[..n].copy_from_slice(&from[..n]);
+}
+
+/// Runs `log` unless it has run very often: what a guest can cause without end must not fill the host's log.
+pub(crate) fn complain(log: impl FnOnce()) {
+    static TIMES: AtomicU64 = AtomicU64::new(0);
+    let times = TIMES.fetch_add(1, Ordering::Relaxed);
+    if times < 64 || times.is_power_of_two() {
+        log();
+    }
 }

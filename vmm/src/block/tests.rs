@@ -1,0 +1,1 @@
+//! Opening, locking and bouncing on real files.

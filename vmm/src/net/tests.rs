@@ -1,0 +1,1 @@
+//! Taps in a network namespace of their own.

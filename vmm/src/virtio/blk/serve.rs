@@ -1,0 +1,364 @@
+//! Carrying out block requests: owns the ring, the engine and the requests in flight of one session.
+//!
+//! Runs on the I/O thread. A request owns its buffers, and the list of them that the kernel reads, until the engine gives its tag
+//! (the number of its head) back; no path drops one earlier.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::request::{ID_BYTES, Kind, Request, Rules, Status};
+use crate::block::{Bounce, Disk, Engine, Op};
+use crate::virtio::queue::{Queue, QueueError};
+use crate::virtio::{Interrupt, complain};
+
+/// Requests taken per wake-up, so that one busy device does not starve the others on its thread.
+const BATCH: u32 = 256;
+/// Times that one request is tried again when the kernel says EINTR or EAGAIN.
+const TRIES: u32 = 16;
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// What a session is made from.
+pub(super) struct Parts {
+    pub(super) disk: Option<Arc<Disk>>,
+    pub(super) serial: [u8; ID_BYTES],
+    pub(super) read_only: bool,
+    pub(super) durable_writes: bool,
+    pub(super) unmap: bool,
+    pub(super) zero: bool,
+    pub(super) queue: Queue,
+    pub(super) notify: Arc<EventFd>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+}
+
+pub(super) struct Server {
+    /// Dropped before the disk, whose descriptor it uses.
+    engine: Option<Box<dyn Engine>>,
+    bounce: Option<Bounce>,
+    rules: Rules,
+    /// By head.
+    in_flight: Vec<Option<(Kind, Request)>>,
+    /// How many of them are.
+    busy: usize,
+    /// Kept for the next requests, with the memory for their lists.
+    spare: Vec<Request>,
+    /// The ring made no sense, or the engine failed: only wait for what is in flight.
+    broken: bool,
+    parts: Parts,
+}
+
+impl Server {
+    pub(super) fn new(parts: Parts) -> Self {
+        let mut in_flight = Vec::new();
+        in_flight.resize_with(usize::from(parts.queue.size()), || None);
+        let size = parts.disk.as_ref().map_or(0, |d| d.size());
+        let rules = Rules { size, read_only: parts.read_only, unmap: parts.unmap, zero: parts.zero };
+        Self {
+            engine: None,
+            bounce: None,
+            rules,
+            in_flight,
+            busy: 0,
+            spare: Vec::new(),
+            broken: false,
+            parts,
+        }
+    }
+
+    /// Makes the engine. Returns the descriptor to watch, if it has one.
+    pub(super) fn open_engine(&mut self) -> Option<BorrowedFd<'_>> {
+        let disk = self.parts.disk.as_ref()?;
+        self.engine.insert(disk.engine(self.parts.queue.size())).ready()
+    }
+
+    /// The driver has notified, or something is done: does what there is to do.
+    pub(super) fn run(&mut self) {
+        if self.broken {
+            self.reap();
+            return;
+        }
+        match self.serve() {
+            Ok(true) => {
+                // More to do, but others get their turn first. The watch is edge-triggered: this makes an edge.
+                let _ = self.parts.notify.write(1);
+            }
+            Ok(false) => {}
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// True: stopped with requests left.
+    fn serve(&mut self) -> Result<bool, QueueError> {
+        self.parts.queue.disable_notify();
+        let mut left = BATCH;
+        loop {
+            self.reap();
+            while left > 0 {
+                let mut request = self.spare.pop().unwrap_or_default();
+                if !self.parts.queue.pop(&mut request.chain)? {
+                    self.spare.push(request);
+                    break;
+                }
+                left -= 1;
+                self.start(request);
+            }
+            self.submit();
+            self.reap();
+            self.publish();
+            if self.broken {
+                return Ok(false);
+            }
+            if left == 0 {
+                return Ok(true);
+            }
+            if !self.parts.queue.enable_notify()? {
+                return Ok(false);
+            }
+            self.parts.queue.disable_notify();
+        }
+    }
+
+    fn publish(&mut self) {
+        if self.parts.queue.publish() {
+            self.parts.interrupt.queue(0);
+        }
+    }
+
+    fn fail(&mut self, error: &dyn std::fmt::Display) {
+        self.broken = true;
+        complain(|| tracing::warn!(drive = self.name(), "virtio-blk needs a reset: {error}"));
+        self.parts.interrupt.needs_reset();
+    }
+
+    fn name(&self) -> &str {
+        self.parts.disk.as_ref().map_or("(empty slot)", |d| d.id())
+    }
+
+    fn start(&mut self, mut request: Request) {
+        match request.parse(self.rules) {
+            Err(status) => self.finish(request, status),
+            Ok(Kind::GetId) => {
+                request.written = request.chain.writable.fill(&self.parts.serial) as u32;
+                self.finish(request, Status::Ok);
+            }
+            Ok(kind) => self.push(kind, request),
+        }
+    }
+
+    /// Gives the request, or the rest of it, to the engine.
+    fn push(&mut self, kind: Kind, mut request: Request) {
+        let (Some(engine), Some(disk)) = (&mut self.engine, &self.parts.disk) else {
+            return self.finish(request, Status::IoErr);
+        };
+        let (head, offset) = (request.chain.head, request.offset);
+        let op = match kind {
+            Kind::Read | Kind::Write => {
+                let buffers = request.buffers(kind);
+                if buffers.is_empty() {
+                    return self.finish(request, Status::Ok);
+                }
+                if disk.needs_bounce(buffers.parts(), offset) {
+                    return self.go_around(kind, request);
+                }
+                match kind {
+                    Kind::Read => Op::Read(buffers.parts()),
+                    _ => Op::Write { parts: buffers.parts(), durable: self.parts.durable_writes },
+                }
+            }
+            Kind::Flush => Op::Flush,
+            Kind::Discard { len } => Op::Allocate { mode: PUNCH, len },
+            Kind::WriteZeroes { len, unmap: true } => Op::Allocate { mode: PUNCH, len },
+            Kind::WriteZeroes { len, unmap: false } => Op::Allocate { mode: ZERO, len },
+            Kind::GetId => return self.finish(request, Status::Unsupported),
+        };
+        if let Kind::Discard { len: 0 } | Kind::WriteZeroes { len: 0, .. } = kind {
+            return self.finish(request, Status::Ok);
+        }
+        let Some(place) = self.in_flight.get_mut(usize::from(head)) else { return };
+        // SAFETY: the request goes to its place and stays there until the engine gives its tag back; the list of its buffers is on
+        // the heap and does not move with it; the buffers are guest RAM, which the queue keeps.
+        match unsafe { engine.push(head, op, offset) } {
+            Ok(()) => {
+                *place = Some((kind, request));
+                self.busy += 1;
+            }
+            Err(error) => {
+                // The engine did not take it, so nothing refers to its buffers.
+                self.finish(request, Status::IoErr);
+                self.fail(&error);
+            }
+        }
+    }
+
+    fn submit(&mut self) {
+        if let Some(Err(error)) = self.engine.as_mut().map(|e| e.submit()) {
+            self.fail(&error);
+        }
+    }
+
+    /// Takes back what the engine has done, and goes on with what it has done only in part.
+    fn reap(&mut self) {
+        let mut again = false;
+        while let Some((tag, result)) = self.engine.as_mut().and_then(|e| e.reap()) {
+            let Some((kind, request)) = self.in_flight.get_mut(usize::from(tag)).and_then(Option::take)
+            else {
+                continue;
+            };
+            self.busy -= 1;
+            again |= self.done(kind, request, result);
+        }
+        if again && !self.broken {
+            self.submit();
+        }
+    }
+
+    /// True: some of it went to the engine again.
+    fn done(&mut self, kind: Kind, mut request: Request, result: io::Result<u32>) -> bool {
+        if self.broken {
+            // Not a word to the guest any more: it may have taken its ring away.
+            return false;
+        }
+        match (kind, result) {
+            (Kind::Read | Kind::Write, Ok(n)) if n > 0 => {
+                let buffers = request.buffers(kind);
+                buffers.advance(n as usize);
+                if buffers.is_empty() {
+                    request.written += if kind == Kind::Read { n } else { 0 };
+                    self.finish(request, Status::Ok);
+                    return false;
+                }
+                request.written += if kind == Kind::Read { n } else { 0 };
+                request.offset += u64::from(n);
+                self.push(kind, request);
+                true
+            }
+            // The image has become shorter than it was when it was opened.
+            (Kind::Read | Kind::Write, Ok(_)) => {
+                self.report(kind, &io::ErrorKind::UnexpectedEof.into());
+                self.finish(request, Status::IoErr);
+                false
+            }
+            (_, Ok(_)) => {
+                self.finish(request, Status::Ok);
+                false
+            }
+            (_, Err(error)) => self.failed(kind, request, &error),
+        }
+    }
+
+    fn failed(&mut self, kind: Kind, mut request: Request, error: &io::Error) -> bool {
+        let code = error.raw_os_error().unwrap_or(0);
+        if matches!(code, libc::EINTR | libc::EAGAIN) && request.tries < TRIES {
+            request.tries += 1;
+            self.push(kind, request);
+            return true;
+        }
+        match kind {
+            Kind::Discard { .. } if code == libc::EOPNOTSUPP => self.finish(request, Status::Unsupported),
+            // A file system that can neither punch holes nor make zeroes: the length is limited by what a request may ask.
+            Kind::WriteZeroes { .. } if code == libc::EOPNOTSUPP => self.go_around(kind, request),
+            _ => {
+                self.report(kind, error);
+                self.finish(request, Status::IoErr);
+            }
+        }
+        false
+    }
+
+    fn report(&self, kind: Kind, error: &io::Error) {
+        complain(|| tracing::warn!(drive = self.name(), "{kind:?} failed: {error}"));
+    }
+
+    /// For what the kernel does not take as it is: through host memory, synchronously.
+    fn go_around(&mut self, kind: Kind, mut request: Request) {
+        let status = match self.bounce(kind, &mut request) {
+            Ok(()) => Status::Ok,
+            Err(error) => {
+                self.report(kind, &error);
+                Status::IoErr
+            }
+        };
+        self.finish(request, status);
+    }
+
+    fn bounce(&mut self, kind: Kind, request: &mut Request) -> io::Result<()> {
+        let Some(disk) = self.parts.disk.clone() else { return Err(io::ErrorKind::NotFound.into()) };
+        let mut bounce = match self.bounce.take() {
+            Some(bounce) => bounce,
+            None => disk.bounce()?,
+        };
+        let offset = request.offset;
+        let len = if let Kind::WriteZeroes { len, .. } = kind { len } else { request.buffers(kind).len() };
+        if bounce.needs_quiet(offset, len) {
+            // It reads and writes back the rest of blocks, which another request may be writing.
+            self.wait_idle();
+        }
+        let result = match kind {
+            Kind::Read => bounce.read(disk.file(), offset, len, |bytes| {
+                request.written += request.chain.writable.fill(bytes) as u32;
+            }),
+            Kind::WriteZeroes { .. } => bounce.write(disk.file(), offset, len, |bytes| bytes.fill(0)),
+            _ => bounce.write(disk.file(), offset, len, |bytes| {
+                request.chain.readable.take(bytes);
+            }),
+        };
+        self.bounce = Some(bounce);
+        result.and_then(
+            |()| if kind != Kind::Read && self.parts.durable_writes { disk.flush() } else { Ok(()) },
+        )
+    }
+
+    fn wait_idle(&mut self) {
+        while self.busy > 0 && !self.broken {
+            self.submit();
+            self.wait(None);
+            self.reap();
+        }
+    }
+
+    /// Waits until the engine may have something to give back.
+    fn wait(&self, timeout: Option<Duration>) {
+        if let Some(fd) = self.engine.as_ref().and_then(|e| e.ready()) {
+            let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+            // An interrupted or failed wait only means to look again.
+            let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref());
+        }
+    }
+
+    /// Gives the request back to the driver. The status byte is the last that is written to its buffers.
+    fn finish(&mut self, mut request: Request, status: Status) {
+        let head = request.chain.head;
+        let written = match request.status.take() {
+            Some(place) => {
+                place.write(status as u8);
+                // §2.7.8: bytes written from the front on. After an error only the status is known to be.
+                if status == Status::Ok { request.written.saturating_add(1) } else { 1 }
+            }
+            // No room for a status: give the descriptors back all the same, or the driver runs out of them.
+            None => 0,
+        };
+        self.parts.queue.complete(head, written);
+        self.spare.push(request);
+    }
+
+    /// Waits until nothing is in flight. What comes back is not told to the guest. False: the deadline has passed.
+    pub(super) fn drain(&mut self, deadline: Instant) -> bool {
+        self.broken = true;
+        loop {
+            let _ = self.engine.as_mut().map(|e| e.submit());
+            self.reap();
+            if self.busy == 0 {
+                return true;
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {
+                return false;
+            };
+            self.wait(Some(left));
+        }
+    }
+}

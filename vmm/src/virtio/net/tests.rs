@@ -1,0 +1,1 @@
+//! The network device against a socket pair.

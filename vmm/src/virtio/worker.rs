@@ -1,0 +1,169 @@
+//! I/O threads and how devices share them: owns the threads' lives, and the gate between a device's handlers and its reset.
+//!
+//! A [`Worker`] is one thread with one [`EventLoop`], started when the first device that uses it is activated: a VM whose guest
+//! drives no device has no I/O thread. Handlers reach the state of their device through a [`Gate`]:
+//!
+//! ```text
+//!            enter (I/O thread)                   close (vCPU or main thread)
+//!   open ───────────────────────▶ taken      open ───────────────────────────▶ closed ─▶ empty, once nothing is in flight
+//!     ▲                             │        taken: waits, with a deadline, until the handler has left
+//!     └───────── left ──────────────┘
+//! ```
+//!
+//! A handler holds no lock while it runs, so a reset can give up waiting for one that hangs in the host's kernel.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::event::{EventFlags, EventLoop, Handler, LoopHandle, Ops, Token};
+
+/// How long a reset waits for the host's kernel before it gives the device up. A disk that takes longer is as good as dead;
+/// the guest's vCPU stands still meanwhile.
+pub(crate) const RESET_DEADLINE: Duration = Duration::from_secs(20);
+
+/// One I/O thread, shared by the devices that hold a clone of this. The thread ends when the last clone goes.
+#[derive(Clone)]
+pub struct Worker(Arc<Shared>);
+
+struct Shared {
+    name: String,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    handle: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// A worker whose thread, once it is needed, is called `io-ID`.
+    pub fn new(id: &str) -> Self {
+        Self(Arc::new(Shared { name: format!("io-{id}"), running: Mutex::new(None) }))
+    }
+
+    /// The loop of the thread, which is started if it does not run yet.
+    pub(crate) fn start(&self) -> io::Result<LoopHandle> {
+        let mut running = lock(&self.0.running);
+        if let Some(running) = &*running {
+            return Ok(running.handle.clone());
+        }
+        let mut event_loop = EventLoop::new()?;
+        let handle = event_loop.handle();
+        let thread = std::thread::Builder::new().name(self.0.name.clone()).spawn(move || {
+            if let Err(error) = event_loop.run() {
+                tracing::error!("I/O thread ends: {error}");
+            }
+        })?;
+        *running = Some(Running { handle: handle.clone(), thread: Some(thread) });
+        Ok(handle)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(Running { handle, thread }) = running.take() else { return };
+        handle.post(|ops: &mut Ops<'_>| ops.stop());
+        // Not from a handler of the thread itself: it would wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it holds one of these locks; if it did, the value would still be whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The running state of one activated device, and who may touch it.
+pub(crate) struct Gate<T> {
+    inner: Mutex<Inner<T>>,
+    left: Condvar,
+}
+
+struct Inner<T> {
+    state: Option<T>,
+    taken: bool,
+    closed: bool,
+    tokens: Vec<Token>,
+}
+
+impl<T: Send + 'static> Gate<T> {
+    pub(crate) fn new(state: T) -> Arc<Self> {
+        let inner = Inner { state: Some(state), taken: false, closed: false, tokens: Vec::new() };
+        Arc::new(Self { inner: Mutex::new(inner), left: Condvar::new() })
+    }
+
+    /// Runs `work` on the state unless the gate is closed. Only the device's I/O thread calls this.
+    pub(crate) fn enter<R>(&self, work: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let mut state = {
+            let mut inner = lock(&self.inner);
+            if inner.closed {
+                return None;
+            }
+            let state = inner.state.take()?;
+            inner.taken = true;
+            state
+        };
+        let result = work(&mut state);
+        let mut inner = lock(&self.inner);
+        inner.state = Some(state);
+        inner.taken = false;
+        if inner.closed {
+            self.left.notify_all();
+        }
+        Some(result)
+    }
+
+    /// Watches `fd` on the I/O thread until the gate is closed.
+    pub(crate) fn watch(
+        &self,
+        ops: &mut Ops<'_>,
+        fd: impl AsFd,
+        interest: EventFlags,
+        handler: impl Handler + 'static,
+    ) -> io::Result<()> {
+        let token = ops.add(fd, interest, handler)?;
+        let mut inner = lock(&self.inner);
+        if inner.closed {
+            drop(inner);
+            ops.remove(token);
+        } else {
+            inner.tokens.push(token);
+        }
+        Ok(())
+    }
+
+    /// Shuts the gate: no handler enters again. Waits for the one inside, then runs `drain`, which returns true when nothing of
+    /// the device is in flight any more. True: the state has been dropped. False: it is kept; call again later.
+    pub(crate) fn close(
+        &self,
+        worker: &LoopHandle,
+        deadline: Instant,
+        drain: impl FnOnce(&mut T) -> bool,
+    ) -> bool {
+        let mut inner = lock(&self.inner);
+        inner.closed = true;
+        let tokens = std::mem::take(&mut inner.tokens);
+        if !tokens.is_empty() {
+            worker.post(move |ops| tokens.into_iter().for_each(|t| ops.remove(t)));
+        }
+        while inner.taken {
+            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {
+                return false;
+            };
+            inner = self.left.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let Some(mut state) = inner.state.take() else { return true };
+        drop(inner);
+        if drain(&mut state) {
+            return true;
+        }
+        lock(&self.inner).state = Some(state);
+        false
+    }
+}

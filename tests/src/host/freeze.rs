@@ -96,6 +96,7 @@ fn frozen(images: &Images) -> Result<PathBuf, HostError> {
         let host = Host { name: name.to_owned(), dir: dir.to_owned(), port, child: None };
         let ready = host.answers(BOOT).and_then(|()| {
             host.eventually(BOOT, "systemctl is-system-running | grep -Eq 'running|degraded'")?;
+            host.ok("test -c /dev/kvm && mountpoint -q /srv/guest")?;
             host.ok("sync; echo 3 > /proc/sys/vm/drop_caches")
         });
         if let Err(error) = ready {

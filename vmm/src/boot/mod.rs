@@ -1,1 +1,132 @@
-//! (see lib.rs)
+//! What the guest starts with: owns kernels and initrds on their way into guest memory, the command line, and the tables that tell a
+//! kernel what machine it is on (boot parameters, ACPI, MP table).
+//!
+//! The machine describes itself in a [`Platform`] and calls [`load`], before any vCPU runs. Files are read straight into guest
+//! memory. Everything read from them is checked first: a kernel is whatever the user pointed at.
+
+mod cmdline;
+mod file;
+
+#[cfg(target_arch = "x86_64")]
+mod acpi;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use cmdline::CmdlineError;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::load;
+
+/// A virtio-mmio device with its two register windows; a kernel drives it through exactly one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioSlot {
+    /// Window announced on the kernel command line.
+    pub cmdline_base: u64,
+    /// Window described in the DSDT.
+    pub acpi_base: u64,
+    /// Bytes of each window.
+    pub size: u32,
+    /// Interrupt (GSI).
+    pub irq: u32,
+}
+
+/// A serial port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SerialPort {
+    /// First of its 8 I/O ports.
+    pub port: u16,
+    /// Interrupt (GSI).
+    pub irq: u32,
+}
+
+/// I/O ports of the ACPI registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AcpiPorts {
+    /// Sleep control register (ACPI 6.4 §4.8.3.7).
+    pub sleep_control: u16,
+    /// Sleep status register.
+    pub sleep_status: u16,
+    /// Reset register (ACPI 6.4 §4.8.3.6).
+    pub reset: u16,
+    /// The number of a virtio-mmio device whose `_STA` has run is written here.
+    pub claim: u16,
+}
+
+/// What the loader has to know about the machine.
+pub struct Platform<'a> {
+    /// vCPUs at boot.
+    pub cpus: u8,
+    /// Gives their APIC ids.
+    pub topology: &'a crate::cpu::Topology,
+    /// virtio-mmio devices in order.
+    pub slots: &'a [MmioSlot],
+    /// The serial port, if there is one.
+    pub serial: Option<SerialPort>,
+    /// ACPI registers.
+    pub acpi: AcpiPorts,
+    /// Guest RAM may hold old data (it is backed by a file), so what must be zero has to be written.
+    pub dirty_memory: bool,
+}
+
+/// Why the guest cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The VM has no kernel.
+    #[error("-kernel is missing: this machine type has no firmware and boots a kernel directly")]
+    NoKernel,
+    /// A file could not be opened or read.
+    #[error("{option} {}: {source}", path.display())]
+    File {
+        /// `-kernel` or `-initrd`.
+        option: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a plain one.
+    #[error("{option} {}: is {what}, not a file", path.display())]
+    NotAFile {
+        /// `-kernel` or `-initrd`.
+        option: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The file is not a kernel, or one that cannot run here.
+    #[error("-kernel {}: {reason}", path.display())]
+    NotAKernel {
+        /// As given.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// Kernel or initrd do not fit.
+    #[error("{option} {}: needs guest memory up to {needed:#x}, but usable memory ends at {end:#x}: give the VM more memory (-m)", path.display())]
+    TooLarge {
+        /// `-kernel` or `-initrd`.
+        option: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// One past the last byte needed.
+        needed: u64,
+        /// One past the last byte that it may use.
+        end: u64,
+    },
+    /// The command line cannot be passed on.
+    #[error("-append: {0}")]
+    Cmdline(#[from] CmdlineError),
+    /// Guest memory could not be written: the machine's own layout does not fit.
+    #[error("cannot write {what} to guest memory: {source}")]
+    Memory {
+        /// What was being written.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}

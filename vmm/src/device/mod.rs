@@ -1,1 +1,25 @@
-//! (see lib.rs)
+//! Legacy devices: owns the serial port, the ACPI registers, and the reset line of the keyboard controller.
+//!
+//! The machine puts them on the port bus. None of them knows the machine: what the guest asks for goes out through a callback.
+
+mod acpi;
+mod i8042;
+mod serial;
+
+use std::sync::Arc;
+
+pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
+pub use i8042::I8042Reset;
+pub use serial::SerialDevice;
+
+/// What the guest asked of the machine as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Soft off.
+    Off,
+    /// Reset.
+    Reset,
+}
+
+/// Told about a [`PowerRequest`], from a vCPU's thread. A guest may ask more than once.
+pub type OnPower = Arc<dyn Fn(PowerRequest) + Send + Sync>;

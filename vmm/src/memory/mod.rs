@@ -1,4 +1,225 @@
 //! Guest RAM: owns its mapping in this process and its registration with KVM.
+//!
+//! The machine calls [`build`] and then [`register`], before it creates the interrupt controllers: a slot created after them
+//! waits for an RCU grace period (about 8 ms). Everyone else sees RAM through [`GuestMemory`], whose accesses are checked.
+
+mod backing;
+pub mod layout;
+
+use std::io;
+use std::path::PathBuf;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::mm::Advice;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion};
+
+use crate::config::{MachineConfig, MemoryConfig};
+use backing::Backing;
 
 /// Guest RAM as every device sees it. Built once, before the vCPUs start.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The kernel refused the mapping.
+    #[error(
+        "-m: cannot map {size} bytes of guest memory: {source}; give the VM less, or check the limits of this process (ulimit -v, MemoryMax)"
+    )]
+    Map {
+        /// Bytes asked for.
+        size: u64,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The file behind `-mem-path`, or the anonymous one behind `mem-share=on`, could not be made ready.
+    #[error("-mem-path {}: {source}", path.display())]
+    File {
+        /// As given; `memfd` for `mem-share=on` without a path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The size does not fit the file system's pages.
+    #[error("-mem-path {}: guest memory of {size} bytes is not a multiple of its {page} byte pages", path.display())]
+    PageSize {
+        /// The directory or file.
+        path: PathBuf,
+        /// Guest RAM in bytes.
+        size: u64,
+        /// Page size in bytes.
+        page: u64,
+    },
+    /// Pages could not be allocated up front.
+    #[error("-mem-prealloc: cannot allocate {size} bytes now: {source}; give the VM less memory")]
+    Prealloc {
+        /// Bytes asked for.
+        size: u64,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM refused a memory slot.
+    #[error("KVM refused guest memory at {base:#x}+{size:#x}: {source}")]
+    Slot {
+        /// Guest physical address.
+        base: u64,
+        /// Bytes.
+        size: u64,
+        /// KVM's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Maps guest RAM as the configuration asks. No page is touched unless `-mem-prealloc` says so.
+pub fn build(memory: &MemoryConfig, machine: &MachineConfig) -> Result<GuestMemory, MemoryError> {
+    let backing = Backing::open(memory, machine.mem_share)?;
+    let mut regions = Vec::with_capacity(2);
+    for range in layout::ram(memory.size) {
+        regions.push(map(range, &backing, machine)?);
+    }
+    if memory.prealloc {
+        for region in &regions {
+            prealloc(region)?;
+        }
+    }
+    GuestMemory::from_regions(regions)
+        .map_err(|e| MemoryError::Map { size: memory.size, source: io::Error::other(e) })
+}
+
+fn map(
+    range: layout::Range,
+    backing: &Backing,
+    machine: &MachineConfig,
+) -> Result<GuestRegionMmap, MemoryError> {
+    let failed = |source| MemoryError::Map { size: range.size, source };
+    let size = usize::try_from(range.size).map_err(|e| failed(io::Error::other(e)))?;
+    // The second range continues in the file where the first ended, so the file holds RAM without the hole.
+    let offset = if range.base == 0 { 0 } else { layout::GAP_START };
+    // Without MAP_NORESERVE a host with overcommit off would refuse VMs that will never touch all their memory.
+    let (file, flags) = backing.mapping(offset);
+    let region =
+        MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE)
+            .map_err(|e| failed(mmap_error(e)))?;
+    if !machine.dump_guest_core {
+        // SAFETY: the range is the mapping made above, and the advice changes core dumps only.
+        unsafe { rustix::mm::madvise(region.as_ptr().cast(), size, Advice::LinuxDontDump) }
+            .map_err(|e| failed(e.into()))?;
+    }
+    GuestRegionMmap::new(region, GuestAddress(range.base))
+        .ok_or_else(|| failed(io::Error::other("address overflow")))
+}
+
+fn mmap_error(error: MmapRegionError) -> io::Error {
+    match error {
+        MmapRegionError::Mmap(e) => e,
+        e => io::Error::other(e),
+    }
+}
+
+fn prealloc(region: &GuestRegionMmap) -> Result<(), MemoryError> {
+    let size = region.len();
+    // One thread fills about 1 GiB a second: more of them for a large guest, but no more than the host has processors.
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(16)) as u64;
+    // Whole gigabytes, so that each part is aligned whatever the page size.
+    let part = size.div_ceil(threads).next_multiple_of(1 << 30);
+    let start = region.as_ptr() as usize;
+    std::thread::scope(|scope| {
+        let fillers: Vec<_> = (0..size)
+            .step_by(usize::try_from(part).unwrap_or(usize::MAX))
+            .map(|at| {
+                let len = part.min(size - at);
+                scope.spawn(move || {
+                    // SAFETY: [start + at, + len) lies inside the mapping, which outlives this scope; populating
+                    // pages changes no data.
+                    unsafe {
+                        rustix::mm::madvise(
+                            (start + at as usize) as *mut _,
+                            len as usize,
+                            Advice::LinuxPopulateWrite,
+                        )
+                    }
+                })
+            })
+            .collect();
+        fillers
+            .into_iter()
+            .try_for_each(|f| f.join().unwrap_or(Err(rustix::io::Errno::FAULT)))
+            .map_err(|e| MemoryError::Prealloc { size, source: e.into() })
+    })
+}
+
+/// Gives guest RAM to KVM, one slot for each region, numbered from 0.
+pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
+    for (slot, region) in memory.iter().enumerate() {
+        let (base, size) = (region.start_addr().0, region.len());
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: base,
+            memory_size: size,
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the slot describes exactly one live mapping; the machine drops its VM file, and with it the slot,
+        // before the mapping.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(|e| MemoryError::Slot {
+            base,
+            size,
+            source: e.into(),
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MachineKind;
+    use vm_memory::Bytes as _;
+
+    fn machine(mem_share: bool) -> MachineConfig {
+        MachineConfig { kind: MachineKind::Microvm, dump_guest_core: false, mem_share }
+    }
+
+    #[test]
+    fn maps_private_shared_and_from_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ram");
+        for (path, share) in [
+            (None, false),
+            (None, true),
+            (Some(file.clone()), false),
+            (Some(file.clone()), true),
+            (Some(dir.path().to_owned()), true),
+        ] {
+            let config = MemoryConfig { size: 16 << 20, path, prealloc: share };
+            let memory = build(&config, &machine(share)).unwrap();
+            memory.write_obj(0x55u8, GuestAddress((16 << 20) - 1)).unwrap();
+            assert!(memory.write_obj(0u8, GuestAddress(16 << 20)).is_err());
+        }
+        assert_eq!(std::fs::metadata(&file).unwrap().len(), 16 << 20);
+        // Only the file that was asked for by name stays.
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_part_above_the_hole_is_memory_too() {
+        let config = MemoryConfig { size: 5 << 30, path: None, prealloc: false };
+        let memory = build(&config, &machine(false)).unwrap();
+        memory.write_obj(1u8, GuestAddress(6 << 30)).unwrap_err();
+        memory.write_obj(1u8, GuestAddress((6 << 30) - 1)).unwrap();
+        memory.write_obj(1u8, GuestAddress(layout::GAP_START)).unwrap_err();
+    }
+
+    #[test]
+    fn says_what_is_wrong_with_a_backing_file() {
+        let config = MemoryConfig { size: 16 << 20, path: Some("/nonexistent/ram".into()), prealloc: false };
+        let error = build(&config, &machine(false)).unwrap_err().to_string();
+        assert!(error.starts_with("-mem-path /nonexistent/ram: No such file"), "{error}");
+    }
+}

@@ -1,0 +1,86 @@
+//! What lies under guest RAM: nothing (anonymous memory), a memfd, or a file (`-mem-path`). Only `memory` calls this.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+use vm_memory::FileOffset;
+
+use super::MemoryError;
+use crate::config::MemoryConfig;
+
+pub(super) struct Backing {
+    file: Option<Arc<File>>,
+    shared: bool,
+}
+
+impl Backing {
+    pub(super) fn open(memory: &MemoryConfig, shared: bool) -> Result<Self, MemoryError> {
+        let file = match &memory.path {
+            Some(path) => Some(open_path(path, memory.size)?),
+            // Private anonymous pages cost half as much to touch as those of a memfd: no file unless somebody wants to share.
+            None if shared => Some(
+                memfd(memory.size).map_err(|source| MemoryError::File { path: "memfd".into(), source })?,
+            ),
+            None => None,
+        };
+        Ok(Self { file: file.map(Arc::new), shared })
+    }
+
+    /// File, offset and flags for a mapping that starts `offset` bytes into guest RAM.
+    pub(super) fn mapping(&self, offset: u64) -> (Option<FileOffset>, i32) {
+        let sharing = if self.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        match &self.file {
+            Some(file) => (Some(FileOffset::from_arc(Arc::clone(file), offset)), sharing),
+            None => (None, sharing | libc::MAP_ANONYMOUS),
+        }
+    }
+}
+
+fn memfd(size: u64) -> io::Result<File> {
+    let file = File::from(rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(file)
+}
+
+fn open_path(path: &Path, size: u64) -> Result<File, MemoryError> {
+    let failed = |source| MemoryError::File { path: path.into(), source };
+    if path.is_dir() {
+        // A directory, usually of a hugetlbfs: a file that nobody sees and that goes with this process.
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600)).map_err(|e| failed(e.into()))?;
+        return grow(File::from(file), path, size);
+    }
+    let new = !path.exists();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed)?;
+    grow(file, path, size).inspect_err(|_| {
+        if new {
+            // Nothing of a VM that never came to be is left behind.
+            let _ = std::fs::remove_file(path);
+        }
+    })
+}
+
+/// Makes the file large enough; a larger one keeps its size.
+fn grow(file: File, path: &Path, size: u64) -> Result<File, MemoryError> {
+    let failed = |source| MemoryError::File { path: path.into(), source };
+    let page = rustix::fs::fstatfs(file.as_fd()).map_err(|e| failed(e.into()))?.f_bsize as u64;
+    if page > 0 && !size.is_multiple_of(page) {
+        return Err(MemoryError::PageSize { path: path.into(), size, page });
+    }
+    if file.metadata().map_err(failed)?.len() < size {
+        file.set_len(size).map_err(failed)?;
+    }
+    Ok(file)
+}

@@ -1,0 +1,53 @@
+//! The physical address map of microvm on x86_64: owns where RAM lies and what the hole below 4 GiB holds.
+//!
+//! ```text
+//! 0           3 GiB                              4 GiB
+//! | RAM       | hole: virtio-mmio, IOAPIC, LAPIC | RAM (the rest) |
+//! ```
+
+/// RAM ends here at the latest; the hole for devices follows.
+pub const GAP_START: u64 = 0xc000_0000;
+/// RAM that did not fit below the hole starts here.
+pub const GAP_END: u64 = 0x1_0000_0000;
+/// Everything from here up to 1 MiB is not RAM to the guest (EBDA, option ROM and BIOS area of a PC).
+pub const EBDA_START: u64 = 0x9_fc00;
+/// Memory that the guest's kernel may use without restriction starts here.
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+
+/// One stretch of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First guest physical address.
+    pub base: u64,
+    /// Bytes, never 0.
+    pub size: u64,
+}
+
+/// Where `size` bytes of RAM lie: below the hole, and above it for what does not fit.
+pub fn ram(size: u64) -> Vec<Range> {
+    let low = size.min(GAP_START);
+    [Range { base: 0, size: low }, Range { base: GAP_END, size: size - low }]
+        .into_iter()
+        .filter(|r| r.size > 0)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_hole() {
+        let gib = 1 << 30;
+        let low = |size| Range { base: 0, size };
+        let high = |size| Range { base: GAP_END, size };
+        for (size, expected) in [
+            (128 << 20, vec![low(128 << 20)]),
+            (3 * gib, vec![low(3 * gib)]),
+            (3 * gib + 4096, vec![low(3 * gib), high(4096)]),
+            (512 * gib, vec![low(3 * gib), high(509 * gib)]),
+        ] {
+            assert_eq!(ram(size), expected);
+        }
+    }
+}

@@ -59,6 +59,11 @@ impl Topology {
         Place { thread, core, cluster, die: i % self.dies, socket: i / self.dies }
     }
 
+    /// Number of a core in its die, counted on through the clusters.
+    pub fn core_in_die(&self, place: &Place) -> u32 {
+        place.cluster * self.cores + place.core
+    }
+
     /// The APIC id of vCPU `index`; also its KVM vCPU id.
     pub fn apic_id(&self, index: u8) -> u32 {
         let place = self.place(index);

@@ -87,8 +87,8 @@ mod tests {
             }
             device.write(offset, &[]);
         }
-        // SLP_TYP 5 with SLP_EN, whatever the three bits around them say.
-        let mut expected = vec![PowerRequest::Off; 8];
+        // SLP_TYP 5 with SLP_EN, whatever the four bits around them say.
+        let mut expected = vec![PowerRequest::Off; 16];
         expected.push(PowerRequest::Reset);
         assert_eq!(*power.lock().unwrap(), expected);
         assert_eq!(*claims.lock().unwrap(), (0..=u8::MAX).collect::<Vec<_>>());

@@ -67,8 +67,8 @@ impl SerialDevice {
     pub fn new(line: Arc<dyn Line>, backend: Arc<dyn CharBackend>) -> Arc<Self> {
         let drained = Drained::default();
         let uart = Serial::with_events(Interrupt(line), drained.clone(), Output(Arc::clone(&backend)));
-        let device = Arc::new(Self { uart: Mutex::new(uart), drained, backend: Arc::clone(&backend) });
-        backend.attach(Arc::clone(&device) as Arc<dyn FrontEnd>);
+        let device = Arc::new(Self { uart: Mutex::new(uart), drained, backend });
+        device.backend.attach(Arc::clone(&device) as Arc<dyn FrontEnd>);
         device
     }
 

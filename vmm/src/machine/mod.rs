@@ -1,4 +1,28 @@
-//! Machines: owns the wiring of one VM (memory map, interrupts, slots, vCPUs) and builds it from a [`VmConfig`](crate::config::VmConfig).
+//! Machines: owns the wiring of one VM (memory map, interrupts, slots, vCPUs) and builds it from a [`VmConfig`].
+//!
+//! ```text
+//!   build ──▶ built ──start(paused)──▶ paused ◀──pause/resume──▶ running
+//!               │                        │                          │
+//!               └────────────────────────┴──────── shut_down ───────┘ (or drop: the same, without the flush)
+//! ```
+//!
+//! Only the thread that owns the VM's life calls a [`Machine`]. What the guest does comes back through
+//! [`Environment::guest_events`], from vCPU threads.
+
+mod microvm;
+
+use std::sync::Arc;
+
+use crate::boot::BootError;
+use crate::bus::BusError;
+use crate::chardev::CharBackend;
+use crate::config::{MachineKind, VmConfig};
+use crate::cpu::CpuError;
+use crate::event::LoopHandle;
+use crate::inherit::Inherited;
+use crate::irq::IrqError;
+use crate::memory::MemoryError;
+use microvm::Microvm;
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,10 +46,95 @@ pub struct CpuInfo {
     pub socket_id: u8,
     /// Topology.
     pub die_id: u8,
-    /// Topology.
+    /// Topology; counts on through the clusters of a die.
     pub core_id: u8,
     /// Topology.
     pub thread_id: u8,
-    /// The host's thread that runs it.
+    /// The host's thread that runs it; 0 before the machine is started.
     pub host_tid: i32,
 }
+
+/// What a machine gets from the process around it.
+pub struct Environment {
+    /// Descriptors passed by the launcher.
+    pub inherited: Arc<Inherited>,
+    /// The main loop.
+    pub main_loop: LoopHandle,
+    /// Told, from vCPU threads, what the guest did. Must not block. A guest may do the same thing more than once.
+    pub guest_events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
+    /// What the serial port is connected to; `None` means that there is no serial port.
+    pub serial: Option<Arc<dyn CharBackend>>,
+}
+
+/// Why there is no machine, or why it does not do as it is told.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A board that does not exist yet.
+    #[error("-machine {0}: not supported in this version; use -machine microvm")]
+    Unsupported(MachineKind),
+    /// KVM or a vCPU.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Interrupt controllers.
+    #[error(transparent)]
+    Irq(#[from] IrqError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Two devices in one place: a mistake in the machine's own map.
+    #[error("the machine's address map is wrong: {0}")]
+    Map(#[from] BusError),
+}
+
+/// One virtual machine.
+pub struct Machine {
+    /// Nothing for `-machine none`, which has no guest.
+    board: Option<Microvm>,
+}
+
+impl Machine {
+    /// Builds the machine: after this the guest's memory, vCPUs and devices exist, and no thread of it.
+    ///
+    /// An error says what was wrong and what to do, and leaves nothing behind.
+    pub fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
+        let board = match config.machine.kind {
+            MachineKind::None => None,
+            MachineKind::Microvm => Some(Microvm::build(config, environment)?),
+            kind @ (MachineKind::Q35 | MachineKind::Virt) => return Err(MachineError::Unsupported(kind)),
+        };
+        Ok(Self { board })
+    }
+
+    /// Starts the vCPUs, once. With `paused` they stay out of the guest until [`resume`](Self::resume).
+    pub fn start(&mut self, paused: bool) -> Result<(), MachineError> {
+        self.board.as_mut().map_or(Ok(()), |b| b.vcpus.start(paused).map_err(Into::into))
+    }
+
+    /// Returns when no vCPU runs the guest. After an error (one did not stop within ten seconds) all of them go on.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        self.board.as_ref().map_or(Ok(()), |b| b.vcpus.pause().map_err(Into::into))
+    }
+
+    /// Lets the vCPUs run the guest.
+    pub fn resume(&self) {
+        if let Some(board) = &self.board {
+            board.vcpus.resume();
+        }
+    }
+
+    /// The online vCPUs in order.
+    pub fn cpus(&self) -> Vec<CpuInfo> {
+        self.board.as_ref().map_or_else(Vec::new, Microvm::cpus)
+    }
+
+    /// Ends the machine: stops the vCPUs, resets the devices, and makes durable what the guest has written.
+    pub fn shut_down(self) -> Result<(), MachineError> {
+        self.board.map_or(Ok(()), Microvm::shut_down)
+    }
+}
+
+#[cfg(test)]
+mod tests;

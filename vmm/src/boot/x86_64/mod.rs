@@ -133,7 +133,7 @@ fn load_kernel(file: &mut BootFile, memory: &GuestMemory, dirty: bool) -> Result
 
 /// Where RAM below the hole ends.
 fn low_ram_end(memory: &GuestMemory) -> u64 {
-    memory.find_region(GuestAddress(0)).map_or(0, |r| r.len())
+    memory.find_region(GuestAddress(0)).map_or(0, vm_memory::GuestMemoryRegion::len)
 }
 
 /// RAM as the guest may use it, ascending.

@@ -1,0 +1,132 @@
+//! microvm on x86_64: virtio-mmio devices, one serial port, ACPI without ACPI hardware; no PCI, no firmware.
+//!
+//! ```text
+//! I/O ports                             memory
+//! 0x61        KVM (PIT)                 0           RAM, to 3 GiB at most
+//! 0x64        reset line of the 8042    0xf010_0000 virtio-mmio, windows for the kernel command line
+//! 0x3f8..400  serial, GSI 4             0xf020_0000 virtio-mmio, the same devices' windows for ACPI
+//! 0x600..604  ACPI registers            0xfec0_0000 IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
+//! 0xcf8..     nothing: no PCI           4 GiB       the rest of RAM
+//! ```
+//!
+//! [`Microvm::build`] is in the order that KVM makes cheap; the reasons are there.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+
+use super::{CpuInfo, Environment, GuestEvent, MachineError};
+use crate::boot::{self, AcpiPorts, MmioSlot, Platform, SerialPort};
+use crate::bus::Bus;
+use crate::config::VmConfig;
+use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
+use crate::device::{AcpiRegisters, I8042Reset, OnPower, PowerRequest, SerialDevice};
+use crate::irq::{self, KvmLine, Line};
+use crate::memory::{self, GuestMemory};
+
+const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
+const ACPI_BASE: u16 = 0x600;
+
+/// A microvm. Fields drop in this order: vCPUs stop before anything that they use goes.
+pub(super) struct Microvm {
+    pub(super) vcpus: Vcpus,
+    topology: Topology,
+    /// The VM file goes before guest memory, so that no slot outlives its mapping.
+    _vm: Arc<VmFd>,
+    _memory: Arc<GuestMemory>,
+}
+
+impl Microvm {
+    pub(super) fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
+        let Environment { inherited, main_loop: _, guest_events, serial } = environment;
+        let topology = Topology::new(&config.smp)?;
+
+        // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
+        // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.
+        let (kvm, vm) = cpu::open(&inherited)?;
+        x86_64::prepare_vm(&kvm, &vm)?;
+        let memory = Arc::new(memory::build(&config.memory, &config.machine)?);
+        memory::register(&vm, &memory)?;
+        irq::create_controllers(&vm)?;
+        let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
+        let vm = Arc::new(vm);
+
+        let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let on_power = on_power(&guest_events);
+        let slots: Vec<MmioSlot> = Vec::new();
+        buses.ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
+        let registers = AcpiRegisters::new(on_power, Box::new(|_| {}));
+        buses.ports.insert(ACPI_BASE.into(), AcpiRegisters::PORTS, Arc::new(registers))?;
+        let has_serial = serial.is_some();
+        if let Some(backend) = serial {
+            let line: Arc<dyn Line> = Arc::new(KvmLine::new(Arc::clone(&vm), SERIAL.irq));
+            let port = SerialDevice::new(line, backend);
+            buses.ports.insert(SERIAL.port.into(), SerialDevice::PORTS, port)?;
+        }
+
+        let platform = Platform {
+            cpus: config.smp.cpus,
+            topology: &topology,
+            slots: &slots,
+            serial: has_serial.then_some(SERIAL),
+            acpi: AcpiPorts {
+                sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
+                sleep_status: ACPI_BASE + AcpiRegisters::SLEEP_STATUS,
+                reset: ACPI_BASE + AcpiRegisters::RESET,
+                claim: ACPI_BASE + AcpiRegisters::CLAIM,
+            },
+            dirty_memory: config.memory.path.is_some(),
+        };
+        let state = boot::load(&memory, &config.boot, &platform, &inherited)?;
+        if let Some(first) = vcpus.first() {
+            state.apply(first.fd())?;
+        }
+        let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
+        Ok(Self { vcpus, topology, _vm: vm, _memory: memory })
+    }
+
+    pub(super) fn cpus(&self) -> Vec<CpuInfo> {
+        let tids = self.vcpus.tids();
+        (0u8..)
+            .zip(tids)
+            .map(|(index, host_tid)| {
+                let place = self.topology.place(index);
+                CpuInfo {
+                    index,
+                    socket_id: place.socket as u8,
+                    die_id: place.die as u8,
+                    core_id: self.topology.core_in_die(&place) as u8,
+                    thread_id: place.thread as u8,
+                    host_tid,
+                }
+            })
+            .collect()
+    }
+
+    pub(super) fn shut_down(mut self) -> Result<(), MachineError> {
+        Ok(self.vcpus.stop()?)
+    }
+}
+
+type OnGuest = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
+fn on_power(events: &OnGuest) -> OnPower {
+    let events = Arc::clone(events);
+    Arc::new(move |request| {
+        events(match request {
+            PowerRequest::Off => GuestEvent::PowerOff,
+            PowerRequest::Reset => GuestEvent::Reset,
+        });
+    })
+}
+
+fn on_end(events: OnGuest) -> OnEnd {
+    Arc::new(move |ended| {
+        events(match ended {
+            Ended::Shutdown => GuestEvent::TripleFault,
+            Ended::PowerOff => GuestEvent::PowerOff,
+            Ended::Reset => GuestEvent::Reset,
+            Ended::Failed(text) => GuestEvent::InternalError(text),
+        });
+    })
+}

@@ -1,0 +1,163 @@
+//! A machine with a guest of a few instructions, on the host's KVM. Without `/dev/kvm` there is nothing to test here.
+
+use super::*;
+use crate::chardev::FrontEnd;
+use crate::event::EventLoop;
+use std::io::Write as _;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A terminal that keeps what it is shown.
+struct Screen(std::sync::mpsc::Sender<u8>);
+impl CharBackend for Screen {
+    fn write(&self, data: &[u8]) {
+        for byte in data {
+            let _ = self.0.send(*byte);
+        }
+    }
+    fn attach(&self, _: Arc<dyn FrontEnd>) {}
+    fn front_end_ready(&self) {}
+}
+
+struct Rig {
+    machine: Machine,
+    events: Receiver<GuestEvent>,
+    screen: Receiver<u8>,
+    _event_loop: EventLoop,
+    _kernel: tempfile::NamedTempFile,
+}
+
+/// An ELF file with one segment at 2 MiB; PVH if asked for.
+fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
+    const BASE: u64 = 0x20_0000;
+    let mut file = vec![];
+    file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    file.extend([2, 0, 62, 0, 1, 0, 0, 0]); // executable, x86_64
+    file.extend(BASE.to_le_bytes());
+    file.extend(64u64.to_le_bytes()); // program headers
+    file.extend([0; 8]);
+    file.extend([0, 0, 0, 0, 64, 0, 56, 0, if pvh { 2 } else { 1 }, 0, 0, 0, 0, 0, 0, 0]);
+    let mut segment = |kind: u32, offset: u64, size: u64| {
+        file.extend(kind.to_le_bytes());
+        file.extend(7u32.to_le_bytes());
+        for word in [offset, BASE, BASE, size, size, 4] {
+            file.extend(word.to_le_bytes());
+        }
+    };
+    segment(1, 0x200, code.len() as u64);
+    if pvh {
+        segment(4, 0x100, 20);
+        file.resize(0x100, 0);
+        for word in [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), BASE as u32] {
+            file.extend(word.to_le_bytes());
+        }
+    }
+    file.resize(0x200, 0);
+    file.extend(code);
+    file
+}
+
+fn rig(code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        eprintln!("no /dev/kvm: skipped");
+        return None;
+    }
+    let mut kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.write_all(&elf(code, pvh)).unwrap();
+    let mut config = VmConfig::default();
+    config.boot.kernel = Some(kernel.path().into());
+    config.smp.cpus = cpus;
+    config.smp.max_cpus = cpus;
+    config.smp.cores = cpus;
+    let event_loop = EventLoop::new().unwrap();
+    let (tx, events) = channel();
+    let (screen_tx, screen) = channel();
+    let environment = Environment {
+        inherited: Arc::default(),
+        main_loop: event_loop.handle(),
+        guest_events: Arc::new(move |event| {
+            let _ = tx.send(event);
+        }),
+        serial: Some(Arc::new(Screen(screen_tx))),
+    };
+    let machine = Machine::build(&config, environment).unwrap();
+    Some(Rig { machine, events, screen, _event_loop: event_loop, _kernel: kernel })
+}
+
+/// `mov dx, port; mov al, value; out dx, al` in 64-bit and in 32-bit mode.
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// `ud2`, with no interrupt table to go to: a triple fault.
+const CRASH: [u8; 2] = [0x0f, 0x0b];
+
+fn print_and(ending: &[u8]) -> Vec<u8> {
+    [out(0x3f8, b'h'), out(0x3f8, b'i'), ending.to_vec(), SPIN.to_vec()].concat()
+}
+
+#[test]
+fn a_guest_prints_and_ends_in_each_way() {
+    for (pvh, ending, expected) in [
+        (false, out(0x600, 0x34), GuestEvent::PowerOff),
+        (true, out(0x600, 0x34), GuestEvent::PowerOff),
+        (false, out(0x602, 1), GuestEvent::Reset),
+        (true, out(0x64, 0xfe), GuestEvent::Reset),
+        (false, CRASH.to_vec(), GuestEvent::TripleFault),
+    ] {
+        let Some(mut rig) = rig(&print_and(&ending), pvh, 1) else { return };
+        rig.machine.start(false).unwrap();
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(expected));
+        assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), b"hi");
+        rig.machine.shut_down().unwrap();
+    }
+}
+
+#[test]
+fn starts_paused_and_pauses_a_spinning_guest() {
+    let Some(mut rig) = rig(&print_and(&[]), false, 4) else { return };
+    rig.machine.start(true).unwrap();
+    rig.machine.pause().unwrap();
+    assert!(rig.screen.try_recv().is_err(), "a paused guest has run");
+    for _ in 0..3 {
+        rig.machine.resume();
+        rig.machine.pause().unwrap();
+    }
+    rig.machine.resume();
+    assert_eq!(rig.screen.recv_timeout(LIMIT), Ok(b'h'));
+    let cpus = rig.machine.cpus();
+    assert_eq!(cpus.iter().map(|c| c.core_id).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    for cpu in &cpus {
+        let comm = std::fs::read_to_string(format!("/proc/self/task/{}/comm", cpu.host_tid)).unwrap();
+        assert_eq!(comm.trim(), format!("vcpu{}", cpu.index));
+    }
+    rig.machine.pause().unwrap();
+    rig.machine.shut_down().unwrap();
+}
+
+#[test]
+fn the_smallest_and_the_missing_boards() {
+    let environment = || Environment {
+        inherited: Arc::default(),
+        main_loop: EventLoop::new().unwrap().handle(),
+        guest_events: Arc::new(|_| {}),
+        serial: None,
+    };
+    let mut config = VmConfig::default();
+    config.machine.kind = MachineKind::None;
+    let mut none = Machine::build(&config, environment()).unwrap();
+    none.start(false).unwrap();
+    none.pause().unwrap();
+    none.resume();
+    assert_eq!(none.cpus(), []);
+    none.shut_down().unwrap();
+    for kind in [MachineKind::Q35, MachineKind::Virt] {
+        config.machine.kind = kind;
+        let error = Machine::build(&config, environment()).err().unwrap().to_string();
+        assert!(error.contains("not supported in this version"), "{error}");
+    }
+}

@@ -1,0 +1,228 @@
+//! The QMP socket of one VM. It is there as long as the VM is defined; the VMM behind it comes and goes.
+//!
+//! Clients that come while there is no VMM are greeted and told so, command by command; when one starts they have it.
+//! Clients that saw a VMM end are disconnected, after everything it said.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::error::QmpError;
+use super::message::{Answer, Request};
+use super::monitor::Monitor;
+use super::session::{self, MAX_CLIENTS, Subject};
+
+/// Who may use the socket: its owner and its group. The group is the directory's, by its set-group-id bit.
+const MODE: u32 = 0o660;
+/// Pause after the kernel gave us no connection (no descriptors left): it offers the same one again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The proxy of one VM. Dropped, it removes its socket and disconnects its clients.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    path: PathBuf,
+    /// Device and inode of the socket: another process may have put its own in its place.
+    identity: (u64, u64),
+    runtime: tokio::runtime::Handle,
+}
+
+#[derive(Debug)]
+struct Shared {
+    vm: Arc<str>,
+    monitor: watch::Sender<Option<Monitor>>,
+    /// What the newest VMM said of itself, for clients that come when there is none.
+    greeting: Mutex<Arc<str>>,
+    clients: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl Proxy {
+    /// Listens at `path`, whose file name without `.sock` is the VM's name. A socket that nobody listens on is replaced.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody listens there, `AlreadyExists` when the path is no socket, and what the kernel refuses.
+    /// Must be called on a tokio runtime, which then serves the clients.
+    pub fn bind(path: &Path) -> io::Result<Proxy> {
+        let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
+        let vm: Arc<str> = path.file_stem().map(|name| name.to_string_lossy()).unwrap_or_default().into();
+        let (listener, identity) = listen(path)?;
+        let greeting = format!("{}\r\n", default_greeting());
+        let shared = Arc::new(Shared {
+            vm,
+            monitor: watch::Sender::new(None),
+            greeting: Mutex::new(greeting.into()),
+            clients: Arc::new(Semaphore::new(MAX_CLIENTS)),
+            stop: CancellationToken::new(),
+        });
+        runtime.spawn(accept(listener, Arc::clone(&shared)));
+        Ok(Proxy { shared, path: path.to_owned(), identity, runtime })
+    }
+
+    /// The VMM that commands go to from now on; `None`: the VM has ended.
+    pub fn set_monitor(&self, monitor: Option<Monitor>) {
+        if let Some(monitor) = &monitor {
+            let mut greeting = self.shared.greeting.lock().unwrap_or_else(PoisonError::into_inner);
+            *greeting = Arc::clone(monitor.greeting());
+        }
+        self.shared.monitor.send_replace(monitor);
+    }
+
+    /// One end of a connection that is served like any client's; the other end, blocking, for somebody to be given.
+    ///
+    /// # Errors
+    /// `ResourceBusy` when there are 16 clients; no descriptors left.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let _runtime = self.runtime.enter();
+        let ours = UnixStream::from_std(ours)?;
+        if self.shared.serve(ours).is_err() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, self.shared.full()));
+        }
+        Ok(theirs.into())
+    }
+
+    /// Runs one command that is given as JSON, under the same rules as a client's, and returns its answer as JSON:
+    /// `{"return":…}`, with the command's id if it has one.
+    ///
+    /// # Errors
+    /// [`QmpError::BadRequest`], [`QmpError::NotRunning`], [`QmpError::Refused`] and those of [`Monitor::execute`].
+    pub async fn execute_raw(&self, command: &str) -> Result<String, QmpError> {
+        let request = Request::parse(command.as_bytes())
+            .map_err(|complaint| QmpError::BadRequest { why: complaint.why })?;
+        let answer = match session::local_answer(&request) {
+            Some(answer) => answer,
+            None => {
+                let monitor = self.shared.monitor.borrow().clone();
+                let not_running = || QmpError::NotRunning { vm: self.shared.vm.to_string() };
+                let monitor = monitor.ok_or_else(not_running)?;
+                monitor.submit(&request, Vec::new(), session::patience(&request.execute)).await?.answer
+            }
+        };
+        match answer {
+            Answer::Return(_) => Ok(answer.line(request.id.as_deref()).trim_end().to_owned()),
+            Answer::Error(_) => answer.into_value().map(|value| value.to_string()),
+        }
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many clients are connected.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        MAX_CLIENTS.saturating_sub(self.shared.clients.available_permits())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity)
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove a QMP socket");
+        }
+    }
+}
+
+impl Shared {
+    /// Starts a session; `Err`: there is no room, and the stream is returned.
+    fn serve(self: &Arc<Self>, stream: UnixStream) -> Result<(), UnixStream> {
+        let Ok(place) = Arc::clone(&self.clients).try_acquire_owned() else { return Err(stream) };
+        let subject = Subject {
+            vm: Arc::clone(&self.vm),
+            greeting: Arc::clone(&self.greeting.lock().unwrap_or_else(PoisonError::into_inner)),
+            monitor: self.monitor.subscribe(),
+            stop: self.stop.clone(),
+        };
+        tokio::spawn(async move {
+            session::serve(stream, subject).await;
+            drop(place);
+        });
+        Ok(())
+    }
+
+    fn full(&self) -> String {
+        format!("VM {:?} has {MAX_CLIENTS} QMP clients already: disconnect one", self.vm)
+    }
+}
+
+async fn accept(listener: UnixListener, shared: Arc<Shared>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shared.stop.cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                if let Err(stream) = shared.serve(stream) {
+                    tracing::warn!(vm = &*shared.vm, "a QMP client too many was turned away");
+                    let answer = Answer::error("GenericError", &shared.full()).line(None);
+                    // A fresh socket takes this much; if not, the client learns less.
+                    let _ = stream.try_write(answer.as_bytes());
+                }
+            }
+            Err(error) => {
+                tracing::warn!(vm = &*shared.vm, %error, "cannot accept a QMP client");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Binds under another name and renames: the socket never exists with the wrong mode, nor not at all.
+fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.file_type().is_socket() => {
+            let text = format!("{}: exists and is no socket; remove it", path.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            let text = format!("{}: another process listens there", path.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
+        _ => {}
+    }
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let new =
+        path.with_file_name(format!(".{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    let _ = std::fs::remove_file(&new);
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let listener = UnixListener::bind(&new).map_err(named)?;
+    let placed = std::fs::set_permissions(&new, std::fs::Permissions::from_mode(MODE))
+        .and_then(|()| identity(&new))
+        .and_then(|identity| std::fs::rename(&new, path).map(|()| identity));
+    match placed {
+        Ok(identity) => Ok((listener, identity)),
+        Err(error) => {
+            let _ = std::fs::remove_file(&new);
+            Err(named(error))
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|there| (there.dev(), there.ino()))
+}
+
+/// The greeting of a VM that never ran: ours, in the form that StratoVirt's clients know.
+fn default_greeting() -> serde_json::Value {
+    json!({"QMP": {
+        "version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": concat!("Flotilla-", env!("CARGO_PKG_VERSION"))},
+        "capabilities": [],
+    }})
+}

@@ -1,0 +1,384 @@
+//! One client of the proxy, from its greeting to its end.
+//!
+//! One task; it waits for everything at once and never for the client alone, so a client that does not read costs its
+//! buffer and then its connection, and nobody else anything. Commands go to the VMM one at a time: answers come in the
+//! client's order, and no client gets more turns than another. While a command is under way, or too many answers wait to
+//! be read, nothing is read: the client's own writes block.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::value::RawValue;
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::codec::Framer;
+use super::error::QmpError;
+use super::message::{Answer, QmpEvent, Request};
+use super::monitor::{Monitor, Reply, maybe};
+use super::wire;
+
+/// Clients that one VM's proxy serves at the same time; one more is told so and disconnected.
+pub const MAX_CLIENTS: usize = 16;
+
+/// Longest command, in bytes.
+const MAX_COMMAND: usize = 1 << 20;
+/// Unread bytes from which on no further command of the client is looked at.
+const ENOUGH: usize = 256 << 10;
+/// Unread bytes at which a client that is sent events is given up.
+const TOO_MUCH: usize = 4 << 20;
+/// How long a client may leave its answers unread.
+const STALL: Duration = Duration::from_secs(30);
+/// How long the VMM has for a client's command.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same for commands that are answered only when gigabytes have been written.
+const LONG_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// What a client is told about its VM.
+#[derive(Debug, Clone)]
+pub(crate) struct Subject {
+    pub(crate) vm: Arc<str>,
+    pub(crate) greeting: Arc<str>,
+    pub(crate) monitor: watch::Receiver<Option<Monitor>>,
+    /// The proxy is gone.
+    pub(crate) stop: CancellationToken,
+}
+
+/// A command under way: the client's id for it, and its answer to come.
+struct Pending {
+    id: Option<Box<RawValue>>,
+    reply: Pin<Box<dyn Future<Output = Result<Reply, QmpError>> + Send>>,
+}
+
+struct Session {
+    subject: Subject,
+    stream: UnixStream,
+    framer: Framer,
+    descriptors: Vec<OwnedFd>,
+    out: Vec<u8>,
+    written: usize,
+    /// When the client last read something, or had nothing to read.
+    progress: Instant,
+    pending: Option<Pending>,
+    attached: Option<(Monitor, broadcast::Receiver<QmpEvent>)>,
+    /// An event that came after the answer which is written first.
+    held: Option<QmpEvent>,
+    /// The client will send no more.
+    eof: bool,
+    /// What is written still goes out; then the connection ends.
+    ending: bool,
+}
+
+/// Why a session ends at once. The client is not told: it is gone, or does not listen.
+#[derive(Debug)]
+struct Hopeless(&'static str);
+
+/// Serves one client until either side is done.
+pub(crate) async fn serve(stream: UnixStream, subject: Subject) {
+    let vm = Arc::clone(&subject.vm);
+    let mut session = Session::new(stream, subject);
+    if let Err(Hopeless(why)) = session.run().await {
+        tracing::debug!(vm = &*vm, why, "a QMP client was disconnected");
+    }
+}
+
+/// What the proxy answers itself, whoever asks.
+pub(crate) fn local_answer(request: &Request) -> Option<Answer> {
+    if request.execute != "qmp_capabilities" {
+        return None;
+    }
+    // The greeting offers no capabilities, so none can be enabled.
+    let wants = request.arguments.as_ref().is_some_and(|arguments| {
+        let none = serde_json::from_str::<serde_json::Value>(arguments.get()).is_ok_and(|arguments| {
+            arguments.as_object().is_some_and(|members| {
+                members
+                    .iter()
+                    .all(|(name, value)| name == "enable" && value.as_array().is_some_and(Vec::is_empty))
+            })
+        });
+        !none
+    });
+    Some(if wants {
+        Answer::error("GenericError", "no capability can be enabled: the greeting offers none")
+    } else {
+        Answer::empty()
+    })
+}
+
+/// How long the VMM has for a command of a client.
+pub(crate) fn patience(command: &str) -> Duration {
+    // `migrate` to a file answers when the file is written.
+    if command == "migrate" { LONG_PATIENCE } else { PATIENCE }
+}
+
+impl Session {
+    fn new(stream: UnixStream, mut subject: Subject) -> Session {
+        let attached = subject.monitor.borrow_and_update().clone().map(|monitor| {
+            let events = monitor.events();
+            (monitor, events)
+        });
+        let greeting = match &attached {
+            Some((monitor, _)) => Arc::clone(monitor.greeting()),
+            None => Arc::clone(&subject.greeting),
+        };
+        Session {
+            subject,
+            stream,
+            framer: Framer::new(MAX_COMMAND),
+            descriptors: Vec::new(),
+            out: greeting.as_bytes().to_vec(),
+            written: 0,
+            progress: Instant::now(),
+            pending: None,
+            attached,
+            held: None,
+            eof: false,
+            ending: false,
+        }
+    }
+
+    async fn run(&mut self) -> Result<(), Hopeless> {
+        let stop = self.subject.stop.clone();
+        loop {
+            let acted = self.one_command();
+            self.flush()?;
+            if self.unread() == 0 && (self.ending || self.done()) {
+                return Ok(());
+            }
+            if acted {
+                tokio::task::coop::consume_budget().await;
+                continue;
+            }
+            let open = !self.ending;
+            let reading = open && !self.eof && self.pending.is_none() && self.unread() < ENOUGH;
+            tokio::select! {
+                // The answer first: what the VMM said after it must not overtake it.
+                biased;
+                reply = maybe(&mut self.pending), if open => self.answered(reply)?,
+                event = next_event(&mut self.attached), if open => self.told(event)?,
+                changed = self.subject.monitor.changed(), if open => self.monitor_changed(changed.is_err())?,
+                () = stop.cancelled(), if open => self.end(),
+                ready = self.stream.writable(), if self.unread() > 0 => {
+                    ready.map_err(|_| Hopeless("its connection broke"))?;
+                }
+                ready = self.stream.readable(), if reading => {
+                    ready.map_err(|_| Hopeless("its connection broke"))?;
+                    self.read()?;
+                }
+                () = tokio::time::sleep_until(self.progress + STALL), if self.unread() > 0 => {
+                    return Err(Hopeless("it does not read its answers"));
+                }
+            }
+        }
+    }
+
+    fn unread(&self) -> usize {
+        self.out.len() - self.written
+    }
+
+    /// Everything that the client asked for is answered, and it will ask no more.
+    fn done(&self) -> bool {
+        self.eof && self.pending.is_none()
+    }
+
+    /// Handles at most one command; says whether there was one. After it, and after the end of input, `done` is exact.
+    fn one_command(&mut self) -> bool {
+        if self.ending || self.pending.is_some() || self.unread() >= ENOUGH {
+            return false;
+        }
+        let frame = match self.framer.next() {
+            None if self.eof => self.framer.end().map(Err),
+            frame => frame,
+        };
+        match frame {
+            None => return false,
+            Some(Err(flaw)) => self.answer(&Answer::error("GenericError", &flaw.0), None),
+            Some(Ok(frame)) => match Request::parse(&frame) {
+                Err(complaint) => {
+                    self.answer(&Answer::error("GenericError", &complaint.why), complaint.id.as_deref());
+                }
+                Ok(request) => self.command(request),
+            },
+        }
+        true
+    }
+
+    fn command(&mut self, request: Request) {
+        if let Some(answer) = local_answer(&request) {
+            return self.answer(&answer, request.id.as_deref());
+        }
+        let Some((monitor, _)) = &self.attached else {
+            let error = self.not_running();
+            return self.answer(&error, request.id.as_deref());
+        };
+        let monitor = monitor.clone();
+        let id = request.id.clone();
+        // A descriptor waits for the command that is to take it, as it would at the VMM.
+        let take = usize::from(request.execute == "getfd").min(self.descriptors.len());
+        let descriptors: Vec<OwnedFd> = self.descriptors.drain(..take).collect();
+        let reply = Box::pin(async move {
+            let patience = patience(&request.execute);
+            monitor.submit(&request, descriptors, patience).await
+        });
+        self.pending = Some(Pending { id, reply });
+    }
+
+    fn answered(&mut self, reply: Result<Reply, QmpError>) -> Result<(), Hopeless> {
+        let id = self.pending.take().and_then(|pending| pending.id);
+        match reply {
+            Ok(reply) => {
+                self.events_until(reply.after)?;
+                self.answer(&reply.answer, id.as_deref());
+            }
+            Err(error) => self.answer(&Answer::error(error.class(), &error.to_string()), id.as_deref()),
+        }
+        if let Some(event) = self.held.take() {
+            self.event(&event)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the events up to number `last`, which are all here already.
+    fn events_until(&mut self, last: u64) -> Result<(), Hopeless> {
+        loop {
+            let Some((_, events)) = &mut self.attached else { return Ok(()) };
+            match events.try_recv() {
+                Ok(event) if event.number > last => {
+                    self.held = Some(event);
+                    return Ok(());
+                }
+                Ok(event) => {
+                    let number = event.number;
+                    self.event(&event)?;
+                    if number == last {
+                        return Ok(());
+                    }
+                }
+                Err(broadcast::error::TryRecvError::Lagged(_)) => return Err(TOO_SLOW),
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    fn told(&mut self, event: Result<QmpEvent, broadcast::error::RecvError>) -> Result<(), Hopeless> {
+        match event {
+            Ok(event) => self.event(&event),
+            // Skipping events silently would leave the client with a wrong idea of the VM.
+            Err(broadcast::error::RecvError::Lagged(_)) => Err(TOO_SLOW),
+            Err(broadcast::error::RecvError::Closed) => {
+                self.end();
+                Ok(())
+            }
+        }
+    }
+
+    /// The VM started, or ended. Who saw a VM end is disconnected, as by the VMM itself.
+    fn monitor_changed(&mut self, proxy_gone: bool) -> Result<(), Hopeless> {
+        let monitor = self.subject.monitor.borrow_and_update().clone();
+        if self.attached.is_some() || proxy_gone {
+            self.events_until(u64::MAX)?;
+            self.end();
+        } else if let Some(monitor) = monitor {
+            let events = monitor.events();
+            self.attached = Some((monitor, events));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            let error = self.not_running();
+            self.answer(&error, pending.id.as_deref());
+        }
+        self.ending = true;
+    }
+
+    fn not_running(&self) -> Answer {
+        let error = QmpError::NotRunning { vm: self.subject.vm.to_string() };
+        Answer::error(error.class(), &error.to_string())
+    }
+
+    fn answer(&mut self, answer: &Answer, id: Option<&RawValue>) {
+        self.put(answer.line(id).as_bytes());
+    }
+
+    fn event(&mut self, event: &QmpEvent) -> Result<(), Hopeless> {
+        if self.unread() + event.line.len() > TOO_MUCH {
+            return Err(TOO_SLOW);
+        }
+        self.put(event.line.as_bytes());
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        if self.unread() == 0 {
+            self.progress = Instant::now();
+        }
+        self.out.extend_from_slice(bytes);
+    }
+
+    /// Writes what the client takes now.
+    fn flush(&mut self) -> Result<(), Hopeless> {
+        while self.unread() > 0 {
+            match wire::send(&self.stream, &self.out[self.written..], &[]) {
+                Ok(sent) => {
+                    self.written += sent;
+                    self.progress = Instant::now();
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => return Err(Hopeless("it is gone")),
+            }
+        }
+        if self.unread() == 0 {
+            self.out.clear();
+            self.out.shrink_to(ENOUGH);
+            self.written = 0;
+        } else if self.written > ENOUGH {
+            self.out.drain(..self.written);
+            self.written = 0;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<(), Hopeless> {
+        let mut buffer = [0; 16 << 10];
+        match wire::receive(&self.stream, &mut buffer, &mut self.descriptors) {
+            // Half closed: what was asked is still answered.
+            Ok(0) => self.eof = true,
+            Ok(got) => self.framer.push(&buffer[..got]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return Err(Hopeless("its connection broke")),
+        }
+        if self.descriptors.len() > wire::MAX_DESCRIPTORS {
+            return Err(Hopeless("it sends descriptors without a getfd for them"));
+        }
+        Ok(())
+    }
+}
+
+const TOO_SLOW: Hopeless = Hopeless("it does not read its events");
+
+impl Future for Pending {
+    type Output = Result<Reply, QmpError>;
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<Reply, QmpError>> {
+        self.reply.as_mut().poll(context)
+    }
+}
+
+async fn next_event(
+    attached: &mut Option<(Monitor, broadcast::Receiver<QmpEvent>)>,
+) -> Result<QmpEvent, broadcast::error::RecvError> {
+    match attached {
+        Some((_, events)) => events.recv().await,
+        None => std::future::pending().await,
+    }
+}

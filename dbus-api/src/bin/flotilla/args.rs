@@ -86,7 +86,7 @@ Keys of a definition (only \"kernel\" is required):
   kernel       image: bzImage, ELF vmlinux or raw (PE) kernel
   initrd       initial RAM disk
   append       kernel command line
-  memory       guest RAM: \"512M\", \"2G\", or a number of MiB   [default: 256M]
+  memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
   cpus         vCPUs, 1 to 254; 1 when absent
   disks        list of { path, readonly, direct, serial }; the first is /dev/vda
   nics         list of { bridge, mac }; the first is eth0

@@ -1,0 +1,135 @@
+//! The `flotilla` command against a small fake of the daemon on a bus of its own: what it calls, prints, and exits with.
+//!
+//! Needs `dbus-daemon`; without it the tests say so loudly and pass.
+
+#[cfg(test)]
+mod fake;
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use crate::fake::{Fleet, Ran};
+
+    /// The fleet, or `None` (said on the standard error) where there is no `dbus-daemon`.
+    fn fleet() -> Option<Fleet> {
+        let fleet = Fleet::start();
+        if fleet.is_none() {
+            eprintln!("SKIPPED: dbus-daemon is not installed, so nothing was tested");
+        }
+        fleet
+    }
+
+    fn expect(ran: &Ran, status: i32, out: &str, err: &str) {
+        assert_eq!(ran.status, status, "{ran:?}");
+        assert!(ran.out.contains(out), "{out:?} in {ran:?}");
+        assert!(ran.err.contains(err), "{err:?} in {ran:?}");
+    }
+
+    #[test]
+    fn a_vm_lives_its_life() {
+        let Some(fleet) = fleet() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("web.toml");
+        std::fs::write(&file, "kernel = \"vmlinuz\"\nmemory = \"1G\"\n").unwrap();
+        expect(&fleet.run(&["list"]), 0, "", "No VMs");
+        expect(&fleet.run(&["list", "--json"]), 0, "[]", "");
+        expect(&fleet.run(&["define", file.to_str().unwrap()]), 0, "web defined\n", "");
+        let shown = fleet.run(&["show", "web", "--json"]);
+        let shown: serde_json::Value = serde_json::from_str(&shown.out).unwrap();
+        assert_eq!(shown["spec"]["kernel"], folder.path().join("vmlinuz").to_str().unwrap());
+        expect(&fleet.run(&["define", file.to_str().unwrap()]), 6, "", "--replace");
+        expect(&fleet.run(&["define", file.to_str().unwrap(), "--replace"]), 0, "defined again", "");
+        expect(&fleet.run(&["start", "web"]), 0, "web started\n", "");
+        expect(&fleet.run(&["list"]), 0, "running", "");
+        expect(&fleet.run(&["show", "web"]), 0, "State       running", "");
+        expect(&fleet.run(&["pause", "web"]), 0, "web paused\n", "");
+        expect(&fleet.run(&["resume", "web"]), 0, "web resumed\n", "");
+        expect(&fleet.run(&["qmp", "web", "query-status"]), 0, "query-status", "");
+        expect(&fleet.run(&["rm", "web"]), 6, "", "running");
+        expect(&fleet.run(&["stop", "web", "--timeout", "5s"]), 0, "web stopped\n", "");
+        expect(&fleet.run(&["rm", "web"]), 0, "web removed\n", "");
+        assert!(fleet.calls().contains(&"shutdown web 5000000".to_owned()), "{:?}", fleet.calls());
+    }
+
+    #[test]
+    fn many_names_at_once_and_one_that_fails() {
+        let Some(fleet) = fleet() else { return };
+        for name in ["a", "b"] {
+            expect(&fleet.run(&["define", name, "--kernel", "/k"]), 0, "", "");
+        }
+        let ran = fleet.run(&["start", "a", "nope", "b"]);
+        expect(&ran, 3, "a started\nb started\n", "nope");
+        expect(&fleet.run(&["start", "a"]), 6, "", "a: running already");
+        expect(&fleet.run(&["stop", "a", "b", "--now"]), 0, "a stopped\nb stopped\n", "");
+        assert!(fleet.calls().contains(&"power-off b".to_owned()));
+    }
+
+    #[test]
+    fn a_failed_job_gives_its_reason_and_its_status() {
+        let Some(fleet) = fleet() else { return };
+        fleet.run(&["define", "broken", "--kernel", "/k"]);
+        expect(&fleet.run(&["start", "broken"]), 1, "", "broken: no such kernel");
+        // What `run` has made for a start that fails is gone afterwards.
+        fleet.run(&["rm", "broken"]);
+        expect(&fleet.run(&["run", "broken", "--kernel", "/k"]), 1, "", "broken: no such kernel");
+        expect(&fleet.run(&["list", "--json"]), 0, "[]", "");
+    }
+
+    #[test]
+    fn run_shows_the_console_and_types_what_comes_in() {
+        let Some(fleet) = fleet() else { return };
+        let ran = fleet.run_with_input(&["run", "web", "--kernel", "/k", "--linger", "200ms"], "hello\n");
+        expect(&ran, 0, "guest says: hello", "web runs on");
+        assert_eq!(fleet.calls()[1..4], ["start web paused", "console web", "resume web"]);
+        let ran = fleet.run_with_input(&["console", "web", "--linger", "200ms"], "bye\n");
+        expect(&ran, 0, "guest says: bye", "has ended");
+    }
+
+    #[test]
+    fn run_makes_up_a_name_for_the_default_guest() {
+        let Some(fleet) = fleet() else { return };
+        let guest = tempfile::NamedTempFile::new().unwrap();
+        fleet.environment("FLOTILLA_GUEST", guest.path().to_str().unwrap());
+        let ran = fleet.run_with_input(&["run", "--rm", "--linger", "100ms"], "x\n");
+        expect(&ran, 0, "guest says: x", "Removed ");
+        expect(&fleet.run(&["list", "--json"]), 0, "[]", "");
+        fleet.environment("FLOTILLA_GUEST", "/nonexistent");
+        expect(&fleet.run(&["run"]), 1, "", "FLOTILLA_GUEST: /nonexistent");
+    }
+
+    #[test]
+    fn errors_are_one_line_with_a_status() {
+        let Some(fleet) = fleet() else { return };
+        for (args, status, err) in [
+            (&["show", "nope"][..], 3, "no VM \"nope\""),
+            (&["console", "nope"], 3, "no VM \"nope\""),
+            (&["rm", "nope"], 3, "no VM \"nope\""),
+            (&["define", "bad!name", "--kernel", "/k"], 5, "bad!name"),
+            (&["define", "/nonexistent.toml"], 1, "/nonexistent.toml"),
+            (&["define", "/"], 5, "folder"),
+            (&["qmp", "nope", "{"], 2, "JSON"),
+        ] {
+            let ran = fleet.run(args);
+            expect(&ran, status, "", err);
+            assert_eq!(ran.err.lines().count(), 1, "{ran:?}");
+        }
+        expect(&fleet.run(&["start"]), 2, "", "Usage");
+        expect(&fleet.run(&["--bus", "unix:path=/nonexistent", "list"]), 4, "", "cannot reach the bus");
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_there_or_goes_away_is_noticed() {
+        let Some(fleet) = fleet() else { return };
+        fleet.run(&["define", "slow", "--kernel", "/k"]);
+        let begun = Instant::now();
+        let running = fleet.spawn(&["start", "slow"]);
+        while !fleet.calls().contains(&"start slow run".to_owned()) {
+            assert!(begun.elapsed() < Duration::from_secs(30), "the call never came");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        fleet.go_away();
+        expect(&running.wait(), 4, "", "went away");
+        expect(&fleet.run(&["list"]), 4, "", "flotillad is not running");
+    }
+}

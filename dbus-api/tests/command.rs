@@ -87,6 +87,39 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_is_raw_meanwhile_and_as_before_afterwards() {
+        use std::io::{Read, Write};
+
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        use rustix::termios::{LocalModes, tcgetattr};
+
+        let Some(fleet) = fleet() else { return };
+        fleet.run(&["define", "web", "--kernel", "/k"]);
+        let (mut keyboard, screen) = crate::fake::terminal();
+        let before = tcgetattr(&screen).unwrap().local_modes;
+        assert!(before.contains(LocalModes::ICANON));
+        let running = fleet.spawn_on(&["console", "web"], &screen);
+        let mut seen = String::new();
+        let mut read_until = |text: &str, from: &mut std::fs::File| {
+            let mut buffer = [0; 1024];
+            while !seen.contains(text) {
+                let mut ready = [PollFd::new(&*from, PollFlags::IN)];
+                let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+                assert_eq!(poll(&mut ready, Some(&limit)).unwrap(), 1, "no {text:?} after {seen:?}");
+                let count = from.read(&mut buffer).unwrap();
+                seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+        };
+        read_until("Ctrl-] leaves it", &mut keyboard);
+        keyboard.write_all(b"hello\n").unwrap();
+        read_until("guest says: hello", &mut keyboard);
+        assert!(!tcgetattr(&screen).unwrap().local_modes.contains(LocalModes::ICANON));
+        keyboard.write_all(b"\x1d").unwrap();
+        assert_eq!(running.wait().status, 0);
+        assert_eq!(tcgetattr(&screen).unwrap().local_modes, before);
+    }
+
+    #[test]
     fn run_makes_up_a_name_for_the_default_guest() {
         let Some(fleet) = fleet() else { return };
         let guest = tempfile::NamedTempFile::new().unwrap();

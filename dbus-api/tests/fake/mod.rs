@@ -109,20 +109,26 @@ impl Fleet {
         self.command(args, Stdio::null())
     }
 
+    /// Begins a command on a terminal.
+    pub(crate) fn spawn_on(&self, args: &[&str], terminal: &std::fs::File) -> Running {
+        let end = || terminal.try_clone().unwrap();
+        Running(self.prepare(args).stdin(end()).stdout(end()).stderr(end()).spawn().unwrap())
+    }
+
     fn command(&self, args: &[&str], input: Stdio) -> Running {
-        // A limit on everything: a command that hangs is a failure, not a wait.
-        let child = Command::new("timeout")
-            .arg("60")
-            .arg(env!("CARGO_BIN_EXE_flotilla"))
+        let mut command = self.prepare(args);
+        Running(command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn prepare(&self, args: &[&str]) -> Command {
+        // A limit on everything: a command that hangs is a failure, not a wait. In the foreground, so that it may use a terminal.
+        let mut command = Command::new("timeout");
+        command
+            .args(["--foreground", "60", env!("CARGO_BIN_EXE_flotilla")])
             .args(args)
             .env("FLOTILLA_BUS", &self.address)
-            .envs(&*self.environment.lock().unwrap())
-            .stdin(input)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Running(child)
+            .envs(&*self.environment.lock().unwrap());
+        command
     }
 }
 
@@ -131,6 +137,19 @@ impl Drop for Fleet {
         let _ = self.bus.kill();
         let _ = self.bus.wait();
     }
+}
+
+/// A terminal: the person's end and the program's end.
+pub(crate) fn terminal() -> (std::fs::File, std::fs::File) {
+    use rustix::fs::{Mode, OFlags};
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&person).unwrap();
+    unlockpt(&person).unwrap();
+    let name = ptsname(&person, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let program = rustix::fs::open(name, flags, Mode::empty()).unwrap();
+    (person.into(), program.into())
 }
 
 /// A command under way.

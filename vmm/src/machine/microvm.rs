@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use super::doorbell::KvmDoorbell;
+use super::slots::{self, Slot};
 use super::{CpuInfo, Environment, GuestEvent, MachineError};
 use crate::boot::{self, AcpiPorts, MmioSlot, Platform, SerialPort};
 use crate::bus::Bus;
@@ -23,6 +25,7 @@ use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, I8042Reset, OnPower, PowerRequest, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
 use crate::memory::{self, GuestMemory};
+use crate::virtio::Doorbell;
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 const ACPI_BASE: u16 = 0x600;
@@ -30,6 +33,7 @@ const ACPI_BASE: u16 = 0x600;
 /// A microvm. Fields drop in this order: vCPUs stop before anything that they use goes.
 pub(super) struct Microvm {
     pub(super) vcpus: Vcpus,
+    slots: Arc<[Slot]>,
     topology: Topology,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
     _vm: Arc<VmFd>,
@@ -40,6 +44,8 @@ impl Microvm {
     pub(super) fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
         let Environment { inherited, main_loop: _, guest_events, serial } = environment;
         let topology = Topology::new(&config.smp)?;
+        // What a user is most likely to have got wrong comes first, while failing is cheap.
+        let occupants = slots::fill(config, &inherited)?;
 
         // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
         // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.
@@ -52,22 +58,30 @@ impl Microvm {
         let vm = Arc::new(vm);
 
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let doorbell: Arc<dyn Doorbell> = Arc::new(KvmDoorbell(Arc::clone(&vm)));
+        let line = |gsi| -> Arc<dyn Line> { Arc::new(KvmLine::new(Arc::clone(&vm), gsi)) };
+        let slots: Arc<[Slot]> = slots::connect(occupants, &memory, &doorbell, line, &buses.mmio)?.into();
         let on_power = on_power(&guest_events);
-        let slots: Vec<MmioSlot> = Vec::new();
         buses.ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
-        let registers = AcpiRegisters::new(on_power, Box::new(|_| {}));
+        let claimed = Arc::clone(&slots);
+        let on_claim = move |number: u8| {
+            if let Some(slot) = claimed.get(usize::from(number)) {
+                slot.transport.claim_acpi();
+            }
+        };
+        let registers = AcpiRegisters::new(on_power, Box::new(on_claim));
         buses.ports.insert(ACPI_BASE.into(), AcpiRegisters::PORTS, Arc::new(registers))?;
         let has_serial = serial.is_some();
         if let Some(backend) = serial {
-            let line: Arc<dyn Line> = Arc::new(KvmLine::new(Arc::clone(&vm), SERIAL.irq));
-            let port = SerialDevice::new(line, backend);
+            let port = SerialDevice::new(line(SERIAL.irq), backend);
             buses.ports.insert(SERIAL.port.into(), SerialDevice::PORTS, port)?;
         }
 
+        let places: Vec<MmioSlot> = (0..slots.len()).map(slots::place).collect();
         let platform = Platform {
             cpus: config.smp.cpus,
             topology: &topology,
-            slots: &slots,
+            slots: &places,
             serial: has_serial.then_some(SERIAL),
             acpi: AcpiPorts {
                 sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
@@ -82,7 +96,7 @@ impl Microvm {
             state.apply(first.fd())?;
         }
         let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
-        Ok(Self { vcpus, topology, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, slots, topology, _vm: vm, _memory: memory })
     }
 
     pub(super) fn cpus(&self) -> Vec<CpuInfo> {
@@ -103,8 +117,21 @@ impl Microvm {
             .collect()
     }
 
+    /// Goes through all devices even if one fails, and returns the first failure.
     pub(super) fn shut_down(mut self) -> Result<(), MachineError> {
-        Ok(self.vcpus.stop()?)
+        let mut result = self.vcpus.stop().map_err(MachineError::from);
+        for (number, slot) in self.slots.iter().enumerate() {
+            if let Err(source) = slot.transport.shut_down() {
+                let device = slot.id.clone().unwrap_or_else(|| format!("slot {number}"));
+                let error = MachineError::Flush { device, source };
+                if result.is_ok() {
+                    result = Err(error);
+                } else {
+                    tracing::error!("{error}");
+                }
+            }
+        }
+        result
     }
 }
 

@@ -9,10 +9,14 @@
 //! Only the thread that owns the VM's life calls a [`Machine`]. What the guest does comes back through
 //! [`Environment::guest_events`], from vCPU threads.
 
+mod doorbell;
 mod microvm;
+mod slots;
 
+use std::io;
 use std::sync::Arc;
 
+use crate::block::BlockError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::chardev::CharBackend;
@@ -22,6 +26,7 @@ use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::irq::IrqError;
 use crate::memory::MemoryError;
+use crate::net::NetError;
 use microvm::Microvm;
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
@@ -84,6 +89,43 @@ pub enum MachineError {
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A tap.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// More devices than slots.
+    #[error("device \"{device}\": too many {what}: a microvm has {slots} slots for them")]
+    TooMany {
+        /// The first without a slot.
+        device: String,
+        /// What kind.
+        what: &'static str,
+        /// How many there may be.
+        slots: usize,
+    },
+    /// A device refers to something that the command line does not define.
+    #[error("device \"{device}\": {what} \"{id}\" not found: add {option},id={id}")]
+    NoSuch {
+        /// Which device.
+        device: String,
+        /// What it refers to.
+        what: &'static str,
+        /// By which name.
+        id: String,
+        /// The option that would define it.
+        option: &'static str,
+    },
+    /// What the guest has written could not be made durable.
+    #[error("device \"{device}\": data that the guest has written may be lost: {source}")]
+    Flush {
+        /// Which device.
+        device: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// Two devices in one place: a mistake in the machine's own map.
     #[error("the machine's address map is wrong: {0}")]
     Map(#[from] BusError),

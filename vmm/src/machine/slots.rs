@@ -1,0 +1,237 @@
+//! The virtio slots of a microvm: which device of the command line comes to lie in which slot, and where each slot is.
+//!
+//! There are always six block slots and two network slots, in this order, used or not: a guest sees `vda` to `vdf`, `eth0` and `eth1` from boot
+//! on, and a slot that is filled later needs no new device in the guest.
+
+use std::sync::Arc;
+
+use super::MachineError;
+use crate::block::Disk;
+use crate::boot::MmioSlot;
+use crate::bus::Bus;
+use crate::config::{Device, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
+use crate::inherit::Inherited;
+use crate::irq::Line;
+use crate::memory::GuestMemory;
+use crate::net::{self, Tap};
+use crate::virtio::blk::{Blk, BlkOptions};
+use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
+use crate::virtio::net::{Net, NetOptions};
+use crate::virtio::{Doorbell, VirtioDevice, Worker};
+
+const CMDLINE_WINDOWS: u64 = 0xf010_0000;
+const ACPI_WINDOWS: u64 = 0xf020_0000;
+/// GSIs 0 to 4 belong to the PIT and the serial ports.
+const FIRST_IRQ: u32 = 5;
+/// Of a queue in an empty slot.
+const QUEUE_SIZE: u16 = 256;
+/// The I/O thread of devices that name none: `io-default`.
+const DEFAULT_IOTHREAD: &str = "default";
+
+/// A device in its slot, not connected to a machine yet.
+pub(super) struct Occupant {
+    /// Of the `-device` option; for errors.
+    id: Option<String>,
+    device: Box<dyn VirtioDevice>,
+}
+
+/// A device in its slot.
+pub(super) struct Slot {
+    pub(super) id: Option<String>,
+    pub(super) transport: Arc<MmioTransport>,
+}
+
+/// The I/O threads of a VM by name. A thread starts when a guest first drives a device on it.
+struct Workers {
+    named: Vec<(String, Worker)>,
+    default: Worker,
+}
+
+impl Workers {
+    fn new(config: &VmConfig) -> Self {
+        Self {
+            named: config.iothreads.iter().map(|id| (id.clone(), Worker::new(id))).collect(),
+            default: Worker::new(DEFAULT_IOTHREAD),
+        }
+    }
+
+    fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
+        let Some(id) = iothread else { return Ok(self.default.clone()) };
+        self.named.iter().find(|(name, _)| name == id).map(|(_, worker)| worker.clone()).ok_or_else(|| {
+            MachineError::NoSuch {
+                device: device.into(),
+                what: "iothread",
+                id: id.clone(),
+                option: "-object iothread",
+            }
+        })
+    }
+}
+
+/// Opens the host ends of all devices and puts each device into the next free slot of its kind.
+pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occupant>, MachineError> {
+    let workers = Workers::new(config);
+    let (mut blocks, mut nets) = (Vec::new(), Vec::new());
+    for Device { id, driver, .. } in &config.devices {
+        match driver {
+            DeviceDriver::VirtioBlk { drive, serial, iothread, queue_size, .. } => {
+                check_room(id, "disks", blocks.len(), MICROVM_BLOCK_SLOTS)?;
+                let worker = workers.get(id, iothread.as_ref())?;
+                let wanted = config.drives.iter().find(|d| d.id == *drive);
+                let drive = wanted.ok_or_else(|| no_such(id, "drive", drive, "-drive"))?;
+                let device = Blk::new(BlkOptions {
+                    backend: Some(Disk::open(drive, inherited)?),
+                    serial: serial.clone(),
+                    read_only: drive.readonly,
+                    queue_size: *queue_size,
+                    worker,
+                });
+                blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+            }
+            DeviceDriver::VirtioNet { netdev, mac, iothread, queue_size, .. } => {
+                check_room(id, "network devices", nets.len(), MICROVM_NET_SLOTS)?;
+                let worker = workers.get(id, iothread.as_ref())?;
+                let wanted = config.netdevs.iter().find(|n| n.id == *netdev);
+                let netdev = wanted.ok_or_else(|| no_such(id, "netdev", netdev, "-netdev"))?;
+                let device = Net::new(NetOptions {
+                    backend: Some(Tap::open(netdev, inherited)?),
+                    mac: mac.unwrap_or_else(|| net::default_mac(nets.len() as u8)),
+                    queue_size: *queue_size,
+                    worker,
+                });
+                nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+            }
+        }
+    }
+    while blocks.len() < MICROVM_BLOCK_SLOTS {
+        let worker = workers.default.clone();
+        let empty =
+            BlkOptions { backend: None, serial: None, read_only: false, queue_size: QUEUE_SIZE, worker };
+        blocks.push(Occupant { id: None, device: Box::new(Blk::new(empty)) });
+    }
+    while nets.len() < MICROVM_NET_SLOTS {
+        let (worker, mac) = (workers.default.clone(), net::default_mac(nets.len() as u8));
+        let empty = NetOptions { backend: None, mac, queue_size: QUEUE_SIZE, worker };
+        nets.push(Occupant { id: None, device: Box::new(Net::new(empty)) });
+    }
+    blocks.append(&mut nets);
+    Ok(blocks)
+}
+
+fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Result<(), MachineError> {
+    if used < slots {
+        return Ok(());
+    }
+    Err(MachineError::TooMany { device: device.into(), what, slots })
+}
+
+fn no_such(device: &str, what: &'static str, id: &str, option: &'static str) -> MachineError {
+    MachineError::NoSuch { device: device.into(), what, id: id.into(), option }
+}
+
+/// Where slot `number` is.
+pub(super) fn place(number: usize) -> MmioSlot {
+    let offset = WINDOW_SIZE * number as u64;
+    MmioSlot {
+        cmdline_base: CMDLINE_WINDOWS + offset,
+        acpi_base: ACPI_WINDOWS + offset,
+        size: WINDOW_SIZE as u32,
+        irq: FIRST_IRQ + number as u32,
+    }
+}
+
+/// Connects every device to memory, interrupts and the bus.
+pub(super) fn connect(
+    occupants: Vec<Occupant>,
+    memory: &Arc<GuestMemory>,
+    doorbell: &Arc<dyn Doorbell>,
+    line: impl Fn(u32) -> Arc<dyn Line>,
+    mmio: &Bus,
+) -> Result<Vec<Slot>, MachineError> {
+    let mut slots = Vec::with_capacity(occupants.len());
+    for (number, Occupant { id, device }) in occupants.into_iter().enumerate() {
+        let MmioSlot { cmdline_base, acpi_base, irq, .. } = place(number);
+        let transport = MmioTransport::new(device, Arc::clone(memory), line(irq), Arc::clone(doorbell));
+        mmio.insert(cmdline_base, WINDOW_SIZE, transport.command_line_window(cmdline_base))?;
+        mmio.insert(acpi_base, WINDOW_SIZE, transport.acpi_window(acpi_base))?;
+        slots.push(Slot { id, transport });
+    }
+    Ok(slots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Aio, DetectZeroes, Drive, ImageFormat};
+    use crate::irq::IOAPIC_PINS;
+
+    fn with_disks(count: usize) -> (VmConfig, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = VmConfig::default();
+        for i in 0..count {
+            let file = dir.path().join(i.to_string());
+            std::fs::File::create(&file).unwrap().set_len(512 * (i as u64 + 1)).unwrap();
+            config.drives.push(Drive {
+                id: format!("d{i}"),
+                file,
+                readonly: false,
+                direct: false,
+                aio: Some(Aio::Off),
+                format: ImageFormat::Raw,
+                iops_total: None,
+                discard: false,
+                detect_zeroes: DetectZeroes::Off,
+                pflash_unit: None,
+            });
+            config.devices.push(Device {
+                id: format!("blk{i}"),
+                bus: None,
+                addr: None,
+                multifunction: false,
+                driver: DeviceDriver::VirtioBlk {
+                    drive: format!("d{i}"),
+                    serial: None,
+                    iothread: None,
+                    num_queues: None,
+                    queue_size: 256,
+                    boot_index: None,
+                },
+            });
+        }
+        (config, dir)
+    }
+
+    #[test]
+    fn disks_fill_slots_in_order_and_the_rest_is_empty() {
+        let (config, _dir) = with_disks(2);
+        let slots = fill(&config, &Inherited::default()).unwrap();
+        let types: Vec<u32> = slots.iter().map(|s| s.device.device_type()).collect();
+        assert_eq!(types, [2, 2, 2, 2, 2, 2, 1, 1]);
+        let sectors: Vec<u64> = slots[..6]
+            .iter()
+            .map(|s| {
+                let mut capacity = [0; 8];
+                s.device.read_config(0, &mut capacity);
+                u64::from_le_bytes(capacity)
+            })
+            .collect();
+        assert_eq!(sectors, [1, 2, 0, 0, 0, 0]);
+        assert_eq!(slots[1].id.as_deref(), Some("blk1"));
+        assert!(place(slots.len() - 1).irq < IOAPIC_PINS);
+    }
+
+    #[test]
+    fn says_which_device_is_one_too_many_or_refers_to_nothing() {
+        let (config, _dir) = with_disks(7);
+        let text = |config: &VmConfig| fill(config, &Inherited::default()).err().unwrap().to_string();
+        assert!(text(&config).starts_with("device \"blk6\": too many disks: a microvm has 6 slots"));
+        let (mut config, _dir) = with_disks(1);
+        config.drives.clear();
+        assert!(text(&config).starts_with("device \"blk0\": drive \"d0\" not found"));
+        let (mut config, _dir) = with_disks(1);
+        if let DeviceDriver::VirtioBlk { iothread, .. } = &mut config.devices[0].driver {
+            *iothread = Some("x".into());
+        }
+        assert!(text(&config).starts_with("device \"blk0\": iothread \"x\" not found"));
+    }
+}

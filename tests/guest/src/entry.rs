@@ -22,9 +22,10 @@ const TSS_SIZE: usize = 104 + 8192 + 8;
 
 global_asm!(
     r#"
+/* A carriage return: no VMM's log line has one, so a benchmark can tell our byte, and a person does not see it. */
 .macro FIRST_BYTE
     mov edx, 0x3f8
-    mov al, 10
+    mov al, 13
     out dx, al
 .endm
 /* The first 2 MiB (what the VMM wrote for us) and the image's own; paging.rs maps the rest. Present, writable, user; bit 7: 2 MiB page. */

@@ -1,0 +1,201 @@
+//! Medians, spreads, ratios to the floor, as a table or JSON.
+
+use std::fmt;
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::fleet::Fleet;
+use crate::process::Single;
+use crate::subject::{Setting, Subject};
+use crate::syscalls;
+
+/// All samples of one subject.
+pub(crate) struct Results {
+    name: String,
+    /// Why it is not measured, or no longer.
+    pub(crate) failure: Option<String>,
+    wall: Vec<f64>,
+    cpu: Vec<f64>,
+    alone: Vec<f64>,
+    threads: Vec<f64>,
+    calls: Vec<f64>,
+    file: Vec<f64>,
+    mapped: Vec<f64>,
+    rate: Vec<f64>,
+    each: Vec<f64>,
+}
+
+/// Everything, ready to print.
+pub(crate) struct Report {
+    /// The floor first.
+    pub(crate) results: Vec<Results>,
+    /// Guest RAM, MiB.
+    pub(crate) memory: usize,
+    /// VMs at once.
+    pub(crate) fleet: usize,
+}
+
+impl Results {
+    /// None yet.
+    pub(crate) fn new(subject: &Subject) -> Self {
+        let (name, failure) = (subject.name.clone(), None);
+        let [wall, cpu, alone, threads, calls, file, mapped, rate, each] = [const { Vec::new() }; 9];
+        Self { name, failure, wall, cpu, alone, threads, calls, file, mapped, rate, each }
+    }
+
+    /// Takes what does not change from run to run.
+    pub(crate) fn describe(&mut self, subject: &Subject, setting: &Setting) -> Result<()> {
+        self.file.push(fs::metadata(&subject.program)?.len() as f64 / 1024.0);
+        self.calls.push(syscalls::count(subject, setting)? as f64);
+        Ok(())
+    }
+
+    /// Adds a single start, or its failure.
+    pub(crate) fn add_single(&mut self, sample: Result<Single>) {
+        match sample {
+            Ok(single) => {
+                self.wall.push(single.wall * 1e3);
+                self.cpu.push(single.cpu * 1e3);
+                self.alone.push(single.maps.private as f64);
+                self.mapped.push(single.maps.code as f64);
+                self.threads.push(single.threads as f64);
+            }
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
+    /// Adds a fleet, or its failure.
+    pub(crate) fn add_fleet(&mut self, sample: Result<Fleet>) {
+        match sample {
+            Ok(fleet) => {
+                self.rate.push(fleet.per_second);
+                self.each.push(fleet.private_each);
+            }
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
+    fn metrics(&self) -> [(&'static str, &'static str, &[f64]); 9] {
+        [
+            ("exec to first guest byte, wall", "ms", &self.wall),
+            ("exec to first guest byte, CPU", "ms", &self.cpu),
+            ("private memory beyond guest RAM, alone", "KiB", &self.alone),
+            ("threads", "", &self.threads),
+            ("system calls to first guest byte", "", &self.calls),
+            ("binary file", "KiB", &self.file),
+            ("binary and libraries mapped", "KiB", &self.mapped),
+            ("starts per second, all kept", "/s", &self.rate),
+            ("private memory each, among all", "KiB", &self.each),
+        ]
+    }
+}
+
+/// Value at `share` of the sorted samples; NaN of none.
+fn quantile(samples: &[f64], share: f64) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n => sorted[((n - 1) as f64 * share).round() as usize],
+    }
+}
+
+/// Median of the ratios round by round: what disturbs a round disturbs both. Other than that, the ratio of the medians.
+fn ratio(samples: &[f64], floor: &[f64]) -> f64 {
+    if samples.len() == floor.len() {
+        let ratios: Vec<f64> = samples.iter().zip(floor).map(|(s, f)| s / f).collect();
+        return quantile(&ratios, 0.5);
+    }
+    quantile(samples, 0.5) / quantile(floor, 0.5)
+}
+
+fn machine() -> (String, String, usize) {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|l| Some(l.strip_prefix("model name")?.split_once(": ")?.1.to_owned()));
+    let load = read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" ");
+    (cpu.unwrap_or_default(), load, std::thread::available_parallelism().map_or(0, usize::from))
+}
+
+impl Report {
+    /// The same as the table, for programs.
+    pub(crate) fn json(&self) -> Value {
+        let (cpu, load, processors) = machine();
+        let floor = &self.results[0];
+        let subjects: Vec<Value> = self
+            .results
+            .iter()
+            .map(|results| {
+                let metrics: Vec<Value> = results
+                    .metrics()
+                    .iter()
+                    .zip(floor.metrics())
+                    .filter(|((_, _, samples), _)| !samples.is_empty())
+                    .map(|((name, unit, samples), (_, _, base))| {
+                        json!({
+                            "metric": name, "unit": unit, "median": quantile(samples, 0.5), "p10": quantile(samples, 0.1),
+                            "p90": quantile(samples, 0.9), "samples": samples.len(), "ratio": ratio(samples, base),
+                        })
+                    })
+                    .collect();
+                json!({ "name": results.name, "failure": results.failure, "metrics": metrics })
+            })
+            .collect();
+        json!({
+            "cpu": cpu, "processors": processors, "load": load, "guest_mib": self.memory, "fleet": self.fleet,
+            "subjects": subjects,
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (cpu, load, processors) = machine();
+        writeln!(f, "{processors} x {cpu}; load {load}; guest {} MiB, fleet {}", self.memory, self.fleet)?;
+        writeln!(
+            f,
+            "median (p10 to p90), ratio to the floor; on a loaded machine only the ratios mean something"
+        )?;
+        let floor = self.results[0].metrics();
+        for (i, (name, unit, base)) in floor.iter().enumerate() {
+            if self.results.iter().all(|r| r.metrics()[i].2.is_empty()) {
+                continue;
+            }
+            writeln!(f, "\n{name}")?;
+            for results in &self.results {
+                let samples = results.metrics()[i].2;
+                if samples.is_empty() {
+                    continue;
+                }
+                let [low, median, high] = [0.1, 0.5, 0.9].map(|share| quantile(samples, share));
+                let spread =
+                    if samples.len() > 1 { format!("({low:.1} to {high:.1})") } else { String::new() };
+                let own = ratio(samples, base);
+                writeln!(f, "  {:<20} {median:>9.1} {unit:<4} {spread:<22} {own:>6.2}x", results.name)?;
+            }
+        }
+        for results in &self.results {
+            if let Some(failure) = &results.failure {
+                writeln!(f, "\n{}: {failure}", results.name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_and_ratios() {
+        let samples = [5.0, 1.0, 3.0, 2.0, 4.0];
+        assert_eq!([0.0, 0.5, 1.0].map(|s| quantile(&samples, s)), [1.0, 3.0, 5.0]);
+        assert!(quantile(&[], 0.5).is_nan());
+        assert_eq!(ratio(&[2.0, 40.0, 6.0], &[1.0, 10.0, 3.0]), 2.0);
+        assert_eq!(ratio(&[6.0], &[1.0, 3.0, 9.0]), 2.0);
+    }
+}

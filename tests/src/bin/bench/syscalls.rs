@@ -1,0 +1,79 @@
+//! Counts the system calls of all threads of a VMM, from its exec to its guest's first byte, by tracing it.
+
+use std::collections::HashSet;
+use std::io;
+use std::time::{Duration, Instant};
+
+use rustix::event::{Timespec, poll};
+
+use crate::Result;
+use crate::process::Vm;
+use crate::subject::{Setting, Subject};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+/// What a system call's stop carries, so that it is not taken for a signal (PTRACE_O_TRACESYSGOOD).
+const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
+fn request(kind: libc::c_uint, pid: i32, data: i32) -> io::Result<()> {
+    // SAFETY: the requests used here take a number or nothing as data, and no address of ours.
+    let answer = unsafe { libc::ptrace(kind, pid, 0, libc::c_long::from(data)) };
+    if answer == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Runs `subject` once under the tracer.
+pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
+    let mut vm = Vm::start(subject, setting, 0, true)?;
+    let leader = i32::try_from(vm.pid())?;
+    let end = Instant::now() + DEADLINE;
+    let (mut calls, mut inside, mut known) = (0, HashSet::new(), HashSet::new());
+    loop {
+        let mut status = 0;
+        // SAFETY: writes one number. __WALL: threads of the child too; WNOHANG: the deadline is ours.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::__WALL | libc::WNOHANG) };
+        if Instant::now() > end {
+            return Err(format!("{}: no byte from its guest under the tracer", subject.name).into());
+        }
+        if pid == 0 {
+            // Nothing stopped: wait for output or a moment. The tracer's own wait has no deadline, so this is a short sleep.
+            let moment = Timespec::try_from(Duration::from_micros(200))?;
+            if poll(&mut [vm.console()?], Some(&moment))? > 0 && vm.saw_first_byte()? {
+                return Ok(calls);
+            }
+            continue;
+        }
+        if pid < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        if !libc::WIFSTOPPED(status) {
+            if pid == leader {
+                return Err(format!("{}: ended under the tracer", subject.name).into());
+            }
+            continue;
+        }
+        let mut signal = 0;
+        if pid == leader && known.insert(pid) {
+            let follow = libc::PTRACE_O_TRACESYSGOOD
+                | libc::PTRACE_O_TRACECLONE
+                | libc::PTRACE_O_TRACEFORK
+                | libc::PTRACE_O_TRACEVFORK
+                | libc::PTRACE_O_EXITKILL;
+            request(libc::PTRACE_SETOPTIONS, pid, follow)?;
+        } else if libc::WSTOPSIG(status) == SYSCALL_STOP {
+            // Stops come in pairs, at entry and at exit, for each thread.
+            if inside.insert(pid) {
+                calls += 1;
+            } else {
+                inside.remove(&pid);
+            }
+        } else if !known.insert(pid) && status >> 16 == 0 && libc::WSTOPSIG(status) != libc::SIGSTOP {
+            // A real signal: passed on. The first stop of a new thread and the tracer's own events are not.
+            signal = libc::WSTOPSIG(status);
+        }
+        // A thread may have been killed meanwhile.
+        let _ = request(libc::PTRACE_SYSCALL, pid, signal);
+        let now = Timespec::try_from(Duration::ZERO)?;
+        if poll(&mut [vm.console()?], Some(&now))? > 0 && vm.saw_first_byte()? {
+            return Ok(calls);
+        }
+    }
+}

@@ -5,15 +5,17 @@
 //! that a text is broken as soon as it is, and leaves numbers, literals and escapes to the parser:
 //!
 //! ```text
-//!            '{' or '['                    last bracket closed
-//!   idle ─────────────────▶ in a value ──────────────────────────▶ idle, one frame out
-//!    │  ▲                       │
-//!    │  └──── newline or '{' ── skipping ◀── a byte that cannot be there (one flaw out)
-//!    └──── any other byte ────────▲
+//!            '{'                      last bracket closed
+//!   idle ───────────▶ in an object ──────────────────────▶ idle, one frame out
+//!    │  ▲                  │
+//!    │  │                  ▼ a byte that cannot be there (one flaw out)
+//!    │  └──────────── skipping
+//!    └─── other byte ──▲
 //! ```
 //!
-//! After a flaw the rest of the line is skipped, or until something begins that may be a command; so one broken command
-//! costs one answer, and the next is understood.
+//! Skipping ends with the line, or with the read when nothing more waits to be read (some clients send no newlines); it
+//! does not even begin when the byte was an opening brace at the beginning of a line: that is a new command after an
+//! unfinished one. What is nested in a broken command is never taken for a command.
 
 use serde::de::IgnoredAny;
 
@@ -30,6 +32,10 @@ pub(crate) struct Framer {
     /// Up to where `buffer` was scanned.
     at: usize,
     state: State,
+    /// Something other than blanks since the last newline.
+    midline: bool,
+    /// More was waiting when `buffer` was filled.
+    more: bool,
 }
 
 /// Why something is no frame. The text goes to whoever sent it.
@@ -86,11 +92,12 @@ enum Step {
 impl Framer {
     /// A framer for frames of up to `limit` bytes.
     pub(crate) fn new(limit: usize) -> Framer {
-        Framer { limit, buffer: Vec::new(), start: 0, at: 0, state: State::Idle }
+        Framer { limit, buffer: Vec::new(), start: 0, at: 0, state: State::Idle, midline: false, more: false }
     }
 
-    /// Adds what was read.
-    pub(crate) fn push(&mut self, bytes: &[u8]) {
+    /// Adds what was read; `more`: the read filled its buffer. Everything before must have been taken out.
+    pub(crate) fn push(&mut self, bytes: &[u8], more: bool) {
+        self.more = more;
         if self.start > 0 {
             self.buffer.drain(..self.start);
             self.at -= self.start;
@@ -110,27 +117,24 @@ impl Framer {
     /// The next frame, or the next flaw; `None`: more bytes are needed.
     pub(crate) fn next(&mut self) -> Option<Result<Vec<u8>, Flaw>> {
         while let Some(byte) = self.buffer.get(self.at).copied() {
+            let begins_line = !self.midline;
+            self.midline = byte != b'\n' && (self.midline || !byte.is_ascii_whitespace());
+            self.at += 1;
             match self.state {
-                State::Skipping if byte != b'\n' && byte != b'{' => self.take(),
-                State::Idle | State::Skipping => {
-                    self.state = State::Idle;
-                    match byte {
-                        b'{' | b'[' => self.state = State::Value(Nest::begin(byte)),
-                        b' ' | b'\t' | b'\r' | b'\n' => {
-                            self.take();
-                            continue;
-                        }
-                        _ => {
-                            self.at += 1;
-                            return Some(Err(self.broken(false)));
-                        }
+                State::Skipping => {
+                    if byte == b'\n' {
+                        self.state = State::Idle;
                     }
-                    self.at += 1;
+                    self.start = self.at;
                 }
+                State::Idle => match byte {
+                    b'{' => self.state = State::Value(Nest::object()),
+                    b' ' | b'\t' | b'\r' | b'\n' => self.start = self.at,
+                    _ => return Some(Err(self.broken(byte, false, false))),
+                },
                 State::Value(mut nest) => {
                     let step = nest.step(byte);
                     self.state = State::Value(nest);
-                    self.at += 1;
                     match step {
                         Step::More if nest.dropped => self.start = self.at,
                         Step::More if self.at - self.start > self.limit => {
@@ -149,10 +153,13 @@ impl Framer {
                             self.state = State::Idle;
                             return Some(Ok(frame));
                         }
-                        Step::Broken => return Some(Err(self.broken(nest.dropped))),
+                        Step::Broken => return Some(Err(self.broken(byte, begins_line, nest.dropped))),
                     }
                 }
             }
+        }
+        if self.state == State::Skipping && !self.more {
+            self.state = State::Idle;
         }
         None
     }
@@ -163,17 +170,17 @@ impl Framer {
         self.buffer.len() - self.start
     }
 
-    /// Drops the byte at hand.
-    fn take(&mut self) {
-        self.at += 1;
-        self.start = self.at;
-    }
-
-    /// The byte just scanned cannot be there. A newline ends the skipping before it begins.
-    fn broken(&mut self, dropped: bool) -> Flaw {
-        let newline = self.buffer.get(self.at - 1) == Some(&b'\n');
+    /// The byte just scanned cannot be there.
+    fn broken(&mut self, byte: u8, begins_line: bool, dropped: bool) -> Flaw {
         let flaw = self.flaw(dropped);
-        self.state = if newline { State::Idle } else { State::Skipping };
+        self.state = match byte {
+            b'\n' => State::Idle,
+            b'{' if begins_line => {
+                self.start = self.at - 1;
+                State::Value(Nest::object())
+            }
+            _ => State::Skipping,
+        };
         flaw
     }
 
@@ -187,9 +194,8 @@ impl Framer {
                 (Err(error), State::Value(nest)) if error.is_eof() && nest.depth == MAX_DEPTH => {
                     format!("the message is nested deeper than {MAX_DEPTH} levels")
                 }
-                (Err(error), State::Value(_)) => error.to_string(),
-                (Err(error), _) if !error.is_eof() => error.to_string(),
-                _ => "expected a JSON object".to_owned(),
+                (Err(error), State::Value(_)) => format!("invalid JSON: {error}"),
+                _ => "invalid JSON: expected an object".to_owned(),
             }
         };
         self.start = self.at;
@@ -198,11 +204,9 @@ impl Framer {
 }
 
 impl Nest {
-    fn begin(bracket: u8) -> Nest {
-        let mut nest =
-            Nest { depth: 0, objects: 0, expect: Expect::Value, token: Token::None, dropped: false };
-        nest.open(bracket == b'{');
-        nest
+    /// Just inside the outermost brace.
+    fn object() -> Nest {
+        Nest { depth: 1, objects: 1, expect: Expect::KeyOrEnd, token: Token::None, dropped: false }
     }
 
     fn open(&mut self, object: bool) {

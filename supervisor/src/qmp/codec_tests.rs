@@ -9,8 +9,8 @@ use super::codec::Framer;
 fn cut(limit: usize, pieces: &[&[u8]]) -> Vec<Result<String, String>> {
     let mut framer = Framer::new(limit);
     let mut out = Vec::new();
-    for piece in pieces {
-        framer.push(piece);
+    for (n, piece) in pieces.iter().enumerate() {
+        framer.push(piece, n + 1 < pieces.len());
         while let Some(frame) = framer.next() {
             out.push(match frame {
                 Ok(frame) => Ok(String::from_utf8_lossy(&frame).into_owned()),
@@ -35,7 +35,7 @@ fn values_with_and_without_newlines() {
         (" \r\n\t ", vec![]),
         ("{}", vec!["{}"]),
         ("{}{}", vec!["{}", "{}"]),
-        ("{}\n\r\n{} [] ", vec!["{}", "{}", "[]"]),
+        ("{}\n\r\n{} {\"a\":[]} ", vec!["{}", "{}", "{\"a\":[]}"]),
         ("{\"a\" : \"}\\\"{\"}\n", vec!["{\"a\" : \"}\\\"{\"}"]),
         (
             "{\n \"a\":\n [1,\n2.5e-3, null ,true,{}]}{\"b\":-1}",
@@ -50,23 +50,25 @@ fn values_with_and_without_newlines() {
 #[test]
 fn one_flaw_for_one_mistake_and_what_follows_is_understood() {
     for (stream, says) in [
-        ("hello\n{}", "expected value at line 1 column 1"),
-        ("hello {}", "expected value"),
-        ("true\n{}", "expected a JSON object"),
-        ("1\n{}", "expected a JSON object"),
-        ("\"text\"\n{}", "expected a JSON object"),
-        ("}\n{}", "expected value"),
-        ("\u{feff}\n{}", "expected value"),
+        ("hello\n{}", "expected an object"),
+        ("hello {\"execute\":\"quit\"}\n{}", "expected an object"),
+        ("true\n{}", "expected an object"),
+        ("[1]\n{}", "expected an object"),
+        ("\"text\"\n{}", "expected an object"),
+        ("}\n{}", "expected an object"),
+        ("\u{feff}\n{}", "expected an object"),
         ("{\"a\":]}\n{}", "expected value"),
-        ("{\"a\"]}{}", "expected `:`"),
-        ("{\"a\":1]}{}", "expected `,` or `}`"),
-        ("[1}\n{}", "expected `,` or `]`"),
+        ("{\"a\"]}\n{}", "expected `:`"),
+        ("{\"a\":1]}\r\n{}", "expected `,` or `}`"),
+        ("{\"a\":[1}\n{}", "expected `,` or `]`"),
         ("{,}\n{}", "key must be a string"),
         ("{\"a\":1,}\n{}", "key must be a string"),
-        // A missing quote, and a missing bracket: noticed where they are, not at the end of the next command.
+        // What is nested in a broken command is no command.
+        ("{\"a\" 1,\"b\":{\"execute\":\"quit\"}}\n{}", "expected `:`"),
+        // A missing quote: noticed where it is, not at the end of the next command.
         ("{\"execute\":\"query-status\n{}", "control character"),
         ("{\"execute\":\"query-status}\n{}", "control character"),
-        ("{\"execute\":\"stop\"\n{\"execute\":\"cont\"}\n{}", "expected `,` or `}`"),
+        ("{\"execute\":\"stop\"\n{}", "expected `,` or `}`"),
     ] {
         let got = cut(1 << 20, &[stream.as_bytes()]);
         let flaw = got.first().unwrap().as_ref().unwrap_err();
@@ -79,19 +81,32 @@ fn one_flaw_for_one_mistake_and_what_follows_is_understood() {
 #[test]
 fn a_stream_that_ends_too_soon() {
     let flaw = cut(100, &[b"{} {\"execute\":"]).pop().unwrap().unwrap_err();
-    assert_eq!(flaw, "EOF while parsing a value at line 1 column 11");
+    assert_eq!(flaw, "invalid JSON: EOF while parsing a value at line 1 column 11");
+}
+
+#[test]
+fn without_newlines_a_read_is_the_measure() {
+    let mut framer = Framer::new(1000);
+    let mut read = |bytes: &[u8], more| {
+        framer.push(bytes, more);
+        std::iter::from_fn(|| framer.next()).map(|frame| frame.is_ok()).collect::<Vec<_>>()
+    };
+    assert_eq!(read(b"nonsense {}", true), [false]);
+    assert!(read(b"{} still the same", true).is_empty());
+    assert!(read(b" and its end {}", false).is_empty());
+    assert_eq!(read(b"{}{}", false), [true, true]);
 }
 
 #[test]
 fn too_long_is_one_flaw_and_is_not_kept() {
     let mut framer = Framer::new(64);
-    framer.push(b"{\"a\":\"");
+    framer.push(b"{\"a\":\"", false);
     for _ in 0..1000 {
-        framer.push(&[b'x'; 100]);
+        framer.push(&[b'x'; 100], false);
         assert_eq!(framer.next(), None);
         assert!(framer.held() <= 64 + 100);
     }
-    framer.push(b"\",\"b\":{}} {\"c\":1}");
+    framer.push(b"\",\"b\":{}} {\"c\":1}", false);
     assert!(framer.next().unwrap().unwrap_err().0.contains("longer than 64 bytes"));
     assert_eq!(framer.next(), Some(Ok(b"{\"c\":1}".to_vec())));
     assert_eq!(framer.next(), None);
@@ -103,7 +118,7 @@ fn too_long_is_one_flaw_and_is_not_kept() {
 
 #[test]
 fn too_deep_is_a_flaw() {
-    let deep = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+    let deep = |levels: usize| format!("{{\"a\":{}{}}}", "[".repeat(levels - 1), "]".repeat(levels - 1));
     assert_eq!(frames(&deep(127)), [deep(127)]);
     let got = cut(1 << 20, &[format!("{}\n{{}}", deep(128)).as_bytes()]);
     assert!(got[0].as_ref().unwrap_err().contains("deeper than 127"), "{got:?}");
@@ -128,9 +143,7 @@ fn json() -> impl Strategy<Value = Value> {
                 .prop_map(|members| Value::Object(members.into_iter().collect())),
         ]
     });
-    value.prop_map(
-        |value| if value.is_object() || value.is_array() { value } else { Value::Array(vec![value]) },
-    )
+    value.prop_map(|value| if value.is_object() { value } else { serde_json::json!({ "a": value }) })
 }
 
 /// Cuts bytes at arbitrary places.
@@ -187,11 +200,12 @@ proptest! {
     #[test]
     fn a_broken_line_does_not_take_the_next_with_it(line in "[{}\\[\\]\",:\\\\ a1-]{0,40}") {
         let mut framer = Framer::new(1 << 20);
-        framer.push(line.as_bytes());
-        framer.push(b"\n");
+        framer.push(line.as_bytes(), true);
+        while framer.next().is_some() {}
+        framer.push(b"\n", true);
         while framer.next().is_some() {}
         let unfinished = framer.held() > 0;
-        framer.push(b"{\"execute\":\"x\"}\n");
+        framer.push(b"{\"execute\":\"x\"}\n", true);
         let mut last = None;
         while let Some(frame) = framer.next() {
             last = Some(frame);

@@ -99,7 +99,7 @@ impl Peer {
             let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
             match read.expect("the other side says nothing") {
                 Ok(0) | Err(_) => return None,
-                Ok(got) => self.framer.push(&buffer[..got]),
+                Ok(got) => self.framer.push(&buffer[..got], got == buffer.len()),
             }
         }
     }

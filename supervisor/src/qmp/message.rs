@@ -65,8 +65,8 @@ impl Request {
     /// Reads one frame. Everything that any QMP server would refuse without looking at the command is refused here,
     /// because a server that cannot read a request cannot give its id back either.
     pub(crate) fn parse(frame: &[u8]) -> Result<Request, Complaint> {
-        let members: Members =
-            serde_json::from_slice(frame).map_err(|error| Complaint { why: error.to_string(), id: None })?;
+        let members: Members = serde_json::from_slice(frame)
+            .map_err(|error| Complaint { why: format!("invalid request: {error}"), id: None })?;
         let (mut execute, mut arguments, mut id, mut unknown) = (None, None, None, None);
         for (name, value) in members.0 {
             match name.as_str() {
@@ -76,16 +76,19 @@ impl Request {
                 _ => unknown = unknown.or(Some(name)),
             }
         }
-        let complain = |why: String, id| Err(Complaint { why, id });
+        // The same words as our VMM's.
+        let complain = |why: &str, id| Err(Complaint { why: format!("invalid request: {why}"), id });
         if let Some(name) = unknown {
-            return complain(format!("unknown field `{name}`, expected `execute`, `arguments` or `id`"), id);
+            let name: String = name.chars().take(64).flat_map(char::escape_debug).collect();
+            let why = format!("unknown field `{name}`, expected one of `execute`, `arguments`, `id`");
+            return complain(&why, id);
         }
-        let Some(execute) = execute else { return complain("missing field `execute`".to_owned(), id) };
+        let Some(execute) = execute else { return complain("'execute' is missing", id) };
         let Ok(execute) = serde_json::from_str::<String>(execute.get()) else {
-            return complain("field `execute`: expected a string".to_owned(), id);
+            return complain("'execute' must be a string", id);
         };
         if arguments.as_ref().is_some_and(|arguments| !arguments.get().starts_with('{')) {
-            return complain("field `arguments`: expected an object".to_owned(), id);
+            return complain("'arguments' must be an object", id);
         }
         Ok(Request { execute, arguments, id })
     }

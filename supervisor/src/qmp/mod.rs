@@ -44,6 +44,10 @@ pub use session::MAX_CLIENTS;
 #[cfg(test)]
 mod codec_tests;
 #[cfg(test)]
+mod message_tests;
+#[cfg(test)]
 mod monitor_tests;
 #[cfg(test)]
 mod proxy_tests;
+#[cfg(test)]
+mod stress_tests;

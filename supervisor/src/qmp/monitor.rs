@@ -376,7 +376,7 @@ impl Link {
         match self.stream.try_read(&mut buffer) {
             Ok(0) => Some("it closed its QMP connection".to_owned()),
             Ok(got) => {
-                self.framer.push(&buffer[..got]);
+                self.framer.push(&buffer[..got], got == buffer.len());
                 None
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => None,

@@ -76,19 +76,23 @@ async fn malformed_commands_are_answered_and_the_connection_stays() {
     proxy.set_monitor(Some(monitor));
     let (mut client, _) = Peer::connect(&path).await;
     for (text, id, says) in [
-        ("hello\n", None, "expected value"),
+        ("hello\n", None, "invalid JSON: expected an object"),
         ("{\"execute\":}\n", None, "expected value"),
         ("{\"execute\":\"stop\n", None, "control character"),
-        ("[]", None, "expected a QMP command"),
-        ("{}", None, "missing field `execute`"),
-        ("{\"id\":7}", Some(json!(7)), "missing field `execute`"),
-        ("{\"execute\":1,\"id\":null}", Some(json!(null)), "expected a string"),
-        ("{\"execute\":\"stop\",\"arguments\":[],\"id\":\"a\"}", Some(json!("a")), "expected an object"),
+        ("[]", None, "invalid JSON: expected an object"),
+        ("{}", None, "invalid request: 'execute' is missing"),
+        ("{\"id\":7}", Some(json!(7)), "invalid request: 'execute' is missing"),
+        ("{\"execute\":1,\"id\":null}", Some(json!(null)), "invalid request: 'execute' must be a string"),
+        (
+            "{\"execute\":\"stop\",\"arguments\":[],\"id\":\"a\"}",
+            Some(json!("a")),
+            "invalid request: 'arguments' must be an object",
+        ),
         ("{\"execute\":\"stop\",\"foo\":1,\"id\":2}", Some(json!(2)), "unknown field `foo`"),
         ("{\"execute\":\"query-status\",\"execute\":\"quit\"}", None, "duplicate field `execute`"),
         ("{\"execute\":\"query-status\",\"\\u0065xecute\":\"quit\"}", None, "duplicate field `execute`"),
         ("{\"exec-oob\":\"stop\"}", None, "unknown field `exec-oob`"),
-        ("{\"execute\":\"\\ud800\"}", None, "expected a string"),
+        ("{\"execute\":\"\\ud800\"}", None, "invalid request: 'execute' must be a string"),
     ] {
         let answer = client.ask(text).await;
         assert_eq!(answer["error"]["class"], "GenericError", "{text}: {answer}");
@@ -240,7 +244,7 @@ async fn a_client_that_only_writes_blocks_itself() {
     proxy.set_monitor(Some(fake.echo().await));
     let (mut flood, _) = Peer::connect(&path).await;
     // Nothing of this is ever read by the client; the proxy must stop reading, not grow.
-    let chunk = "{\"execute\":\"nonsense\"} garbage ".repeat(100);
+    let chunk = "{\"execute\":\"nonsense\"} garbage\n".repeat(100);
     let mut written = 0usize;
     while let Ok(sent) =
         tokio::time::timeout(Duration::from_millis(300), flood.stream.write(chunk.as_bytes())).await

@@ -350,7 +350,7 @@ impl Session {
         match wire::receive(&self.stream, &mut buffer, &mut self.descriptors) {
             // Half closed: what was asked is still answered.
             Ok(0) => self.eof = true,
-            Ok(got) => self.framer.push(&buffer[..got]),
+            Ok(got) => self.framer.push(&buffer[..got], got == buffer.len()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => return Err(Hopeless("its connection broke")),
         }

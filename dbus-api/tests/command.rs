@@ -82,6 +82,11 @@ mod tests {
         let ran = fleet.run_with_input(&["run", "web", "--kernel", "/k", "--linger", "200ms"], "hello\n");
         expect(&ran, 0, "guest says: hello", "web runs on");
         assert_eq!(fleet.calls()[1..4], ["start web paused", "console web", "resume web"]);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("db.json");
+        std::fs::write(&file, r#"{"kernel":"k","memory":"512M"}"#).unwrap();
+        let ran = fleet.run(&["run", file.to_str().unwrap(), "--detach"]);
+        expect(&ran, 0, "db started\n", "Defined db: 512M");
         let ran = fleet.run_with_input(&["console", "web", "--linger", "200ms"], "bye\n");
         expect(&ran, 0, "guest says: bye", "has ended");
     }

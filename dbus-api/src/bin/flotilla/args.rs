@@ -67,13 +67,14 @@ impl std::str::FromStr for Bus {
 pub(crate) enum Verb {
     /// Define a VM, start it and show its console
     ///
-    /// Without options it boots the small guest that comes with Flotilla, under a name made up for it. Ctrl-] leaves the console; the
+    /// Without a kernel or a definition file it boots the small guest that comes with Flotilla. Ctrl-] leaves the console; the
     /// VM runs on. When the standard input is not a terminal, it is typed into the console line by line as it comes, and the command
     /// ends when the input has ended and the guest has been quiet for a while.
     #[command(after_help = "\
 Examples:
   flotilla run
   echo help | flotilla run --rm
+  flotilla run web.toml
   flotilla run web --kernel /boot/vmlinuz --initrd /boot/initrd.img --disk web.img --bridge br0 --memory 1G
   flotilla run web --kernel vmlinux --append \"console=ttyS0\" --detach")]
     Run(RunArgs),
@@ -223,7 +224,8 @@ impl SpecArgs {
 /// `flotilla run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Name of the new VM; made up when absent
+    /// Name of the new VM, made up when absent; or a definition file
+    #[arg(value_name = "NAME|FILE")]
     pub(crate) name: Option<String>,
     #[command(flatten)]
     pub(crate) spec: SpecArgs,

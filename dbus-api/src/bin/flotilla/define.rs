@@ -55,7 +55,11 @@ pub(crate) async fn store(client: &Client, name: &str, spec: &VmSpec, replace: b
 }
 
 /// Name and definition from a file or from options.
-fn read(source: String, name: Option<String>, options: SpecArgs) -> Result<(String, VmSpec), Failure> {
+pub(crate) fn read(
+    source: String,
+    name: Option<String>,
+    options: SpecArgs,
+) -> Result<(String, VmSpec), Failure> {
     if options.kernel.is_some() {
         return Ok((source, from_options(options, None)?));
     }

@@ -5,7 +5,9 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use crate::args::RunArgs;
+use dbus_api::spec::VmSpec;
+
+use crate::args::{RunArgs, SpecArgs};
 use crate::client::Client;
 use crate::console::{self, Ended};
 use crate::define;
@@ -18,15 +20,7 @@ const INSTALLED_GUEST: &str = "/usr/share/flotilla/guest.elf";
 
 /// Runs a VM; gives the exit status.
 pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<i32, Failure> {
-    let guest = match args.spec.kernel {
-        Some(_) => None,
-        None => Some(default_guest()?),
-    };
-    let spec = define::from_options(args.spec, guest.clone())?;
-    let name = match args.name {
-        Some(name) => name,
-        None => free_name(client).await?,
-    };
+    let Vm { name, spec, guest } = what(client, args.name, args.spec).await?;
     if let Some(guest) = guest {
         note(&format!("No kernel given: booting the guest that comes with Flotilla, {}.", guest.display()));
     }
@@ -70,6 +64,39 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<i32, Failure> 
         Ended::Signal(number) => 128 + number,
         Ended::Detached | Ended::Closed | Ended::InputDone => 0,
     })
+}
+
+/// What to run.
+struct Vm {
+    name: String,
+    spec: VmSpec,
+    /// The default guest's image, when that is what boots.
+    guest: Option<PathBuf>,
+}
+
+/// Makes name and definition of the new VM from the command line.
+async fn what(client: &Client, name: Option<String>, options: SpecArgs) -> Result<Vm, Failure> {
+    if let Some(file) = name.as_ref().filter(|name| is_file(name))
+        && options.kernel.is_none()
+    {
+        let (name, spec) = define::read(file.clone(), None, options)?;
+        return Ok(Vm { name, spec, guest: None });
+    }
+    let guest = match options.kernel {
+        Some(_) => None,
+        None => Some(default_guest()?),
+    };
+    let spec = define::from_options(options, guest.clone())?;
+    let name = match name {
+        Some(name) => name,
+        None => free_name(client).await?,
+    };
+    Ok(Vm { name, spec, guest })
+}
+
+/// Names of VMs have no slash, and nobody names a VM `web.toml`.
+fn is_file(text: &str) -> bool {
+    text.contains('/') || text.ends_with(".toml") || text.ends_with(".json")
 }
 
 /// Starts a VM with its console open before its first instruction.
@@ -165,6 +192,15 @@ mod tests {
         assert_eq!(made_up([0; 16], |_| false), "brave-barge");
         assert_eq!(made_up([255; 16], |_| false), "warm-yawl");
         assert_eq!(made_up([0; 16], |name| !name.ends_with('3')), "brave-barge-3");
+    }
+
+    #[test]
+    fn a_definition_file_is_no_name() {
+        for (text, file) in
+            [("web", false), ("web.toml", true), ("./web", true), ("w.json", true), ("a.b", false)]
+        {
+            assert_eq!(is_file(text), file, "{text}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
 //! block net  host back ends of virtio           chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
-//! sandbox event inherit                         seccomp; the event loop; descriptors handed to us
+//! sandbox process event inherit                 seccomp; log, daemon, signals; the event loop; descriptors handed to us
 //! config     what a VM is, as plain data
 //! ```
 
@@ -29,6 +29,7 @@ pub mod irq;
 pub mod machine;
 pub mod memory;
 pub mod net;
+pub mod process;
 pub mod qmp;
 pub mod sandbox;
 pub mod virtio;

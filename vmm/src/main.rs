@@ -1,2 +1,229 @@
-//! placeholder
-fn main() {}
+//! `flotilla-vmm`: arguments -> configuration -> machine -> run. Owns the order in which a VM comes up and goes down, and the exit status.
+//!
+//! Exit status: 0 when the guest ended, a client said quit, or a signal came; 1 when the VM could not be started, or the host
+//! failed it. What goes wrong at the start is one line on standard error, and in the log when that is a file.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use vmm::chardev::{self, CharBackend, ChardevError, Traffic};
+use vmm::config::cmdline::{self, Request};
+use vmm::config::{ChardevKind, Monitor, VmConfig};
+use vmm::control::{Control, End, Input};
+use vmm::event::{EventLoop, Ops};
+use vmm::inherit::Inherited;
+use vmm::machine::{Environment, GuestEvent, Machine};
+use vmm::process::daemon::{self, PidFile, Side};
+use vmm::process::{log, signals};
+use vmm::qmp::Qmp;
+
+/// How long the last output may take to reach a receiver that is slow.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    match cmdline::parse(std::env::args_os().skip(1)) {
+        Ok(Request::Help) => print(&cmdline::help()),
+        Ok(Request::Version) => print(concat!("flotilla-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Request::Run(config)) => run(&config),
+        Err(e) => {
+            complain(&e.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    // A reader that has seen enough, such as `head`, is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn complain(text: &str) {
+    // Nobody to tell if standard error is gone.
+    let _ = writeln!(std::io::stderr(), "flotilla-vmm: {text}");
+}
+
+fn run(config: &VmConfig) -> ExitCode {
+    let daemon = if config.process.daemonize {
+        match daemon::fork() {
+            Ok(Side::Child(daemon)) => Some(daemon),
+            Ok(Side::Parent(parent)) => {
+                if let Some(text) = parent.error {
+                    complain(&text);
+                }
+                return ExitCode::from(parent.exit_code);
+            }
+            Err(e) => {
+                complain(&e.to_string());
+                return ExitCode::FAILURE;
+            }
+        }
+    } else {
+        None
+    };
+    let fail = |error: &BoxError, daemon: Option<daemon::Daemon>| {
+        let text = one_line(error.as_ref());
+        if config.process.log_file.is_some() {
+            tracing::error!("{text}");
+        }
+        match daemon {
+            Some(daemon) => daemon.failed(&text),
+            None => complain(&text),
+        }
+        ExitCode::FAILURE
+    };
+    let running = match Running::set_up(config) {
+        Ok(running) => running,
+        Err(e) => return fail(&e, daemon),
+    };
+    if let Some(daemon) = daemon
+        && let Err(e) = daemon.ready()
+    {
+        return fail(&e.into(), None);
+    }
+    running.run()
+}
+
+/// An error and what caused it, each said once.
+fn one_line(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text.replace('\n', " ")
+}
+
+/// A VM that is up. Fields are dropped in this order: sockets and terminal first, the pid file last.
+struct Running {
+    qmp: Arc<Qmp>,
+    chardevs: Vec<Arc<dyn CharBackend>>,
+    event_loop: EventLoop,
+    _pid_file: Option<PidFile>,
+}
+
+impl Running {
+    /// Builds everything; an error leaves nothing behind. What needs only names (pid file, sockets) comes before what costs time.
+    fn set_up(config: &VmConfig) -> Result<Self, BoxError> {
+        log::init(config.process.log_file.as_deref())?;
+        // Before anything else opens a descriptor: a number named there by mistake must not hit one of ours.
+        let inherited = Arc::new(Inherited::from_env()?);
+        let pid_file = config.process.pidfile.as_deref().map(PidFile::create).transpose()?;
+        let mut event_loop = EventLoop::new()?;
+        // The machine's threads and signals talk to `qmp`, which is made after the machine.
+        let hub: Arc<OnceLock<Weak<Qmp>>> = Arc::default();
+        let told = Arc::clone(&hub);
+        signals::watch(&mut event_loop.ops(), move |number| happened(&told, &Input::Signal(number)))?;
+
+        let mut host_ends = open_chardevs(config, &mut event_loop.ops())?;
+        let serial = match &config.serial {
+            None => None,
+            Some(ChardevKind::Ref(id)) => host_ends.by_id.get(id).cloned(),
+            Some(kind) => Some(host_ends.open(kind, Traffic::Line, &mut event_loop.ops())?),
+        };
+        let mut monitors = Vec::with_capacity(config.monitors.len());
+        for monitor in &config.monitors {
+            let kind = match monitor {
+                Monitor::Chardev(id) => {
+                    monitors.extend(host_ends.by_id.get(id).cloned());
+                    continue;
+                }
+                Monitor::Unix(path) => {
+                    ChardevKind::UnixSocket { path: path.clone(), server: true, nowait: true }
+                }
+                Monitor::Tcp(addr) => ChardevKind::TcpSocket { addr: *addr, server: true, nowait: true },
+            };
+            monitors.push(host_ends.open(&kind, Traffic::Messages, &mut event_loop.ops())?);
+        }
+
+        let (told, main_loop) = (Arc::clone(&hub), event_loop.handle());
+        let guest_events = move |event: GuestEvent| {
+            let told = Arc::clone(&told);
+            main_loop.post(move |_| happened(&told, &Input::Guest(event)));
+        };
+        let environment = Environment {
+            inherited,
+            main_loop: event_loop.handle(),
+            guest_events: Arc::new(guest_events),
+            serial,
+        };
+        let mut machine = Machine::build(config, environment)?;
+        machine.start(config.start_paused)?;
+
+        let qmp = Qmp::new(Control::new(Box::new(machine), config, event_loop.handle()));
+        // Set once: the loop does not run yet, so nobody has looked.
+        let _ = hub.set(Arc::downgrade(&qmp));
+        for monitor in &monitors {
+            qmp.add_monitor(monitor);
+        }
+        Ok(Self { qmp, chardevs: host_ends.all, event_loop, _pid_file: pid_file })
+    }
+
+    /// Runs until the VM ends, and takes it down.
+    fn run(mut self) -> ExitCode {
+        let mut exit_code = 0;
+        if let Err(e) = self.event_loop.run() {
+            tracing::error!("the event loop failed: {e}");
+            exit_code = 1;
+        }
+        for backend in &self.chardevs {
+            backend.drain(LAST_WORDS);
+        }
+        let mut control = self.qmp.control();
+        exit_code = control.end().map_or(exit_code, End::exit_code);
+        if let Err(e) = control.shut_down() {
+            tracing::error!("{}", one_line(&e));
+            exit_code = 1;
+        }
+        drop(control);
+        ExitCode::from(exit_code)
+    }
+}
+
+fn happened(hub: &OnceLock<Weak<Qmp>>, input: &Input) {
+    if let Some(qmp) = hub.get().and_then(Weak::upgrade) {
+        qmp.happened(input);
+    }
+}
+
+/// The host ends of character devices.
+#[derive(Default)]
+struct HostEnds {
+    by_id: HashMap<String, Arc<dyn CharBackend>>,
+    all: Vec<Arc<dyn CharBackend>>,
+}
+
+impl HostEnds {
+    fn open(
+        &mut self,
+        kind: &ChardevKind,
+        traffic: Traffic,
+        ops: &mut Ops<'_>,
+    ) -> Result<Arc<dyn CharBackend>, ChardevError> {
+        let backend = chardev::open(kind, traffic, ops)?;
+        self.all.push(Arc::clone(&backend));
+        Ok(backend)
+    }
+}
+
+/// Opens every `-chardev`; those that carry QMP as streams of messages.
+fn open_chardevs(config: &VmConfig, ops: &mut Ops<'_>) -> Result<HostEnds, ChardevError> {
+    let mut ends = HostEnds::default();
+    for chardev in &config.chardevs {
+        let carries_qmp = config.monitors.contains(&Monitor::Chardev(chardev.id.clone()));
+        let traffic = if carries_qmp { Traffic::Messages } else { Traffic::Line };
+        let backend = ends.open(&chardev.kind, traffic, ops)?;
+        ends.by_id.insert(chardev.id.clone(), backend);
+    }
+    Ok(ends)
+}

@@ -44,7 +44,8 @@ fn unique<'a>(what: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), Inva
 }
 
 fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
-    if config.machine.kind != MachineKind::Microvm {
+    let has_guest = config.machine.kind != MachineKind::None;
+    if has_guest && config.machine.kind != MachineKind::Microvm {
         return bad(format!(
             "-machine {} is not supported in this version: use microvm",
             config.machine.kind
@@ -72,8 +73,11 @@ fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
             config.memory.size
         ));
     }
-    if config.boot.kernel.is_none() {
+    if has_guest && config.boot.kernel.is_none() {
         return bad("a kernel is needed: add -kernel FILE");
+    }
+    if !has_guest && !config.devices.is_empty() {
+        return bad("-machine none has no guest: leave out -device, or use -machine microvm");
     }
     if config.iothreads.len() > IOTHREADS_MAX {
         return bad(format!(

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Smp, VmConfig};
 use crate::event::LoopHandle;
-use crate::machine::{CpuInfo, GuestEvent};
+use crate::machine::{CpuInfo, GuestEvent, Machine};
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
@@ -71,6 +71,24 @@ pub trait Vm: Send {
     fn resume(&mut self) -> Result<(), BoxError>;
     /// The online vCPUs.
     fn cpus(&self) -> Vec<CpuInfo>;
+    /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
+    fn shut_down(self: Box<Self>) -> Result<(), BoxError>;
+}
+
+impl Vm for Machine {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        Ok(Self::pause(self)?)
+    }
+    fn resume(&mut self) -> Result<(), BoxError> {
+        Self::resume(self);
+        Ok(())
+    }
+    fn cpus(&self) -> Vec<CpuInfo> {
+        Self::cpus(self)
+    }
+    fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
+        Ok(Self::shut_down(*self)?)
+    }
 }
 
 /// One thing that a command leads to, in the order in which clients must see it.
@@ -84,7 +102,8 @@ pub enum Outcome {
 
 /// The owner.
 pub struct Control {
-    vm: Box<dyn Vm>,
+    /// Taken when it is shut down.
+    vm: Option<Box<dyn Vm>>,
     state: State,
     end: Option<End>,
     name: Option<String>,
@@ -97,7 +116,7 @@ impl Control {
     /// Takes over a machine that was started, paused or not as `config` says.
     pub fn new(vm: Box<dyn Vm>, config: &VmConfig, main_loop: LoopHandle) -> Self {
         Self {
-            vm,
+            vm: Some(vm),
             state: if config.start_paused { State::Prelaunch } else { State::Running },
             end: None,
             name: config.name.clone(),
@@ -110,6 +129,13 @@ impl Control {
     /// How the VM ended, once it has.
     pub fn end(&self) -> Option<&End> {
         self.end.as_ref()
+    }
+
+    /// Ends the machine. Call once the loop has ended.
+    pub fn shut_down(&mut self) -> Result<(), CommandError> {
+        self.state = State::Shutdown;
+        let Some(vm) = self.vm.take() else { return Ok(()) };
+        vm.shut_down().map_err(|source| CommandError::Machine { what: "cannot shut the VM down", source })
     }
 
     /// Carries out a command.
@@ -150,14 +176,8 @@ impl Control {
         let mut outcomes = Vec::with_capacity(step.effects.len());
         for effect in step.effects {
             let done = match effect {
-                Effect::Pause => self
-                    .vm
-                    .pause()
-                    .map_err(|source| CommandError::Machine { what: "cannot pause the VM", source }),
-                Effect::Resume => self
-                    .vm
-                    .resume()
-                    .map_err(|source| CommandError::Machine { what: "cannot resume the VM", source }),
+                Effect::Pause => self.machine("cannot pause the VM", |vm| vm.pause()),
+                Effect::Resume => self.machine("cannot resume the VM", |vm| vm.resume()),
                 Effect::Reply => {
                     outcomes.push(Outcome::Reply(Ok(json!({}))));
                     Ok(())
@@ -189,6 +209,19 @@ impl Control {
         (outcomes, None)
     }
 
+    fn machine(
+        &mut self,
+        what: &'static str,
+        action: impl FnOnce(&mut dyn Vm) -> Result<(), BoxError>,
+    ) -> Result<(), CommandError> {
+        let vm = self.vm.as_deref_mut().ok_or(Refusal::Ended)?;
+        action(vm).map_err(|source| CommandError::Machine { what, source })
+    }
+
+    fn online(&self) -> Vec<CpuInfo> {
+        self.vm.as_ref().map_or_else(Vec::new, |vm| vm.cpus())
+    }
+
     fn status(&self) -> Value {
         let (running, status) = match self.state {
             State::Running => (true, "running"),
@@ -200,7 +233,7 @@ impl Control {
     }
 
     fn cpus(&self) -> Value {
-        let cpus = self.vm.cpus().into_iter().map(|cpu| {
+        let cpus = self.online().into_iter().map(|cpu| {
             json!({
                 "CPU": cpu.index,
                 "arch": "x86",
@@ -215,7 +248,7 @@ impl Control {
     }
 
     fn hotpluggable_cpus(&self) -> Value {
-        let online = self.vm.cpus();
+        let online = self.online();
         let cpus = (0..self.smp.max_cpus).map(|index| {
             let (socket, die, core, thread) = place(&self.smp, index);
             let mut cpu = json!({
@@ -274,6 +307,9 @@ mod tests {
         }
         fn cpus(&self) -> Vec<CpuInfo> {
             vec![CpuInfo { index: 0, socket_id: 0, die_id: 0, core_id: 0, thread_id: 0, host_tid: 42 }]
+        }
+        fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
+            Ok(())
         }
     }
 

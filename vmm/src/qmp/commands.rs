@@ -47,9 +47,13 @@ const COMMANDS: &[Spec] = &[
     control!("query-hotpluggable-cpus", QueryHotpluggableCpus),
     answer("query-kvm", |_| Ok(Action::Answer(json!({ "enabled": true, "present": true })))),
     answer("query-machines", |_| {
-        Ok(Action::Answer(json!([{
-            "cpu-max": MAX_CPUS, "deprecated": false, "hotpluggable-cpus": false, "name": "microvm", "numa-mem-supported": false
-        }])))
+        let machine = |name| {
+            json!({
+                "cpu-max": MAX_CPUS, "deprecated": false, "hotpluggable-cpus": false, "name": name,
+                "numa-mem-supported": false,
+            })
+        };
+        Ok(Action::Answer(json!([machine("none"), machine("microvm")])))
     }),
     control!("query-name", QueryName),
     control!("query-status", QueryStatus),

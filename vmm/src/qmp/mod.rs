@@ -11,7 +11,7 @@ mod syntax;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use serde_json::Value;
 
@@ -73,13 +73,6 @@ impl Qmp {
             if let Outcome::Event(event) = outcome {
                 self.tell(&event, None);
             }
-        }
-    }
-
-    /// Gives the last answers to clients that are slow, at most `limit` each. For the end of the process.
-    pub fn drain(&self, limit: Duration) {
-        for session in lock(&self.sessions).iter() {
-            session.backend.drain(limit);
         }
     }
 

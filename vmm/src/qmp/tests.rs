@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -35,6 +36,9 @@ impl Vm for FakeVm {
                 host_tid: 8439,
             })
             .collect()
+    }
+    fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
+        Ok(())
     }
 }
 

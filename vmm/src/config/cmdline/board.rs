@@ -34,7 +34,8 @@ fn machine(text: &str) -> Result<MachineConfig, CmdlineError> {
         None => MachineKind::Microvm,
         Some(name) => match name.to_ascii_lowercase().as_str() {
             "microvm" => MachineKind::Microvm,
-            known @ ("none" | "q35" | "virt") => {
+            "none" => MachineKind::None,
+            known @ ("q35" | "virt") => {
                 return Err(props.unsupported(format!("machine type {known} (use microvm)")));
             }
             _ => return Err(props.bad(format!("unknown machine type '{name}': use microvm"))),

@@ -148,6 +148,14 @@ fn help_and_version_need_nothing_else() {
 }
 
 #[test]
+fn a_machine_for_probing_needs_no_kernel() {
+    let config = run(
+        "-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg -qmp unix:/s,server,nowait -daemonize",
+    );
+    assert_eq!(config.machine.kind, crate::config::MachineKind::None);
+}
+
+#[test]
 fn freeze_is_a_spelling_of_s() {
     assert!(run("-kernel /k -freeze").start_paused);
     assert_eq!(

@@ -21,7 +21,7 @@ use super::message::{Answer, Request};
 use super::monitor::Monitor;
 use super::session::{self, MAX_CLIENTS, Subject};
 
-/// Who may use the socket: its owner and its group. The group is the directory's, by its set-group-id bit.
+/// Who may use the socket: its owner and its group, which is its directory's (packages make that `flotilla`).
 const MODE: u32 = 0o660;
 /// Pause after the kernel gave us no connection (no descriptors left): it offers the same one again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -203,6 +203,7 @@ fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
     let _ = std::fs::remove_file(&new);
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
     let listener = UnixListener::bind(&new).map_err(named)?;
+    give_to_group(&new);
     let placed = std::fs::set_permissions(&new, std::fs::Permissions::from_mode(MODE))
         .and_then(|()| identity(&new))
         .and_then(|identity| std::fs::rename(&new, path).map(|()| identity));
@@ -212,6 +213,19 @@ fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
             let _ = std::fs::remove_file(&new);
             Err(named(error))
         }
+    }
+}
+
+/// Gives the socket to its directory's group. (The kernel would do it for a set-group-id directory; a sandboxed daemon
+/// may not make those.) When it cannot be done fewer people can connect, which is no reason to have no socket.
+fn give_to_group(socket: &Path) {
+    let parent = socket.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let given = std::fs::metadata(parent).and_then(|there| {
+        let own = std::fs::symlink_metadata(socket)?.gid();
+        if own == there.gid() { Ok(()) } else { std::os::unix::fs::lchown(socket, None, Some(there.gid())) }
+    });
+    if let Err(error) = given {
+        tracing::warn!(directory = %parent.display(), %error, "cannot give a QMP socket to its directory's group");
     }
 }
 

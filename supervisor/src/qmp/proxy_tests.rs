@@ -1,6 +1,6 @@
 //! The proxy between several clients and a VMM.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -373,6 +373,12 @@ async fn raw_commands_follow_the_same_rules() {
 async fn the_socket_is_private_replaced_when_stale_and_removed() {
     let (fake, proxy, path) = setup();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+    // Only root may give a directory away; for others the two groups are one anyway.
+    let _ = std::os::unix::fs::chown(fake.directory.path(), None, Some(4321));
+    let other = Proxy::bind(&fake.directory.path().join("db.sock")).unwrap();
+    let group = |path: &std::path::Path| std::fs::metadata(path).unwrap().gid();
+    assert_eq!(group(other.path()), group(fake.directory.path()));
+    drop(other);
     let error = Proxy::bind(&path).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
     assert!(error.to_string().contains("web.sock"), "{error}");

@@ -1,1 +1,126 @@
-//! Opening, locking and bouncing on real files.
+//! Opening, locking and refusing, on real files.
+
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use super::*;
+
+fn drive(path: &Path) -> Drive {
+    Drive {
+        id: "rootfs".into(),
+        file: path.into(),
+        readonly: false,
+        direct: false,
+        aio: None,
+        format: ImageFormat::Raw,
+        iops_total: None,
+        discard: false,
+        detect_zeroes: DetectZeroes::Off,
+        pflash_unit: None,
+    }
+}
+
+fn open(drive: &Drive) -> Result<Disk, BlockError> {
+    Disk::open(drive, &Inherited::default())
+}
+
+fn image(bytes: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(bytes).unwrap();
+    file
+}
+
+#[test]
+fn what_cannot_be_a_disk_is_refused_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    let empty = image(511);
+    let cases = [
+        (dir.path().join("none"), "no such file"),
+        (dir.path().to_owned(), "is a directory"),
+        (fifo, "is a pipe"),
+        ("/dev/null".into(), "is a character device"),
+        (empty.path().to_owned(), "is empty"),
+        (empty.path().join("x"), "cannot open it"),
+    ];
+    for (path, problem) in cases {
+        let text = open(&drive(&path)).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("drive \"rootfs\": {}: ", path.display())), "{text}");
+        assert!(text.contains(problem), "{text}");
+    }
+    let file = image(512);
+    let unsupported: [fn(&mut Drive); 3] = [
+        |d| d.format = ImageFormat::Qcow2,
+        |d| d.iops_total = Some(1),
+        |d| d.detect_zeroes = DetectZeroes::On,
+    ];
+    for change in unsupported {
+        let mut drive = drive(file.path());
+        change(&mut drive);
+        assert!(open(&drive).unwrap_err().to_string().contains("not supported"));
+    }
+}
+
+#[test]
+fn an_image_has_one_writer_or_many_readers() {
+    let file = image(4096);
+    let (writer, reader) = (drive(file.path()), Drive { readonly: true, ..drive(file.path()) });
+    let first = open(&writer).unwrap();
+    for second in [&writer, &reader] {
+        let text = open(second).unwrap_err().to_string();
+        assert!(text.contains("in use by another process"), "{text}");
+    }
+    drop(first);
+    let readers = [open(&reader).unwrap(), open(&reader).unwrap()];
+    assert!(matches!(open(&writer).unwrap_err().problem, Problem::InUse));
+    drop(readers);
+    open(&writer).unwrap();
+}
+
+#[test]
+fn the_guest_sees_whole_blocks() {
+    let file = image(4096 + 700);
+    let disk = open(&drive(file.path())).unwrap();
+    assert_eq!((disk.size(), disk.block_size(), disk.read_only()), (4096 + 512, 512, false));
+    disk.flush().unwrap();
+}
+
+#[test]
+fn an_inherited_descriptor_stands_for_the_path() {
+    let file = image(4096);
+    let hidden = Path::new("/nowhere/to/be/found.img");
+    let inherit = |writable: bool| {
+        let mut options = File::options();
+        options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
+        let fd = options.open(file.path()).unwrap().into_raw_fd();
+        let table = format!(r#"[{{"fd":{fd},"path":"{}"}}]"#, hidden.display());
+        Inherited::parse(&table).unwrap()
+    };
+    let disk = Disk::open(&drive(hidden), &inherit(true)).unwrap();
+    let flags = rustix::fs::fcntl_getfl(disk.file()).unwrap();
+    assert!(!flags.intersects(OFlags::NONBLOCK | OFlags::DIRECT));
+    drop(disk);
+    let error = Disk::open(&drive(hidden), &inherit(false)).unwrap_err();
+    assert!(matches!(error.problem, Problem::DescriptorReadOnly));
+    let reader = Drive { readonly: true, ..drive(hidden) };
+    Disk::open(&reader, &inherit(false)).unwrap();
+}
+
+#[test]
+fn permissions_are_explained() {
+    if rustix::process::geteuid().is_root() {
+        return eprintln!("SKIPPED: root may do anything");
+    }
+    let file = image(512);
+    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o400)).unwrap();
+    assert!(matches!(open(&drive(file.path())).unwrap_err().problem, Problem::Denied { write: true }));
+}

@@ -58,7 +58,8 @@ impl Inherited {
         }
     }
 
-    fn parse(text: &str) -> Result<Self, InheritError> {
+    /// Reads the JSON that the module comment shows.
+    pub(crate) fn parse(text: &str) -> Result<Self, InheritError> {
         let entries: Vec<Entry> = serde_json::from_str(text).map_err(InheritError::Syntax)?;
         let mut seen = std::collections::BTreeSet::new();
         let mut descriptors = Vec::with_capacity(entries.len());

@@ -104,6 +104,15 @@ impl Tap {
         Ok(tap)
     }
 
+    /// One end of a pair of packet sockets instead of a tap; the other end sees headers and packets as the kernel would.
+    #[cfg(test)]
+    pub(crate) fn fake() -> (Self, OwnedFd) {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (fd, peer) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        (Self { fd, id: "fake".into() }, peer)
+    }
+
     /// `id=` of the netdev.
     pub fn id(&self) -> &str {
         &self.id

@@ -1,1 +1,117 @@
-//! Taps in a network namespace of their own.
+//! Taps in a network namespace that each test makes for itself.
+
+use std::os::fd::IntoRawFd;
+use std::process::Command;
+
+use super::*;
+
+fn netdev(source: TapSource) -> Netdev {
+    Netdev {
+        id: "nic0".into(),
+        backend: NetBackend::Tap { source, queues: 1, vhost: false, vhost_fds: vec![] },
+    }
+}
+
+fn named(name: &str) -> Netdev {
+    netdev(TapSource::Name(name.into()))
+}
+
+fn open(netdev: &Netdev) -> Result<Tap, NetError> {
+    Tap::open(netdev, &Inherited::default())
+}
+
+fn ip(arguments: &str) -> bool {
+    Command::new("ip").args(arguments.split(' ')).status().is_ok_and(|s| s.success())
+}
+
+/// Runs `test` on a thread with a network of its own. Says so when it cannot.
+fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(|| {
+        // SAFETY: only this thread is moved, and it ends with the test.
+        let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+        if !unshared || !std::path::Path::new("/dev/net/tun").exists() || !ip("link show") {
+            return eprintln!("SKIPPED: needs root, /dev/net/tun and `ip`");
+        }
+        test();
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn what_is_no_tap_is_refused_in_words() {
+    in_a_namespace(|| {
+        assert!(ip("tuntap add dev mq0 mode tap multi_queue"));
+        let cases = [
+            (named("none0"), "there is no interface none0"),
+            (named("lo"), "lo is not a tap"),
+            (named("mq0"), "mq0 is not a tap with one queue"),
+            (netdev(TapSource::Fds(vec![1])), "descriptor 1 is not open, or is a standard stream"),
+            (netdev(TapSource::Fds(vec![9999])), "descriptor 9999 is not open"),
+            (netdev(TapSource::Fds(vec![5, 6])), "not supported"),
+            (netdev(TapSource::Fds(vec![])), "is not open"),
+        ];
+        for (netdev, problem) in cases {
+            let text = open(&netdev).unwrap_err().to_string();
+            assert!(text.starts_with("netdev \"nic0\": ") && text.contains(problem), "{text}");
+        }
+        assert!(!ip("link show none0"), "made nothing");
+        let null = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+        let text = open(&netdev(TapSource::Fds(vec![null]))).unwrap_err().to_string();
+        assert!(text.contains("is not a tap opened with"), "{text}");
+        let vhost = NetBackend::Tap {
+            source: TapSource::Name("mq0".into()),
+            queues: 1,
+            vhost: true,
+            vhost_fds: vec![],
+        };
+        assert!(open(&Netdev { id: "nic0".into(), backend: vhost }).is_err());
+    });
+}
+
+#[test]
+fn a_tap_is_opened_by_name_or_descriptor_and_by_one_only() {
+    in_a_namespace(|| {
+        assert!(ip("tuntap add dev t0 mode tap"));
+        let tap = open(&named("t0")).unwrap();
+        let text = open(&named("t0")).unwrap_err().to_string();
+        assert!(text.contains("t0 is in use"), "{text}");
+        tap.set_offloads(Offloads { checksum: true, tso4: true, tso6: true }).unwrap();
+        let Tap { fd, .. } = tap;
+        let number = fd.into_raw_fd();
+        let tap = open(&netdev(TapSource::Fds(vec![number]))).unwrap();
+        let Tap { fd, .. } = tap;
+        let table = format!(r#"[{{"fd":{},"tap":"other"}}]"#, fd.into_raw_fd());
+        let inherited = Inherited::parse(&table).unwrap();
+        Tap::open(&named("other"), &inherited).unwrap();
+    });
+}
+
+#[test]
+fn packets_cross_and_a_deleted_tap_is_noticed() {
+    in_a_namespace(|| {
+        assert!(ip("tuntap add dev t0 mode tap"));
+        let tap = open(&named("t0")).unwrap();
+        let mut buffer = [0u8; 2048];
+        let mut part = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 74 }];
+        // SAFETY: the part is the buffer.
+        let result = unsafe { tap.write(&part) };
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EIO), "the interface is down");
+        assert!(ip("link set t0 up"));
+        // SAFETY: as above.
+        assert_eq!(unsafe { tap.write(&part) }.unwrap(), 74);
+        part[0].iov_len = buffer.len();
+        // SAFETY: as above. The kernel greets new links with packets of its own; read them all.
+        while unsafe { tap.read(&part) }.is_ok() {}
+        assert!(ip("link del t0"));
+        // SAFETY: as above.
+        let error = unsafe { tap.read(&part) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
+    });
+}
+
+#[test]
+fn default_addresses_count_up() {
+    assert_eq!(default_mac(0), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    assert_eq!(default_mac(2)[5], 0x58);
+}

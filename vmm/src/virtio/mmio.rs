@@ -428,3 +428,6 @@ impl BusDevice for Window {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

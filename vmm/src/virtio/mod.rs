@@ -27,6 +27,9 @@ pub mod queue;
 pub mod status;
 pub mod worker;
 
+#[cfg(test)]
+mod testing;
+
 pub use worker::Worker;
 
 /// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may point to a table of descriptors.

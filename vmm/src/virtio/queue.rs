@@ -262,3 +262,6 @@ impl Queue {
         Ok(self.next_avail != self.avail_seen)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,6 +18,9 @@ use crate::event::{EventFlags, LoopHandle, Ops};
 mod request;
 mod serve;
 
+#[cfg(test)]
+mod tests;
+
 use serve::Server;
 
 const DEVICE_TYPE: u32 = 2;

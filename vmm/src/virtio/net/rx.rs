@@ -81,6 +81,8 @@ impl Receiver {
                 return Ok(Ended::Idle);
             }
             match self.read(tap) {
+                // The end of a stream; a tap has none.
+                Ok(0) => self.tap_ready = false,
                 Ok(n) => self.deliver(n, room)?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.tap_ready = false,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

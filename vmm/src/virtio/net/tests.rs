@@ -1,1 +1,295 @@
-//! The network device against a socket pair.
+//! The whole device, from registers to a pair of sockets that stands for the tap.
+
+use std::os::fd::OwnedFd;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::net::HEADER_BYTES;
+use crate::virtio::testing::{DATA, NEXT, PLAIN, RAM, Rig, Ring};
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+
+struct Nic {
+    rig: Rig,
+    peer: OwnedFd,
+    rx: Ring,
+    tx: Ring,
+}
+
+fn device(tap: Option<Tap>) -> Net {
+    Net::new(NetOptions { backend: tap, mac: MAC, queue_size: 256, worker: Worker::new("t") })
+}
+
+fn start(features: u64) -> Nic {
+    let (tap, peer) = Tap::fake();
+    let rig = Rig::new(device(Some(tap)));
+    let mut rings = rig.start(features, 2, 256).into_iter();
+    let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
+    Nic { rig, peer, rx, tx }
+}
+
+fn packet(len: usize, seed: u8) -> Vec<u8> {
+    let body = (0..len).map(|i| (i as u8).wrapping_mul(7).wrapping_add(seed));
+    [0; HEADER_BYTES].into_iter().chain(body).collect()
+}
+
+impl Nic {
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.rig.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    fn guest(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.rig.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn transmit(&mut self, parts: &[(u64, u32, bool)]) {
+        let head = self.tx.add(parts);
+        self.rig.kick(&self.tx);
+        assert_eq!(self.rig.used(&mut self.tx), (u32::from(head), 0));
+    }
+
+    /// What the tap got, or `None`. Call it after the packet has come back on the ring.
+    fn sent(&self) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; 70_000];
+        let n = rustix::io::read(&self.peer, &mut bytes).ok()?;
+        bytes.truncate(n);
+        Some(bytes)
+    }
+
+    fn arrive(&self, bytes: &[u8]) {
+        assert_eq!(rustix::io::write(&self.peer, bytes).unwrap(), bytes.len());
+    }
+}
+
+#[test]
+fn packets_go_out_as_they_are() {
+    for features in [!0, PLAIN] {
+        let mut nic = start(features);
+        let out = packet(1000, 3);
+        nic.put(DATA, &out);
+        nic.transmit(&[(DATA, 12, false), (DATA + 12, 1000, false)]);
+        assert_eq!(nic.sent().unwrap(), out);
+        nic.transmit(&[
+            (DATA, 5, false),
+            (DATA + 5, 0, false),
+            (DATA + 5, 407, false),
+            (DATA + 412, 600, false),
+        ]);
+        assert_eq!(nic.sent().unwrap(), out);
+        nic.transmit(&[(DATA, 1012, false)]);
+        assert_eq!(nic.sent().unwrap(), out);
+        // Checksum to be filled in by the host; `num_buffers` is not the guest's to say.
+        let offload = [&[1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 9, 9][..], &out[12..]].concat();
+        nic.put(DATA, &offload);
+        nic.transmit(&[(DATA, 1012, false)]);
+        assert_eq!(nic.sent().unwrap(), [&offload[..10], &[0, 0], &offload[12..]].concat());
+        // More than a wake-up's worth.
+        for i in 0..600u32 {
+            nic.put(DATA, &packet(60, i as u8));
+            nic.transmit(&[(DATA, 72, false)]);
+            assert_eq!(nic.sent().unwrap(), packet(60, i as u8));
+        }
+        assert!(!nic.rig.needs_reset());
+    }
+}
+
+#[test]
+fn packets_that_make_no_sense_are_dropped_and_come_back() {
+    let mut nic = start(!0);
+    let cases: [(&str, [u8; 12], &[(u64, u32, bool)]); 11] = [
+        ("nothing", [0; 12], &[(DATA, 0, false)]),
+        ("half a header", [0; 12], &[(DATA, 6, false)]),
+        ("no packet", [0; 12], &[(DATA, 12, false)]),
+        ("shorter than Ethernet", [0; 12], &[(DATA, 25, false)]),
+        ("only writable", [0; 12], &[(DATA, 100, true)]),
+        ("longer than any packet", [0; 12], &[(DATA, 12, false), (DATA, 65_554, false)]),
+        ("a megabyte", [0; 12], &[(DATA, 1 << 20, false)]),
+        ("unknown flag", [4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[(DATA, 100, false)]),
+        ("unknown segmentation", [1, 3, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0], &[(DATA, 100, false)]),
+        ("checksum outside", [1, 0, 0, 0, 0, 0, 90, 0, 0, 0, 0, 0], &[(DATA, 100, false)]),
+        ("segments of nothing", [1, 1, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0], &[(DATA, 100, false)]),
+    ];
+    for (name, header, parts) in cases {
+        nic.put(DATA, &header);
+        nic.transmit(parts);
+        assert_eq!(nic.sent(), None, "{name}");
+    }
+    nic.put(DATA, &packet(60, 1));
+    nic.transmit(&[(DATA, 72, false)]);
+    assert!(nic.sent().is_some(), "goes on");
+}
+
+#[test]
+fn packets_come_in_whole_buffers_or_several() {
+    for features in [!0, PLAIN] {
+        let mut nic = start(features);
+        for (len, buffers) in [(60, 1), (1488, 1), (1489, 2), (9000, 7), (65_000, 44), (60, 1)] {
+            let incoming = packet(len, buffers as u8);
+            for i in 0..48 {
+                nic.rx.add(&[(DATA + 0x800 * i, 1500, true)]);
+            }
+            nic.rig.kick(&nic.rx);
+            nic.arrive(&incoming);
+            let mut got = Vec::new();
+            for i in 0..buffers {
+                let (id, n) = nic.rig.used(&mut nic.rx);
+                let at = nic.rig.memory.read_obj(GuestAddress(nic.rx.desc + 16 * u64::from(id))).unwrap();
+                assert!(n == 1500 || i + 1 == buffers);
+                got.extend(nic.guest(at, n as usize));
+            }
+            assert_eq!(u16::from_le_bytes([got[10], got[11]]), buffers);
+            assert_eq!(got.len(), incoming.len());
+            assert!(got[12..] == incoming[12..], "{len}");
+            // What is left over stays with the device: start again with a clean ring.
+            let mut rings = nic.rig.start(features, 2, 256).into_iter();
+            (nic.rx, nic.tx) = (rings.next().unwrap(), rings.next().unwrap());
+        }
+    }
+}
+
+#[test]
+fn without_merging_a_packet_fits_or_is_dropped() {
+    let mut nic = start(!feature::MRG_RXBUF);
+    nic.rx.add(&[(DATA, 12, true), (DATA + 0x1000, 100, true)]);
+    nic.rig.kick(&nic.rx);
+    nic.arrive(&packet(101, 1));
+    nic.arrive(&packet(100, 2));
+    assert_eq!(nic.rig.used(&mut nic.rx), (0, 112));
+    assert_eq!(nic.guest(DATA, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(nic.guest(DATA + 0x1000, 100), packet(100, 2)[12..]);
+}
+
+#[test]
+fn a_guest_without_buffers_keeps_packets_waiting() {
+    for features in [!0, PLAIN] {
+        let mut nic = start(features);
+        for i in 0..20 {
+            nic.arrive(&packet(100, i));
+        }
+        for i in 0..20u8 {
+            nic.rx.add(&[(DATA, 2000, true)]);
+            nic.rig.kick(&nic.rx);
+            nic.rig.used(&mut nic.rx);
+            assert_eq!(nic.guest(DATA + 12, 100), packet(100, i)[12..], "{i}");
+        }
+        // Buffers that cannot even hold a header come back unused.
+        nic.rx.add(&[(DATA, 11, true)]);
+        let tiny = nic.rx.add(&[(DATA, 100, false)]);
+        let good = nic.rx.add(&[(DATA, 2000, true)]);
+        nic.arrive(&packet(100, 7));
+        nic.rig.kick(&nic.rx);
+        assert_eq!(nic.rig.used(&mut nic.rx).1, 0);
+        assert_eq!(nic.rig.used(&mut nic.rx), (u32::from(tiny), 0));
+        assert_eq!(nic.rig.used(&mut nic.rx), (u32::from(good), 112));
+    }
+}
+
+#[test]
+fn bad_rings_need_a_reset_in_each_direction() {
+    type Break = fn(&mut Nic);
+    let cases: [(&str, Break); 6] = [
+        ("tx index jumps", |n| {
+            n.tx.set_avail_index(300);
+            n.rig.kick(&n.tx)
+        }),
+        ("tx loop", |n| {
+            n.tx.put(n.tx.desc, 0, DATA, 12, NEXT, 0);
+            n.tx.offer(0);
+            n.rig.kick(&n.tx)
+        }),
+        ("tx from a hole", |n| {
+            n.tx.add(&[(RAM, 100, false)]);
+            n.rig.kick(&n.tx)
+        }),
+        ("rx into a hole", |n| {
+            n.rx.add(&[(RAM, 2000, true)]);
+            n.rig.kick(&n.rx)
+        }),
+        ("rx head twice", |n| {
+            n.rx.put(n.rx.desc, 0, DATA, 20, 2, 0);
+            n.rx.offer(0);
+            n.rx.offer(0);
+            n.rig.kick(&n.rx)
+        }),
+        ("rx index jumps", |n| {
+            n.rx.set_avail_index(300);
+            n.rig.kick(&n.rx)
+        }),
+    ];
+    for (name, spoil) in cases {
+        let mut nic = start(!0);
+        nic.arrive(&packet(1000, 1));
+        spoil(&mut nic);
+        nic.rig.wait_needs_reset();
+        while nic.sent().is_some() {}
+        let mut rings = nic.rig.start(!0, 2, 256).into_iter();
+        (nic.rx, nic.tx) = (rings.next().unwrap(), rings.next().unwrap());
+        assert!(!nic.rig.needs_reset(), "{name}");
+        nic.put(DATA, &packet(60, 1));
+        nic.transmit(&[(DATA, 72, false)]);
+        assert_eq!(nic.sent().unwrap(), packet(60, 1), "{name}: works after the reset");
+    }
+}
+
+#[test]
+fn an_empty_slot_is_a_nic_without_link() {
+    let rig = Rig::new(device(None));
+    assert_eq!(
+        (rig.get(8), rig.get(0x100), rig.get(0x104)),
+        (1, u32::from_le_bytes([0x52, 0x54, 0, 1]), 0x0302)
+    );
+    let mut rings = rig.start(!0, 2, 256).into_iter();
+    let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
+    let mut nic = Nic { rig, peer: Tap::fake().1, rx, tx };
+    nic.rx.add(&[(DATA, 2000, true)]);
+    nic.rig.kick(&nic.rx);
+    nic.transmit(&[(DATA, 72, false)]);
+    let nic = start(!0);
+    assert_eq!(nic.rig.get(0x104), 0x1_0302, "link up, and one pair of queues above it in the next word");
+    assert_eq!(nic.rig.get(0x108), 1);
+}
+
+#[test]
+fn a_driver_without_both_queues_needs_a_reset() {
+    let rig = Rig::new(device(None));
+    rig.negotiate(!0);
+    rig.queue(1, 256);
+    rig.driver_ok();
+    assert!(rig.needs_reset());
+}
+
+#[test]
+fn resets_under_load() {
+    let mut nic = start(!0);
+    for round in 0..60u32 {
+        for i in 0..8u64 {
+            nic.rx.add(&[(DATA + 0x1000 * i, 2000, true)]);
+            nic.put(DATA + 0x1_0000, &packet(500, 1));
+            nic.tx.add(&[(DATA + 0x1_0000, 512, false)]);
+            nic.arrive(&packet(500, i as u8));
+            nic.rig.kick(&nic.rx);
+            nic.rig.kick(&nic.tx);
+        }
+        for _ in 0..round * 20 {
+            std::hint::spin_loop();
+        }
+        nic.rig.set(0x70, 0);
+        nic.put(DATA, &[0x5a; 0x1_0000]);
+        while nic.sent().is_some() {}
+        let mut rings = nic.rig.start(!0, 2, 256).into_iter();
+        (nic.rx, nic.tx) = (rings.next().unwrap(), rings.next().unwrap());
+        // Goes through the I/O thread, so all that was there has passed.
+        nic.put(DATA + 0x1_0000, &packet(60, 9));
+        nic.transmit(&[(DATA + 0x1_0000, 72, false)]);
+        assert_eq!(nic.guest(DATA, 0x1_0000), [0x5a; 0x1_0000], "round {round}");
+        while nic.sent().is_some() {}
+        // Packets that came while nobody wanted them.
+        for _ in 0..8 {
+            nic.rx.add(&[(DATA + 0x2_0000, 2000, true)]);
+        }
+        nic.rig.kick(&nic.rx);
+    }
+}

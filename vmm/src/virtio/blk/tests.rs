@@ -154,7 +154,8 @@ fn requests_that_are_answered_with_an_error() {
     type Part = (u64, u32, bool);
     let segment = BUFFER + 0x2000;
     // kind, sector, parts, segment (sector, sectors, flags), status
-    let cases: [(&str, u32, u64, &[Part], (u64, u32, u32), u8); 22] = [
+    type Case = (&'static str, u32, u64, &'static [Part], (u64, u32, u32), u8);
+    let cases: [Case; 22] = [
         ("unknown", 99, 0, &[], (0, 0, 0), UNSUPP),
         ("secure erase is not offered", 14, 0, &[], (0, 0, 0), UNSUPP),
         ("scsi", 2, 0, &[], (0, 0, 0), UNSUPP),
@@ -225,11 +226,11 @@ fn rings_that_make_no_sense_need_a_reset_and_nothing_else_breaks() {
         ("head beyond the table", |r| r.offer(16)),
         ("loop", |r| {
             r.put(r.desc, 0, HEADER, 16, NEXT, 0);
-            r.offer(0)
+            r.offer(0);
         }),
         ("same head twice at once", |r| {
             r.offer(0);
-            r.offer(0)
+            r.offer(0);
         }),
         ("write before read", |r| {
             r.add(&[(STATUS, 1, true), (HEADER, 16, false)]);
@@ -242,7 +243,7 @@ fn rings_that_make_no_sense_need_a_reset_and_nothing_else_breaks() {
         }),
         ("endless table", |r| {
             r.put(r.desc, 0, DATA, u32::MAX, INDIRECT | WRITE, 0);
-            r.offer(0)
+            r.offer(0);
         }),
     ];
     let mut d = start(|_| {}, !0);

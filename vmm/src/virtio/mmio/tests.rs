@@ -185,36 +185,36 @@ fn queues_that_make_no_sense_need_a_reset() {
         ("none enabled", |_| {}),
         ("size 0", |r| {
             r.queue(0, 8);
-            r.set(0x38, 0)
+            r.set(0x38, 0);
         }),
         ("size 3", |r| {
             r.queue(0, 8);
-            r.set(0x38, 3)
+            r.set(0x38, 3);
         }),
         ("size above the maximum", |r| {
             r.queue(1, 8);
-            r.set(0x38, 16)
+            r.set(0x38, 16);
         }),
         ("size beyond 16 bits", |r| {
             r.queue(0, 8);
-            r.set(0x38, 0x1_0008)
+            r.set(0x38, 0x1_0008);
         }),
         ("misaligned table", |r| {
             r.queue(0, 8);
-            r.set(0x80, 0x1001)
+            r.set(0x80, 0x1001);
         }),
         ("available ring in a hole", |r| {
             r.queue(0, 8);
-            r.set(0x90, RAM as u32)
+            r.set(0x90, RAM as u32);
         }),
         ("used ring over the end of RAM", |r| {
             r.queue(0, 8);
-            r.set(0xa0, RAM as u32 - 8)
+            r.set(0xa0, RAM as u32 - 8);
         }),
         ("table beyond 64 bits", |r| {
             r.queue(0, 8);
             r.set(0x80, 0xffff_fff0);
-            r.set(0x84, u32::MAX)
+            r.set(0x84, u32::MAX);
         }),
     ];
     for (name, setup) in cases {
@@ -308,5 +308,4 @@ fn every_width_at_every_offset() {
     rig.w1.write(0x103, &[7, 8]);
     assert_eq!(*seen.config.lock().unwrap(), [3, 7, 8]);
     assert_eq!(rig.get(0xb0), u32::MAX, "no shared memory region");
-    
 }

@@ -99,7 +99,8 @@ fn packets_go_out_as_they_are() {
 #[test]
 fn packets_that_make_no_sense_are_dropped_and_come_back() {
     let mut nic = start(!0);
-    let cases: [(&str, [u8; 12], &[(u64, u32, bool)]); 11] = [
+    type Case = (&'static str, [u8; 12], &'static [(u64, u32, bool)]);
+    let cases: [Case; 11] = [
         ("nothing", [0; 12], &[(DATA, 0, false)]),
         ("half a header", [0; 12], &[(DATA, 6, false)]),
         ("no packet", [0; 12], &[(DATA, 12, false)]),
@@ -193,30 +194,30 @@ fn bad_rings_need_a_reset_in_each_direction() {
     let cases: [(&str, Break); 6] = [
         ("tx index jumps", |n| {
             n.tx.set_avail_index(300);
-            n.rig.kick(&n.tx)
+            n.rig.kick(&n.tx);
         }),
         ("tx loop", |n| {
             n.tx.put(n.tx.desc, 0, DATA, 12, NEXT, 0);
             n.tx.offer(0);
-            n.rig.kick(&n.tx)
+            n.rig.kick(&n.tx);
         }),
         ("tx from a hole", |n| {
             n.tx.add(&[(RAM, 100, false)]);
-            n.rig.kick(&n.tx)
+            n.rig.kick(&n.tx);
         }),
         ("rx into a hole", |n| {
             n.rx.add(&[(RAM, 2000, true)]);
-            n.rig.kick(&n.rx)
+            n.rig.kick(&n.rx);
         }),
         ("rx head twice", |n| {
             n.rx.put(n.rx.desc, 0, DATA, 20, 2, 0);
             n.rx.offer(0);
             n.rx.offer(0);
-            n.rig.kick(&n.rx)
+            n.rig.kick(&n.rx);
         }),
         ("rx index jumps", |n| {
             n.rx.set_avail_index(300);
-            n.rig.kick(&n.rx)
+            n.rig.kick(&n.rx);
         }),
     ];
     for (name, spoil) in cases {

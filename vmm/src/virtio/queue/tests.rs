@@ -98,7 +98,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 1, NEXT, 8);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndex(8),
         ),
@@ -107,7 +107,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 1, NEXT, 0);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::Loop(0),
         ),
@@ -116,7 +116,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 for i in 0..8 {
-                    r.put(r.desc, i, DATA, 1, NEXT, (i + 1) % 8)
+                    r.put(r.desc, i, DATA, 1, NEXT, (i + 1) % 8);
                 }
                 r.offer(3);
             },
@@ -127,7 +127,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 1, DATA, 0, NEXT, 1);
-                r.offer(1)
+                r.offer(1);
             },
             QueueError::Loop(1),
         ),
@@ -193,7 +193,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 16, INDIRECT | NEXT, 1);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndirect(0),
         ),
@@ -212,7 +212,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 0, INDIRECT, 0);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndirect(0),
         ),
@@ -221,7 +221,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 24, INDIRECT, 0);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndirect(0),
         ),
@@ -230,7 +230,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, 16 * 1025, INDIRECT, 0);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndirect(0),
         ),
@@ -239,7 +239,7 @@ fn chains_that_make_no_sense() {
             ALL,
             |r| {
                 r.put(r.desc, 0, DATA, u32::MAX - 15, INDIRECT, 0);
-                r.offer(0)
+                r.offer(0);
             },
             QueueError::BadIndirect(0),
         ),
@@ -270,7 +270,7 @@ fn chains_that_make_no_sense() {
                 let table = DATA;
                 r.put(r.desc, 0, table, 16 * 1024, INDIRECT, 0);
                 for i in 0..1024 {
-                    r.put(table, i, 0, RAM as u32, NEXT, i + 1)
+                    r.put(table, i, 0, RAM as u32, NEXT, i + 1);
                 }
                 r.offer(0);
             },

@@ -13,6 +13,7 @@ const HEADER: u64 = DATA;
 const STATUS: u64 = DATA + 0x800;
 const BUFFER: u64 = DATA + 0x1000;
 const UNTOUCHED: u8 = 0x77;
+const SEGMENT: u64 = DATA + 0x3000;
 const SECTORS: u64 = 64;
 
 const IN: u32 = 0;
@@ -152,7 +153,6 @@ fn every_kind_of_request_on_each_engine() {
 #[test]
 fn requests_that_are_answered_with_an_error() {
     type Part = (u64, u32, bool);
-    let segment = BUFFER + 0x2000;
     // kind, sector, parts, segment (sector, sectors, flags), status
     type Case = (&'static str, u32, u64, &'static [Part], (u64, u32, u32), u8);
     let cases: [Case; 22] = [
@@ -170,20 +170,20 @@ fn requests_that_are_answered_with_an_error() {
         ("write half a sector", OUT, 0, &[(BUFFER, 100, false)], (0, 0, 0), IOERR),
         ("more than the disk", IN, 0, &[(0, RAM as u32 / 512 * 512, true)], (0, 0, 0), IOERR),
         ("discard without a segment", DISCARD, 0, &[], (0, 0, 0), IOERR),
-        ("discard with half a segment", DISCARD, 0, &[(segment, 8, false)], (0, 0, 0), IOERR),
-        ("discard with two segments", DISCARD, 0, &[(segment, 32, false)], (0, 0, 0), IOERR),
-        ("discard over the end", DISCARD, 0, &[(segment, 16, false)], (SECTORS - 1, 2, 0), IOERR),
-        ("discard far away", DISCARD, 0, &[(segment, 16, false)], (u64::MAX, 1, 0), IOERR),
-        ("discard too much", DISCARD, 0, &[(segment, 16, false)], (0, u32::MAX, 0), IOERR),
-        ("discard with unmap", DISCARD, 0, &[(segment, 16, false)], (0, 1, 1), UNSUPP),
-        ("zero with unknown flags", WRITE_ZEROES, 0, &[(segment, 16, false)], (0, 1, 2), UNSUPP),
-        ("zero too much", WRITE_ZEROES, 0, &[(segment, 16, false)], (0, 65537, 0), IOERR),
+        ("discard with half a segment", DISCARD, 0, &[(SEGMENT, 8, false)], (0, 0, 0), IOERR),
+        ("discard with two segments", DISCARD, 0, &[(SEGMENT, 32, false)], (0, 0, 0), IOERR),
+        ("discard over the end", DISCARD, 0, &[(SEGMENT, 16, false)], (SECTORS - 1, 2, 0), IOERR),
+        ("discard far away", DISCARD, 0, &[(SEGMENT, 16, false)], (u64::MAX, 1, 0), IOERR),
+        ("discard too much", DISCARD, 0, &[(SEGMENT, 16, false)], (0, u32::MAX, 0), IOERR),
+        ("discard with unmap", DISCARD, 0, &[(SEGMENT, 16, false)], (0, 1, 1), UNSUPP),
+        ("zero with unknown flags", WRITE_ZEROES, 0, &[(SEGMENT, 16, false)], (0, 1, 2), UNSUPP),
+        ("zero too much", WRITE_ZEROES, 0, &[(SEGMENT, 16, false)], (0, 65537, 0), IOERR),
     ];
     let mut d = start(|_| {}, !0);
     for (name, kind, sector, parts, (at, sectors, flags), status) in cases {
-        d.rig.memory.write_obj(at, GuestAddress(segment)).unwrap();
-        d.rig.memory.write_obj(sectors, GuestAddress(segment + 8)).unwrap();
-        d.rig.memory.write_obj(flags, GuestAddress(segment + 12)).unwrap();
+        d.rig.memory.write_obj(at, GuestAddress(SEGMENT)).unwrap();
+        d.rig.memory.write_obj(sectors, GuestAddress(SEGMENT + 8)).unwrap();
+        d.rig.memory.write_obj(flags, GuestAddress(SEGMENT + 12)).unwrap();
         // The one request that covers low memory would cover the status byte and the ring too, had it been carried out.
         assert_eq!(d.ask(kind, sector, parts), (status, 1), "{name}");
     }

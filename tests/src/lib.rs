@@ -3,4 +3,7 @@
 //!
 //! `cargo run -p tests --bin host -- --help` drives the same hosts by hand.
 
+pub mod console;
 pub mod host;
+pub mod qmp;
+pub mod scenario;

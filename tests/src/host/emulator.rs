@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::error::{HostError, io};
-use super::monitor::Monitor;
+use crate::qmp::Qmp;
 
 /// RAM of a host, MiB.
 pub(crate) const MEMORY: u32 = 3072;
@@ -53,7 +53,7 @@ pub(crate) struct Plan<'a> {
 /// A running emulator.
 pub(crate) struct Emulator {
     pub(crate) child: Child,
-    pub(crate) monitor: Monitor,
+    pub(crate) monitor: Qmp,
 }
 
 /// The emulator's version, for cache keys: a frozen state is good for the version that wrote it only.
@@ -103,7 +103,7 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Emulator, HostError> {
         .stdout(log)
         .stderr(also);
     let mut child = from_lasting_thread(command).map_err(io(format!("run {PROGRAM}")))?;
-    match Monitor::new(ours, ANSWER) {
+    match Qmp::new(ours, ANSWER) {
         Ok(monitor) => Ok(Emulator { child, monitor }),
         Err(error) => {
             let _ = child.kill();
@@ -233,7 +233,7 @@ impl Emulator {
         self.migration_options()?;
         let target = json!({ "uri": format!("exec:cat > '{}'", state.display()) });
         self.monitor.execute("migrate", &target, ANSWER)?;
-        self.monitor.wait("MIGRATION:completed", ANSWER)?;
+        self.migrated()?;
         self.monitor.execute("quit", &json!({}), ANSWER)?;
         self.child.wait().map(drop)
     }
@@ -243,9 +243,21 @@ impl Emulator {
         self.migration_options()?;
         let source = json!({ "uri": format!("exec:cat '{}'", state.display()) });
         self.monitor.execute("migrate-incoming", &source, ANSWER)?;
-        self.monitor.wait("MIGRATION:completed", ANSWER)?;
+        self.migrated()?;
         // A host that was stopped when it was frozen comes back stopped.
         self.monitor.execute("cont", &json!({}), ANSWER).map(drop)
+    }
+
+    fn migrated(&mut self) -> std::io::Result<()> {
+        let over = |name: &str, data: &serde_json::Value| {
+            name == "MIGRATION" && ["completed", "failed"].iter().any(|end| data["status"] == *end)
+        };
+        let event = self.monitor.wait(ANSWER, over)?;
+        if event["data"]["status"] == "completed" {
+            Ok(())
+        } else {
+            Err(std::io::Error::other(event.to_string()))
+        }
     }
 
     fn migration_options(&mut self) -> std::io::Result<()> {

@@ -3,7 +3,7 @@
 //! States of a host: absent → (cold boot | thaw of the frozen host) → answering → gone (dropped: killed, folder removed but for
 //! its logs). The first start on a machine builds images and freezes a booted host (minutes); later ones thaw it (seconds).
 //!
-//! Rooms, highest first: `mod` (this) → `freeze` → `emulator`, `agent` → `monitor`, `wire`; `image` → `cache`; `error`.
+//! Rooms, highest first: `mod` (this) → `freeze` → `emulator`, `agent` → `wire`; `image` → `cache`; `error`.
 //! `server` is the agent that runs inside.
 
 mod agent;
@@ -12,12 +12,13 @@ mod emulator;
 mod error;
 mod freeze;
 mod image;
-mod monitor;
 pub mod server;
 pub mod wire;
 
 use std::fs::{self, File};
-use std::io::{self, Cursor, Read};
+use std::io::{self, Cursor, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,6 +31,9 @@ use wire::Kind;
 
 /// A command's deadline unless another is given.
 pub const COMMAND: Duration = Duration::from_secs(120);
+
+/// How long a conversation may last.
+const TALK: Duration = Duration::from_secs(900);
 
 /// How long a host may take until its agent answers.
 const BOOT: Duration = Duration::from_secs(300);
@@ -121,6 +125,7 @@ impl Host {
         if Self::attach(name).is_ok() {
             return Err(HostError::Usage(format!("host {name} is already running")));
         }
+        sweep();
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).map_err(error::io(format!("create {}", dir.display())))?;
         let (emulator, port) =
@@ -301,6 +306,31 @@ impl Host {
         }
     }
 
+    /// Starts a line for bash and returns a stream to its input and output; closing the stream ends its input.
+    ///
+    /// # Errors
+    /// When there are no sockets left; a command that cannot run is seen as the stream's end.
+    pub fn talk(&self, command: &str) -> Result<UnixStream, HostError> {
+        let (near, mut far) = UnixStream::pair().map_err(error::io("socketpair"))?;
+        let input = far.try_clone().map_err(error::io("copy a descriptor"))?;
+        let (port, command) = (self.port, command.to_owned());
+        thread::spawn(move || {
+            let _ = agent::run(port, &command, input, TALK, &mut |kind, data: &[u8]| {
+                if kind == Kind::Output { far.write_all(data) } else { Ok(()) }
+            });
+            let _ = far.shutdown(Shutdown::Both);
+        });
+        Ok(near)
+    }
+
+    /// Connects to a unix socket inside the host.
+    ///
+    /// # Errors
+    /// As for [`Host::talk`].
+    pub fn dial(&self, socket: &str) -> Result<UnixStream, HostError> {
+        self.talk(&format!("exec socat - 'UNIX-CONNECT:{socket}'"))
+    }
+
     /// Copies a file in, with its mode; folders on the way are made.
     ///
     /// # Errors
@@ -382,8 +412,30 @@ impl Drop for Host {
         let Some(mut child) = self.child.take() else { return };
         let _ = child.kill();
         let _ = child.wait();
-        for file in ["disk.qcow2", "ram", "initrd", "host.json", "link.sock", "console.sock"] {
-            let _ = fs::remove_file(self.dir.join(file));
+        clean(&self.dir);
+    }
+}
+
+/// Removes all of a host's folder but its logs.
+fn clean(dir: &Path) {
+    for file in ["disk.qcow2", "ram", "initrd", "host.json", "link.sock", "console.sock"] {
+        let _ = fs::remove_file(dir.join(file));
+    }
+}
+
+/// Cleans up after tests that were killed, and drops logs after a day. A host's folder carries its test's process id.
+fn sweep() {
+    let Ok(dirs) = fs::read_dir(runs()) else { return };
+    for dir in dirs.flatten() {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        let owner = name.rsplit('.').nth(1).filter(|_| name.split('.').count() == 3);
+        if owner.is_none_or(|pid| Path::new("/proc").join(pid).exists()) {
+            continue;
+        }
+        clean(&dir.path());
+        let age = dir.metadata().and_then(|data| data.modified()).ok().and_then(|time| time.elapsed().ok());
+        if age.is_some_and(|age| age > Duration::from_secs(86_400)) {
+            let _ = fs::remove_dir_all(dir.path());
         }
     }
 }

@@ -4,6 +4,7 @@
 //! `cargo run -p tests --bin host -- --help` drives the same hosts by hand.
 
 pub mod console;
+pub mod fleet;
 pub mod host;
 pub mod qmp;
 pub mod scenario;

@@ -114,7 +114,10 @@ impl Guest {
     /// Its kernel command line.
     #[must_use]
     pub fn append(&self) -> String {
-        format!("console=ttyS0 reboot=k panic=1 guest.name={} guest.ip={}/24", self.name, self.address)
+        format!(
+            "console=ttyS0 quiet mitigations=off reboot=k panic=1 guest.name={} guest.ip={}/24",
+            self.name, self.address
+        )
     }
 
     /// Its definition for flotillad.

@@ -21,7 +21,7 @@ fn bad_input_leaves_a_clear_line_and_nothing_else() -> Outcome {
     let good = Guest::new(&host, "good", 1)?;
     fleet.define(&good)?;
     host.ok("flotilla start good")?;
-    host.ok("mkdir -p /root/bad/dir && head -c 1M /dev/urandom > /root/bad/noise && echo '{\"kernel\":\"/srv/guest/vmlinuz\",\"memroy\":\"1G\"}' > /root/bad/key.json")?;
+    host.ok("mkdir -p /root/bad/dir && seq 100000 > /root/bad/text && echo '{\"kernel\":\"/srv/guest/vmlinuz\",\"memroy\":\"1G\"}' > /root/bad/key.json")?;
     let before = fleet.taps()?;
 
     step("bad command lines and definitions");
@@ -30,7 +30,7 @@ fn bad_input_leaves_a_clear_line_and_nothing_else() -> Outcome {
     host.refused("flotilla list --frobnicate")?;
     refused(&host, "flotilla define /root/bad/key.json", &["key.json", "memroy"])?;
     refused(&host, "flotilla define /root/bad/none.json", &["/root/bad/none.json"])?;
-    refused(&host, "flotilla define /root/bad/noise", &["/root/bad/noise"])?;
+    refused(&host, "flotilla define /root/bad/text", &["/root/bad/text"])?;
     refused(&host, &format!("flotilla define good {kernel}"), &["good"])?;
     refused(&host, &format!("flotilla define small {kernel} --memory 64M"), &["128"])?;
     refused(&host, &format!("flotilla define large {kernel} --memory 600G"), &["512"])?;
@@ -41,7 +41,7 @@ fn bad_input_leaves_a_clear_line_and_nothing_else() -> Outcome {
     for (name, options, words) in [
         ("nokernel", "--kernel /root/bad/none".to_owned(), &["/root/bad/none"][..]),
         ("dirkernel", "--kernel /root/bad/dir".to_owned(), &["/root/bad/dir"]),
-        ("noise", "--kernel /root/bad/noise".to_owned(), &["/root/bad/noise"]),
+        ("text", "--kernel /root/bad/text".to_owned(), &["/root/bad/text"]),
         ("nodisk", format!("{kernel} --disk /root/bad/none"), &["/root/bad/none"]),
         ("dirdisk", format!("{kernel} --disk /root/bad/dir"), &["/root/bad/dir"]),
         ("busydisk", format!("{kernel} --disk {}", good.disk), &[good.disk.as_str()]),

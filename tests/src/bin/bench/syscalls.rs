@@ -20,12 +20,32 @@ fn request(kind: libc::c_uint, pid: i32, data: i32) -> io::Result<()> {
     if answer == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// A VM under the tracer. Its other threads have to be reaped here when it is killed: the wait for the process waits for them.
+struct Traced {
+    vm: Vm,
+    leader: i32,
+    known: HashSet<i32>,
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        // SAFETY: the process is our child and not reaped yet.
+        unsafe { libc::kill(self.leader, libc::SIGKILL) };
+        for thread in self.known.iter().filter(|t| **t != self.leader) {
+            let mut status = 0;
+            // SAFETY: writes one number. Ends: each of them has been killed, or is gone already, which is an error.
+            while unsafe { libc::waitpid(*thread, &raw mut status, libc::__WALL) } > 0 && libc::WIFSTOPPED(status) {}
+        }
+    }
+}
+
 /// Runs `subject` once under the tracer.
 pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
-    let mut vm = Vm::start(subject, setting, 0, true)?;
+    let vm = Vm::start(subject, setting, 0, true)?;
     let leader = i32::try_from(vm.pid())?;
+    let mut traced = Traced { vm, leader, known: HashSet::new() };
     let end = Instant::now() + DEADLINE;
-    let (mut calls, mut inside, mut known) = (0, HashSet::new(), HashSet::new());
+    let (mut calls, mut inside) = (0, HashSet::new());
     loop {
         let mut status = 0;
         // SAFETY: writes one number. __WALL: threads of the child too; WNOHANG: the deadline is ours.
@@ -36,7 +56,7 @@ pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
         if pid == 0 {
             // Nothing stopped: wait for output or a moment. The tracer's own wait has no deadline, so this is a short sleep.
             let moment = Timespec::try_from(Duration::from_micros(200))?;
-            if poll(&mut [vm.console()?], Some(&moment))? > 0 && vm.saw_first_byte()? {
+            if poll(&mut [traced.vm.console()?], Some(&moment))? > 0 && traced.vm.saw_first_byte()? {
                 return Ok(calls);
             }
             continue;
@@ -51,7 +71,7 @@ pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
             continue;
         }
         let mut signal = 0;
-        if pid == leader && known.insert(pid) {
+        if pid == leader && traced.known.insert(pid) {
             let follow = libc::PTRACE_O_TRACESYSGOOD
                 | libc::PTRACE_O_TRACECLONE
                 | libc::PTRACE_O_TRACEFORK
@@ -65,14 +85,14 @@ pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
             } else {
                 inside.remove(&pid);
             }
-        } else if !known.insert(pid) && status >> 16 == 0 && libc::WSTOPSIG(status) != libc::SIGSTOP {
+        } else if !traced.known.insert(pid) && status >> 16 == 0 && libc::WSTOPSIG(status) != libc::SIGSTOP {
             // A real signal: passed on. The first stop of a new thread and the tracer's own events are not.
             signal = libc::WSTOPSIG(status);
         }
         // A thread may have been killed meanwhile.
         let _ = request(libc::PTRACE_SYSCALL, pid, signal);
         let now = Timespec::try_from(Duration::ZERO)?;
-        if poll(&mut [vm.console()?], Some(&now))? > 0 && vm.saw_first_byte()? {
+        if poll(&mut [traced.vm.console()?], Some(&now))? > 0 && traced.vm.saw_first_byte()? {
             return Ok(calls);
         }
     }

@@ -34,7 +34,9 @@ impl Drop for Traced {
         for thread in self.known.iter().filter(|t| **t != self.leader) {
             let mut status = 0;
             // SAFETY: writes one number. Ends: each of them has been killed, or is gone already, which is an error.
-            while unsafe { libc::waitpid(*thread, &raw mut status, libc::__WALL) } > 0 && libc::WIFSTOPPED(status) {}
+            while unsafe { libc::waitpid(*thread, &raw mut status, libc::__WALL) } > 0
+                && libc::WIFSTOPPED(status)
+            {}
         }
     }
 }

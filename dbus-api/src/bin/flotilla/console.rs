@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use crate::args::ConsoleArgs;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::output::{self, note};
+use crate::output::{self, note, plain};
 
 /// Ctrl-], as telnet and machinectl have it.
 const ESCAPE: u8 = 0x1d;
@@ -66,8 +66,9 @@ pub(crate) async fn ended_text(vm: &VmProxy<'_>, name: &str) -> String {
             format!("The console of {name} was taken away; the VM is {state}.")
         }
         ("", _) => format!("The console of {name} closed."),
-        (state, "") => format!("{name} has ended ({state})."),
-        (state, reason) => format!("{name} has ended ({state}: {reason})."),
+        // The state itself may still be "stopping" for a moment: the reason is what counts.
+        (_, "") => format!("{name} has ended."),
+        (_, reason) => format!("{name} has ended: {}.", plain(reason)),
     }
 }
 
@@ -127,8 +128,6 @@ pub(crate) async fn attach(stream: UnixStream, linger: Duration) -> Result<Ended
                     if escape.is_some() {
                         // Best effort: what was typed just before leaving.
                         let _ = to_guest.try_write(&bytes);
-                        drop(terminal);
-                        note("");
                         return Ok(Ended::Detached);
                     }
                     pending = bytes;

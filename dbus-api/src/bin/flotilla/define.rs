@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use dbus_api::error::Error;
 use dbus_api::spec::{Machine, VmSpec};
 use zbus::Variant;
 
@@ -44,12 +45,13 @@ pub(crate) async fn store(client: &Client, name: &str, spec: &VmSpec, replace: b
     let text = serde_json::to_string(spec)
         .map_err(|error| Failure::new(Exit::Definition, format!("a path is not UTF-8: {error}")))?;
     let options = HashMap::from([("replace", Variant::from(replace))]);
-    let (_, generation) = client.manager.define_vm(name, &text, options).await.map_err(|error| {
-        let failure = client.failed(error);
-        match failure.exit {
-            Exit::State if !replace => Failure::new(failure.exit, format!("{failure}; --replace changes it")),
-            _ => failure,
-        }
+    let sent = client.manager.define_vm(name, &text, options).await;
+    let (_, generation) = sent.map_err(|error| match error {
+        Error::VmExists(_) if !replace => Failure::new(
+            Exit::State,
+            format!("VM \"{name}\" is defined already: --replace changes its definition"),
+        ),
+        error => client.failed(error),
     })?;
     Ok(generation)
 }

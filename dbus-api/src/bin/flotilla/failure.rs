@@ -44,8 +44,9 @@ impl Failure {
         Self { exit, message: message.into() }
     }
 
-    /// The same, saying what it was about: `web: …`.
+    /// The same, saying which VM it was about, and by which command its log is seen.
     pub(crate) fn about(mut self, what: &str) -> Self {
+        self.message = self.message.replace("see its log", &format!("see `flotilla logs {what}`"));
         // The daemon names the VM in many of its messages already.
         if !self.message.contains(&format!("\"{what}\"")) && self.exit != Exit::Unreachable {
             self.message = format!("{what}: {}", self.message);
@@ -83,6 +84,12 @@ pub(crate) fn of_connection(error: &zbus::Error, bus: &Bus) -> Failure {
         Bus::System => "the system bus".to_owned(),
         Bus::Session => "the session bus".to_owned(),
         Bus::Address(address) => format!("the bus at {address}"),
+    };
+    // zbus names the address again, in front of the system's error.
+    let error = match error {
+        zbus::Error::Connection(error, _) => error.to_string(),
+        zbus::Error::Address(_) => "no valid address".to_owned(),
+        error => error.to_string(),
     };
     Failure::new(Exit::Unreachable, format!("cannot reach {bus}: {error}; {hint}"))
 }

@@ -49,8 +49,12 @@ pub(crate) async fn list(client: &Client, args: ListArgs) -> Result<(), Failure>
 
 fn list_text(rows: &[Row], coloured: bool) -> String {
     let cells = rows.iter().map(|row| {
-        // The sub-state is worth a reader's time only where it says more than the state.
-        let detail = if row.sub_state == row.state { "" } else { &row.sub_state };
+        // Why a VM stands still or has ended is worth a reader's time; how one came to run is not.
+        let detail = match row.state.as_str() {
+            "running" => "",
+            state if state == row.sub_state => "",
+            _ => &row.sub_state,
+        };
         vec![
             Cell::new(plain(&row.name)),
             output::state(&plain(&row.state)),
@@ -314,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn list_hides_a_sub_state_that_says_nothing_new() {
+    fn list_says_why_a_vm_does_not_run() {
         let row = |name: &str, state: &str, sub: &str, pid| Row {
             name: name.into(),
             state: state.into(),
@@ -324,7 +328,7 @@ mod tests {
             generation: 1,
             path: String::new(),
         };
-        let rows = [row("a", "running", "running", Some(5)), row("b", "stopping", "waiting", None)];
+        let rows = [row("a", "running", "resumed", Some(5)), row("b", "stopping", "waiting", None)];
         let text = list_text(&rows, false);
         let expected =
             "NAME  STATE     PID  UUID  DETAIL\na     running   5    u\nb     stopping  -    u     waiting\n";

@@ -74,6 +74,7 @@ impl Jobs {
     pub(crate) async fn wait(
         &mut self,
         client: &Client,
+        doing: &str,
         jobs: Vec<(String, OwnedObjectPath)>,
         limit: Duration,
     ) -> Vec<(String, Result<(), Failure>)> {
@@ -95,7 +96,7 @@ impl Jobs {
                     continue;
                 }
                 Ok(Some(News::Phase { vm, phase })) => {
-                    self.line.show(&format!("{vm}: {phase}"));
+                    self.line.show(&status(doing, &vm, &phase));
                     continue;
                 }
                 Ok(Some(News::DaemonGone) | None) => Failure::new(
@@ -150,6 +151,15 @@ impl Drop for Jobs {
     }
 }
 
+/// What is under way, for people. Before a job's first step its phase is the state at rest, which would only confuse.
+fn status(doing: &str, vm: &str, phase: &str) -> String {
+    match phase {
+        "defined" | "stopped" | "running" | "paused" | "failed" => format!("{doing} {vm}"),
+        phase if phase == doing => format!("{doing} {vm}"),
+        phase => format!("{doing} {vm}: {phase}"),
+    }
+}
+
 /// One line on the terminal that is written over.
 struct StatusLine {
     shown: bool,
@@ -173,5 +183,17 @@ impl StatusLine {
         if std::mem::take(&mut self.dirty) {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_is_shown_when_it_says_something() {
+        assert_eq!(status("starting", "web", "defined"), "starting web");
+        assert_eq!(status("starting", "web", "starting"), "starting web");
+        assert_eq!(status("starting", "web", "network"), "starting web: network");
     }
 }

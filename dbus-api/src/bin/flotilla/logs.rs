@@ -1,11 +1,16 @@
-//! `flotilla logs`: hands over to `journalctl` for VMs that are systemd units, and to `tail` for VMs of the process launcher.
+//! `flotilla logs`: hands over to `journalctl` for VMs that are systemd units, and to `tail` for VMs of the process launcher. `run` shows an
+//! excerpt when a start fails.
 
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::args::LogsArgs;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
+
+/// How long the other program may take for an excerpt.
+const EXCERPT: Duration = Duration::from_secs(5);
 
 /// Shows the log; on success this process becomes the other program.
 pub(crate) async fn logs(client: &Client, args: LogsArgs) -> Result<(), Failure> {
@@ -16,6 +21,27 @@ pub(crate) async fn logs(client: &Client, args: LogsArgs) -> Result<(), Failure>
     let error = command.exec();
     let program = command.get_program().to_string_lossy().into_owned();
     Err(Failure::new(Exit::Failed, format!("{program}: {error}")))
+}
+
+/// The newest lines of a VM's log, for a start that failed. What cannot be read is left out: there is a failure to tell already.
+pub(crate) async fn excerpt(client: &Client, name: &str) -> Vec<String> {
+    let args = LogsArgs { name: name.to_owned(), follow: false, lines: Some(5) };
+    let Ok(vm) = client.vm(name).await else { return Vec::new() };
+    let (Ok(file), Ok(unit)) = (vm.log_file().await, vm.unit().await) else { return Vec::new() };
+    let command = if file.is_empty() {
+        let mut command = journalctl(&unit, &args);
+        command.args(["--output=cat", "--quiet", "--no-pager", "--since=-1min"]);
+        command
+    } else {
+        let Ok(command) = tail(&file, &args) else { return Vec::new() };
+        command
+    };
+    let mut command = tokio::process::Command::from(command);
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    match tokio::time::timeout(EXCERPT, output).await {
+        Ok(Ok(output)) => String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect(),
+        _ => Vec::new(),
+    }
 }
 
 fn journalctl(unit: &str, args: &LogsArgs) -> Command {

@@ -1,6 +1,7 @@
 //! Printing: text to the standard output that survives a closed pipe, tables, and colours on a terminal only. Owns no data.
 
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
 
@@ -11,8 +12,14 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     bytes(text.as_bytes())
 }
 
+/// The cursor stands behind text that a guest has printed without a line end.
+static MID_LINE: AtomicBool = AtomicBool::new(false);
+
 /// Writes bytes to the standard output at once.
 pub(crate) fn bytes(bytes: &[u8]) -> Result<(), Failure> {
+    if let Some(last) = bytes.last() {
+        MID_LINE.store(*last != b'\n', Ordering::Relaxed);
+    }
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -31,8 +38,9 @@ pub(crate) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
 
 /// A note for the person at the terminal: what the command does. It goes beside the data, to the standard error.
 pub(crate) fn note(text: &str) {
+    let start = if MID_LINE.swap(false, Ordering::Relaxed) { "\n" } else { "" };
     // Nothing can be done about a standard error that is closed.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{start}{text}");
 }
 
 /// Colours are for a terminal whose user has not said no (<https://no-color.org>).

@@ -46,6 +46,16 @@ impl Verb {
         }
     }
 
+    /// What to say while it is under way.
+    fn doing(self) -> &'static str {
+        match self {
+            Self::Start { .. } => "starting",
+            Self::Shutdown { .. } | Self::PowerOff => "stopping",
+            Self::Pause => "pausing",
+            Self::Resume => "resuming",
+        }
+    }
+
     /// How long the daemon may take; it has deadlines of its own, so these only catch its silence.
     fn limit(self) -> Duration {
         match self {
@@ -78,7 +88,7 @@ impl Verb {
 pub(crate) async fn drive(client: &Client, name: &str, verb: Verb) -> Result<(), Failure> {
     let mut jobs = Jobs::watch(client).await?;
     let job = verb.call(client, name).await.map_err(|error| client.failed(error).about(name))?;
-    jobs.wait(client, vec![(name.to_owned(), job)], verb.limit())
+    jobs.wait(client, verb.doing(), vec![(name.to_owned(), job)], verb.limit())
         .await
         .into_iter()
         .try_for_each(|(_, outcome)| outcome)
@@ -96,7 +106,7 @@ async fn drive_all(client: &Client, names: &[String], verb: Verb, wait: bool) ->
         }
     }
     if wait {
-        for (name, outcome) in jobs.wait(client, begun, verb.limit()).await {
+        for (name, outcome) in jobs.wait(client, verb.doing(), begun, verb.limit()).await {
             match outcome {
                 Ok(()) => output::print(&format!("{name} {}\n", verb.done()))?,
                 Err(failure) => failures.push(failure),

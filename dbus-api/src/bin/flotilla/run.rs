@@ -12,7 +12,8 @@ use crate::client::Client;
 use crate::console::{self, Ended};
 use crate::define;
 use crate::failure::{Exit, Failure};
-use crate::output::{self, note};
+use crate::logs;
+use crate::output::{self, note, plain};
 use crate::power::{self, Verb};
 
 /// Where packages put the guest.
@@ -42,11 +43,16 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<i32, Failure> 
     let stream = match outcome {
         Ok(stream) => stream,
         Err(failure) => {
-            // It was made for this run, which has failed: leave nothing behind. The first failure is the one to tell.
-            if let Err(second) = power::undefine(client, &name, true).await {
-                note(&format!("flotilla: {second}"));
+            // It was made for this run, which has failed: leave nothing behind. The log goes with it, so what it says is shown now.
+            for line in logs::excerpt(client, &name).await {
+                note(&format!("  {}", plain(&line)));
             }
-            return Err(failure);
+            match power::undefine(client, &name, true).await {
+                Ok(()) => note(&format!("Removed {name} again.")),
+                Err(second) => note(&format!("flotilla: {second}")),
+            }
+            let message = failure.message.replace(&format!(": see `flotilla logs {name}`"), "");
+            return Err(Failure { message, ..failure });
         }
     };
     let Some(stream) = stream else {

@@ -144,20 +144,15 @@ impl Buffers {
 
     /// Cuts off the last byte and gives a place to write it.
     pub fn split_last_byte(&mut self) -> Option<LastByte> {
-        while let Some(part) = self.parts.last_mut() {
-            if part.iov_len > 0 {
-                part.iov_len -= 1;
-                // SAFETY: the byte just cut off is the last one of this part.
-                return Some(LastByte(unsafe { part.iov_base.cast::<u8>().add(part.iov_len) }));
-            }
+        let part = self.parts.last_mut().filter(|p| p.iov_len > 0)?;
+        part.iov_len -= 1;
+        // SAFETY: the byte just cut off is the last one of this part.
+        let last = LastByte(unsafe { part.iov_base.cast::<u8>().add(part.iov_len) });
+        if part.iov_len == 0 {
+            // Most drivers give the byte a part of its own: what is left must not look like misaligned data.
             self.parts.pop();
         }
-        None
-    }
-
-    /// Whether each part starts and ends at a multiple of `align`, a power of two.
-    pub fn aligned(&self, align: usize) -> bool {
-        self.parts().iter().all(|p| (p.iov_base as usize | p.iov_len) & (align - 1) == 0)
+        Some(last)
     }
 }
 

@@ -357,6 +357,13 @@ fn buffers_are_cut_at_any_byte() {
     assert_eq!(chain.writable.len(), 2);
     chain.writable.advance(100);
     assert!(chain.writable.is_empty());
+
+    ring.add(&[(DATA, 4096, true), (DATA + 5, 1, true)]);
+    assert_eq!(queue.pop(&mut chain), Ok(true));
+    assert!(chain.writable.split_last_byte().is_some());
+    assert_eq!((chain.writable.parts().len(), chain.writable.len()), (1, 4096));
+    chain.writable.clear();
+    assert!(chain.writable.split_last_byte().is_none());
     let bytes: [u8; 7] = ring.memory.read_obj(GuestAddress(DATA)).unwrap();
     assert_eq!(bytes, [0, 0, 1, 2, 0, 7, 9]);
 }

@@ -108,7 +108,6 @@ fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
         let unsupported = [
             (drive.format == ImageFormat::Qcow2, "format=qcow2"),
             (drive.iops_total.is_some_and(|n| n > 0), "throttling.iops-total"),
-            (drive.discard, "discard=unmap"),
             (drive.detect_zeroes != DetectZeroes::Off, "detect-zeroes"),
             (drive.pflash_unit.is_some(), "if=pflash"),
         ];

@@ -17,6 +17,7 @@ use vmm::control::{Control, End, Input};
 use vmm::event::{EventLoop, Ops};
 use vmm::inherit::Inherited;
 use vmm::machine::{Environment, GuestEvent, Machine};
+use vmm::process;
 use vmm::process::daemon::{self, PidFile, Side};
 use vmm::process::{log, signals};
 use vmm::qmp::Qmp;
@@ -27,6 +28,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 type BoxError = Box<dyn Error + Send + Sync>;
 
 fn main() -> ExitCode {
+    process::share_heap();
     match cmdline::parse(std::env::args_os().skip(1)) {
         Ok(Request::Help) => print(&cmdline::help()),
         Ok(Request::Version) => print(concat!("flotilla-vmm ", env!("CARGO_PKG_VERSION"), "\n")),

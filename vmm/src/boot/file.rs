@@ -55,6 +55,9 @@ impl BootFile {
     /// Fills as much of `buffer` as the file has at `offset`; returns how much.
     pub(super) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, BootError> {
         let mut done = 0;
+        // Within what the file had when it was opened: a read beyond its end only costs a system call.
+        let there = self.len.saturating_sub(offset).min(buffer.len() as u64) as usize;
+        let buffer = &mut buffer[..there];
         while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
             match self.file.read_at(rest, offset + done as u64) {
                 Ok(0) => break,

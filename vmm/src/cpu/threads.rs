@@ -73,7 +73,9 @@ impl Shared {
             state.target = target;
             self.target.store(target as u8, Ordering::Release);
         }
-        self.retarget.notify_all();
+        if state.parked > 0 {
+            self.retarget.notify_all();
+        }
     }
 
     fn note(&self, change: impl FnOnce(&mut State)) {

@@ -3,12 +3,14 @@
 //! The machine puts them on the port bus. None of them knows the machine: what the guest asks for goes out through a callback.
 
 mod acpi;
+mod cmos;
 mod i8042;
 mod serial;
 
 use std::sync::Arc;
 
 pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
+pub use cmos::NoClock;
 pub use i8042::I8042Reset;
 pub use serial::SerialDevice;
 

@@ -4,9 +4,9 @@
 //! I/O ports                             memory
 //! 0x61        KVM (PIT)                 0           RAM, to 3 GiB at most
 //! 0x64        reset line of the 8042    0xf010_0000 virtio-mmio, windows for the kernel command line
-//! 0x3f8..400  serial, GSI 4             0xf020_0000 virtio-mmio, the same devices' windows for ACPI
-//! 0x600..604  ACPI registers            0xfec0_0000 IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
-//! 0xcf8..     nothing: no PCI           4 GiB       the rest of RAM
+//! 0x70, 0x71  no clock                  0xf020_0000 virtio-mmio, the same devices' windows for ACPI
+//! 0x3f8..400  serial, GSI 4             0xfec0_0000 IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
+//! 0x600..604  ACPI registers            4 GiB       the rest of RAM
 //! ```
 //!
 //! [`Microvm::build`] is in the order that KVM makes cheap; the reasons are there.
@@ -22,7 +22,7 @@ use crate::boot::{self, AcpiPorts, MmioSlot, Platform, SerialPort};
 use crate::bus::Bus;
 use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
-use crate::device::{AcpiRegisters, I8042Reset, OnPower, PowerRequest, SerialDevice};
+use crate::device::{AcpiRegisters, I8042Reset, NoClock, OnPower, PowerRequest, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
 use crate::memory::{self, GuestMemory};
 use crate::virtio::Doorbell;
@@ -63,6 +63,7 @@ impl Microvm {
         let slots: Arc<[Slot]> = slots::connect(occupants, &memory, &doorbell, line, &buses.mmio)?.into();
         let on_power = on_power(&guest_events);
         buses.ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
+        buses.ports.insert(NoClock::PORT, NoClock::PORTS, Arc::new(NoClock))?;
         let claimed = Arc::clone(&slots);
         let on_claim = move |number: u8| {
             if let Some(slot) = claimed.get(usize::from(number)) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x500 GDT · 0x7000 boot_params or start_info · 0x9000 page tables · 0x2_0000 command line · 0x9_fc00 MP table
-//! 0xe_0000 ACPI · 0x10_0000 bzImage (ELF: where it says) · 0x100_0000 raw kernel · initrd as high as possible
+//! 0xe_0000 ACPI · 0xf_fff0 reset vector · 0x10_0000 bzImage (ELF: where it says) · 0x100_0000 raw kernel · initrd as high as possible
 //! ```
 
 mod bzimage;
@@ -34,6 +34,14 @@ const CMDLINE_LIMIT: usize = 2047;
 /// There is room for this much before the EBDA, whatever a kernel claims to take.
 const CMDLINE_ROOM: usize = 0x1_0000;
 const BIOS_AREA: u64 = 0xe_0000;
+
+/// Where a processor in real mode begins after a reset (F000:FFF0).
+const RESET_VECTOR: u64 = 0xf_fff0;
+/// Pulses the reset line of the keyboard controller: `mov al, 0xfe; out 0x64, al; hlt; jmp` to the `hlt`.
+///
+/// The only firmware there is. Linux (6.1 and others) takes every hardware-reduced platform for an EFI one, finds no EFI when it reboots, and jumps
+/// here without having tried the ACPI reset register.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 /// How a loaded kernel wants to be entered.
 enum Entry {
@@ -95,6 +103,7 @@ pub fn load(
     let map = memory_map(memory);
     let rsdp = acpi::write(memory, BIOS_AREA, platform)?;
     mptable::write_all(memory, platform)?;
+    write(memory, RESET_VECTOR, &RESET_CODE, "the reset vector")?;
     let state = match kernel.entry {
         Entry::Linux64(entry) => {
             linux64::write(memory, &map, rsdp, initrd, &kernel)?;

@@ -40,15 +40,18 @@ pub fn spin(milliseconds: u64) -> u64 {
     }
 }
 
-/// Writes one word to each of `count` pages of the arena; returns how many there were.
+/// Writes one word to each of `count` pages of the arena, or until Ctrl-C; returns how many it wrote.
 pub fn touch(boot: &BootInfo, count: u64) -> u64 {
-    let mut done = 0;
+    let (mut stop, mut done) = (Interruption::new(), 0);
     for region in memory::arena(boot) {
         let mut page = region.start;
         while page < region.start + region.size && done < count {
             mark(page, done);
             done += 1;
             page += memory::PAGE;
+            if stop.asked(cpu::tsc()) {
+                return done;
+            }
         }
     }
     done

@@ -26,7 +26,8 @@ const USAGE: &str = "\
 usage: bench [OPTIONS]
   --vmm PATH         flotilla-vmm; default: beside this program
   --floor PATH       the floor program; default: beside this program
-  --guest PATH       the default guest, an ELF kernel; default: tests/guest/target/release/guest, then the installed one
+  --guest PATH       the default guest, an ELF kernel; default: beside this program, in
+                     tests/guest/target/release, or the installed one
   --peer NAME=PATH[,ARGUMENT...]
                      another VMM. The names stratovirt, firecracker, cloud-hypervisor, qemu and flotilla (or NAME-anything) bring
                      their own arguments; for others give them, with {kernel} {flat} {command} {memory} {dir} filled in
@@ -105,7 +106,7 @@ fn bench() -> Result<()> {
     let guest = find(
         options.guest,
         "--guest",
-        &["tests/guest/target/release/guest".into(), "/usr/share/flotilla/guest.elf".into()],
+        &[beside("guest"), "tests/guest/target/release/guest".into(), "/usr/share/flotilla/guest.elf".into()],
     )?;
     let mut subjects = vec![
         Subject::named("floor", find(options.floor, "--floor", &[beside("floor")])?)?,

@@ -65,6 +65,14 @@ pub fn program(name: &str) -> Outcome<PathBuf> {
     Ok(path)
 }
 
+/// The default guest: `FLOTILLA_GUEST_ELF`, or the one in the target folder.
+///
+/// # Errors
+/// When it is not built.
+pub fn guest_program() -> Outcome<PathBuf> {
+    given("FLOTILLA_GUEST_ELF").map_or_else(|| program("guest"), Ok)
+}
+
 fn given(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
@@ -84,7 +92,7 @@ pub fn host_with_package(name: &str) -> Outcome<Host> {
     let host = Host::start(name)?;
     step("apt install ./flotilla.deb");
     host.push(&package()?, "/root/flotilla.deb")?;
-    host.ok("DEBIAN_FRONTEND=noninteractive apt-get install -q -y ./flotilla.deb")?;
+    host.ok("cd /root && DEBIAN_FRONTEND=noninteractive apt-get install -q -y ./flotilla.deb")?;
     host.ok(&format!("ip link add {BRIDGE} type bridge && ip address add 10.9.0.1/24 dev {BRIDGE} && ip link set {BRIDGE} up"))?;
     Ok(host)
 }
@@ -176,11 +184,19 @@ impl<'a> Vmm<'a> {
     /// # Errors
     /// When it cannot be run; what it says itself is in `out`.
     pub fn start(host: &'a Host, name: &str, arguments: &str) -> Outcome<Self> {
+        Self::start_as(host, "flotilla-vmm", name, arguments)
+    }
+
+    /// As [`Vmm::start`], with another program.
+    ///
+    /// # Errors
+    /// As for [`Vmm::start`].
+    pub fn start_as(host: &'a Host, program: &str, name: &str, arguments: &str) -> Outcome<Self> {
         let dir = format!("/run/vmm/{name}");
         let arguments = arguments.replace("{dir}", &dir);
         host.ok(&format!(
             "mkdir -p {dir} && cd {dir} && rm -f * && \
-             (setsid sh -c 'flotilla-vmm -name {name} -qmp unix:{dir}/qmp.sock,server,nowait \"$@\" & echo $! > pid; wait $!; echo $? > exit.new; mv exit.new exit' \
+             (setsid sh -c '{program} -name {name} -qmp unix:{dir}/qmp.sock,server,nowait \"$@\" & echo $! > pid; wait $!; echo $? > exit.new; mv exit.new exit' \
              vmm {arguments} < /dev/null > out 2>&1 &)"
         ))?;
         Ok(Self { host, dir })
@@ -238,7 +254,7 @@ impl<'a> Vmm<'a> {
 
 impl Drop for Vmm<'_> {
     fn drop(&mut self) {
-        let _ = self.host.run(&format!("kill -9 $(cat {}/pid) 2>/dev/null", self.dir));
+        let _ = self.host.run(&format!("kill -9 $(cat {0}/pid) 2>/dev/null; rm -rf {0}", self.dir));
     }
 }
 

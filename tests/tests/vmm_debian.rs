@@ -294,11 +294,11 @@ fn busy_things_and_missing_rights_are_refused_too() -> Outcome {
         (format!("{run} {KERNEL} -serial stdio {blk}"), &["/var/lib/images/busy.img", "use"][..]),
         (
             format!("{run} {KERNEL} -serial stdio -qmp unix:{},server,nowait", first.path("qmp.sock")),
-            &["qmp.sock", "use"],
+            &["qmp.sock", "already"],
         ),
         (
             format!("{run} {KERNEL} -serial socket,path={},server,nowait", first.path("console.sock")),
-            &["console.sock", "use"],
+            &["console.sock", "already"],
         ),
         (
             format!("setpriv --reuid=65534 --regid=65534 --clear-groups {run} {KERNEL} -serial stdio"),

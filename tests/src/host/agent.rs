@@ -1,11 +1,12 @@
 //! The test's end of the agent: commands with input, output, exit code and deadline; for `host` only.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, FRAME_MAX, Kind, Request};
+use super::wire::{self, FRAME_MAX, Kind, Request, Wire};
 
 /// Connecting to the port forwarder is at once or never.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -24,21 +25,45 @@ impl<F: FnMut(Kind, &[u8]) -> io::Result<()>> Sink for F {
     }
 }
 
+/// Where the agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a host, behind this port of 127.0.0.1.
+    Port(u16),
+    /// In this process: commands run on this machine.
+    Here,
+}
+
+impl Place {
+    fn connect(self) -> io::Result<Box<dyn Wire>> {
+        let port = match self {
+            Self::Port(port) => port,
+            Self::Here => {
+                // A pair and no listener: nobody else on this machine gets a shell of ours.
+                let (near, far) = UnixStream::pair()?;
+                thread::spawn(move || super::server::serve(&far));
+                return Ok(Box::new(near));
+            }
+        };
+        let stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), CONNECT)?;
+        stream.set_nodelay(true)?;
+        Ok(Box::new(stream))
+    }
+}
+
 /// Runs one command to its end; returns its exit code. `TimedOut` when the host says nothing for longer than it should.
 pub(crate) fn run(
-    port: u16,
+    place: Place,
     command: &str,
     input: impl Read + Send + 'static,
     limit: Duration,
     sink: &mut dyn Sink,
 ) -> io::Result<i32> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let mut stream = TcpStream::connect_timeout(&address, CONNECT)?;
-    stream.set_nodelay(true)?;
-    stream.set_write_timeout(Some(limit + SLACK))?;
+    let mut stream = place.connect()?;
+    stream.limit_writes(limit + SLACK)?;
     let request = Request { command: command.to_owned(), seconds: limit.as_secs().max(1) };
     wire::send(&mut stream, Kind::Request, &serde_json::to_vec(&request)?)?;
-    let requests = stream.try_clone()?;
+    let requests = stream.twin()?;
     // Not joined: a reader of a terminal may never return, and the connection's end stops the others.
     thread::spawn(move || feed(requests, input));
     let deadline = Instant::now() + limit + SLACK;
@@ -47,7 +72,7 @@ pub(crate) fn run(
         if left.is_zero() {
             break Err(io::ErrorKind::TimedOut.into());
         }
-        stream.set_read_timeout(Some(left))?;
+        stream.limit_reads(left)?;
         match wire::receive(&mut stream) {
             Ok((Kind::Exit, code)) => {
                 let code = String::from_utf8_lossy(&code);
@@ -60,11 +85,11 @@ pub(crate) fn run(
             Err(error) => break Err(error),
         }
     };
-    let _ = stream.shutdown(Shutdown::Both);
+    stream.close();
     result
 }
 
-fn feed(mut stream: TcpStream, mut input: impl Read) {
+fn feed(mut stream: Box<dyn Wire>, mut input: impl Read) {
     let mut buffer = vec![0; FRAME_MAX.min(1 << 17)];
     while let Ok(n @ 1..) = input.read(&mut buffer) {
         if wire::send(&mut stream, Kind::Input, &buffer[..n]).is_err() {

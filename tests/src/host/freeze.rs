@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::agent::Place;
 use super::emulator::{self, Emulator, Plan};
 use super::error::{HostError, io};
 use super::image::{Images, images};
@@ -93,7 +94,7 @@ fn frozen(images: &Images) -> Result<PathBuf, HostError> {
     cache::entry("frozen", &key, |dir| {
         let name = "frozen";
         let (mut emulator, port) = boot(name, dir, &Start::default())?;
-        let host = Host { name: name.to_owned(), dir: dir.to_owned(), port, child: None };
+        let host = Host { name: name.to_owned(), dir: dir.to_owned(), place: Place::Port(port), child: None };
         let ready = host.answers(BOOT).and_then(|()| {
             host.eventually(BOOT, "systemctl is-system-running | grep -Eq 'running|degraded'")?;
             host.ok("test -c /dev/kvm && mountpoint -q /srv/guest")?;

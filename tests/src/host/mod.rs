@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use agent::Place;
 pub use error::HostError;
 pub use image::{Images, images};
 use wire::Kind;
@@ -54,7 +55,7 @@ pub struct Output {
 pub struct Host {
     name: String,
     dir: PathBuf,
-    port: u16,
+    place: Place,
     child: Option<Child>,
 }
 
@@ -131,7 +132,7 @@ impl Host {
         let (emulator, port) =
             if start.cold { freeze::boot(name, &dir, start)? } else { freeze::thaw(name, &dir, start)? };
         let pid = emulator.child.id();
-        let host = Self { name: name.to_owned(), dir, port, child: Some(emulator.child) };
+        let host = Self { name: name.to_owned(), dir, place: Place::Port(port), child: Some(emulator.child) };
         host.answers(BOOT)?;
         let record = serde_json::json!({ "pid": pid, "port": port }).to_string();
         let path = host.dir.join("host.json");
@@ -141,6 +142,12 @@ impl Host {
         let short = name.split('.').next().unwrap_or(name);
         host.ok(&format!("date -s @{now:.2} >/dev/null; hostname '{short}'"))?;
         Ok(host)
+    }
+
+    /// This machine itself, as if it were a host: for what needs no other and is much faster here.
+    #[must_use]
+    pub fn here() -> Self {
+        Self { name: "here".to_owned(), dir: PathBuf::from("/run"), place: Place::Here, child: None }
     }
 
     /// Takes hold of a host that another process started. Dropping the value leaves it running.
@@ -155,7 +162,9 @@ impl Host {
         let field = |key: &str| record.get(key).and_then(serde_json::Value::as_u64).ok_or_else(none);
         let port = u16::try_from(field("port")?).map_err(|_| none())?;
         let alive = pid_of(&dir, field("pid")?).is_some();
-        alive.then(|| Self { name: name.to_owned(), dir, port, child: None }).ok_or_else(none)
+        alive
+            .then(|| Self { name: name.to_owned(), dir, place: Place::Port(port), child: None })
+            .ok_or_else(none)
     }
 
     /// Names of the hosts that run now.
@@ -246,7 +255,7 @@ impl Host {
         input: impl Read + Send + 'static,
         mut output: impl FnMut(Kind, &[u8]) -> io::Result<()>,
     ) -> Result<i32, HostError> {
-        agent::run(self.port, command, input, limit, &mut output).map_err(|error| HostError::Emulator {
+        agent::run(self.place, command, input, limit, &mut output).map_err(|error| HostError::Emulator {
             host: self.name.clone(),
             what: format!("`{command}`: {error}"),
             console: self.console_tail(),
@@ -313,9 +322,9 @@ impl Host {
     pub fn talk(&self, command: &str) -> Result<UnixStream, HostError> {
         let (near, mut far) = UnixStream::pair().map_err(error::io("socketpair"))?;
         let input = far.try_clone().map_err(error::io("copy a descriptor"))?;
-        let (port, command) = (self.port, command.to_owned());
+        let (place, command) = (self.place, command.to_owned());
         thread::spawn(move || {
-            let _ = agent::run(port, &command, input, TALK, &mut |kind, data: &[u8]| {
+            let _ = agent::run(place, &command, input, TALK, &mut |kind, data: &[u8]| {
                 if kind == Kind::Output { far.write_all(data) } else { Ok(()) }
             });
             let _ = far.shutdown(Shutdown::Both);
@@ -389,8 +398,13 @@ impl Host {
         let deadline = Instant::now() + limit;
         loop {
             // The forwarder takes connections before anything listens in the host, and drops them: so ask and see.
-            let asked =
-                agent::run(self.port, "true", io::empty(), Duration::from_secs(5), &mut |_, _: &[u8]| Ok(()));
+            let asked = agent::run(
+                self.place,
+                "true",
+                io::empty(),
+                Duration::from_secs(5),
+                &mut |_, _: &[u8]| Ok(()),
+            );
             match asked {
                 Ok(0) => return Ok(()),
                 _ if Instant::now() < deadline => thread::sleep(Duration::from_millis(100)),

@@ -3,7 +3,7 @@
 //! purpose stays. The program `host` is this agent when it is called `host-agent`.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::wire::{self, Kind, Request};
+use super::wire::{self, Kind, Request, Wire};
 
 /// How long after a command's end its output may still be silent before the answer is closed: a daemon that it left
 /// behind may hold the pipes open for ever.
@@ -35,19 +35,24 @@ pub fn run() -> io::Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", wire::PORT))?;
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
-        thread::spawn(move || {
-            if let Err(error) = serve(&stream) {
-                eprintln!("host-agent: {error}");
-            }
-            let _ = stream.shutdown(Shutdown::Both);
-        });
+        // An answer is several small writes, and none may wait for an acknowledgement.
+        if stream.set_nodelay(true).is_ok() {
+            thread::spawn(move || serve(&stream));
+        }
     }
     Ok(())
 }
 
-fn serve(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let (mut requests, mut answers) = (stream.try_clone()?, stream.try_clone()?);
+/// Serves one connection to its end.
+pub(super) fn serve(stream: &dyn Wire) {
+    if let Err(error) = command(stream) {
+        eprintln!("host-agent: {error}");
+    }
+    stream.close();
+}
+
+fn command(stream: &dyn Wire) -> io::Result<()> {
+    let (mut requests, mut answers) = (stream.twin()?, stream.twin()?);
     let (kind, data) = wire::receive(&mut requests)?;
     if kind != Kind::Request {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no request"));
@@ -55,7 +60,7 @@ fn serve(stream: &TcpStream) -> io::Result<()> {
     let request: Request = serde_json::from_slice(&data)?;
     let mut child = Command::new("/bin/bash")
         .args(["-c", &request.command])
-        .current_dir("/root")
+        .current_dir("/")
         .env("HOME", "/root")
         .env("LANG", "C.UTF-8")
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -68,7 +73,7 @@ fn serve(stream: &TcpStream) -> io::Result<()> {
     let (events, happened) = mpsc::channel();
     if let Some(input) = child.stdin.take() {
         let events = events.clone();
-        thread::spawn(move || feed(&mut requests, input, &events));
+        thread::spawn(move || feed(&mut *requests, input, &events));
     }
     for (pipe, kind) in outputs(&mut child) {
         let events = events.clone();
@@ -139,7 +144,7 @@ fn forward(mut pipe: Box<dyn Read + Send>, kind: Kind, events: &Sender<Happened>
     let _ = events.send(Happened::Closed);
 }
 
-fn feed(requests: &mut TcpStream, input: ChildStdin, events: &Sender<Happened>) {
+fn feed(requests: &mut dyn Wire, input: ChildStdin, events: &Sender<Happened>) {
     let mut input = Some(input);
     loop {
         match wire::receive(requests) {

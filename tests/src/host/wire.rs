@@ -5,8 +5,55 @@
 //! Used by `host::agent` and `host::server`.
 
 use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+/// A stream that frames go over.
+pub trait Wire: Read + Write + Send {
+    /// Another handle of the same stream.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    fn twin(&self) -> io::Result<Box<dyn Wire>>;
+    /// Longest wait of a read.
+    ///
+    /// # Errors
+    /// For zero.
+    fn limit_reads(&self, limit: Duration) -> io::Result<()>;
+    /// Longest wait of a write.
+    ///
+    /// # Errors
+    /// For zero.
+    fn limit_writes(&self, limit: Duration) -> io::Result<()>;
+    /// Ends both directions, for all handles.
+    fn close(&self);
+}
+
+macro_rules! wire {
+    ($stream:ty) => {
+        impl Wire for $stream {
+            fn twin(&self) -> io::Result<Box<dyn Wire>> {
+                Ok(Box::new(self.try_clone()?))
+            }
+            fn limit_reads(&self, limit: Duration) -> io::Result<()> {
+                self.set_read_timeout(Some(limit))
+            }
+            fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+                self.set_write_timeout(Some(limit))
+            }
+            fn close(&self) {
+                // Closed already is as good.
+                let _ = self.shutdown(Shutdown::Both);
+            }
+        }
+    };
+}
+
+wire!(TcpStream);
+wire!(UnixStream);
 
 /// TCP port the agent listens on, inside the host.
 pub const PORT: u16 = 7777;
@@ -50,7 +97,7 @@ const KINDS: [(Kind, u8); 5] = [
 ///
 /// # Errors
 /// Those of the stream; `InvalidInput` for more than [`FRAME_MAX`] bytes.
-pub fn send(stream: &mut impl Write, kind: Kind, data: &[u8]) -> io::Result<()> {
+pub fn send(stream: &mut (impl Write + ?Sized), kind: Kind, data: &[u8]) -> io::Result<()> {
     if data.len() > FRAME_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "frame is too long"));
     }
@@ -68,7 +115,7 @@ pub fn send(stream: &mut impl Write, kind: Kind, data: &[u8]) -> io::Result<()> 
 ///
 /// # Errors
 /// Those of the stream; `UnexpectedEof` when it ends; `InvalidData` for an unknown kind or an overlong frame.
-pub fn receive(stream: &mut impl Read) -> io::Result<(Kind, Vec<u8>)> {
+pub fn receive(stream: &mut (impl Read + ?Sized)) -> io::Result<(Kind, Vec<u8>)> {
     let mut header = [0; 5];
     stream.read_exact(&mut header)?;
     let [code, length @ ..] = header;

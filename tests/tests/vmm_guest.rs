@@ -1,0 +1,183 @@
+//! One `flotilla-vmm` with the default guest: quick tests of the machine and its devices, on this machine's own `/dev/kvm`; where there is
+//! none, on a test host.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use tests::console::Console;
+use tests::host::Host;
+use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+
+/// Where the VMs run: one place for all tests of this file.
+struct Place {
+    host: Host,
+    /// `flotilla-vmm` there.
+    vmm: String,
+    /// The guest there.
+    guest: String,
+}
+
+fn place() -> Outcome<&'static Place> {
+    static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
+    let make = || -> Outcome<Place> {
+        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
+        if Path::new("/dev/kvm").exists() {
+            let text = |path: PathBuf| path.display().to_string();
+            return Ok(Place { host: Host::here(), vmm: text(vmm), guest: text(guest) });
+        }
+        let host = Host::start("vmm-guest")?;
+        host.push(&vmm, "/usr/bin/flotilla-vmm")?;
+        host.push(&guest, "/root/guest.elf")?;
+        Ok(Place { host, vmm: "/usr/bin/flotilla-vmm".into(), guest: "/root/guest.elf".into() })
+    };
+    PLACE
+        .get_or_init(|| make().map_err(|error| error.to_string()))
+        .as_ref()
+        .map_err(|error| error.as_str().into())
+}
+
+impl Place {
+    fn start(&self, name: &str, append: &str, more: &str) -> Outcome<Vmm<'_>> {
+        let name = format!("test-{}-{name}", std::process::id());
+        let arguments = format!("-machine microvm -m 256M -kernel {} -append '{append}' {more}", self.guest);
+        Vmm::start_as(&self.host, &self.vmm, &name, &arguments)
+    }
+
+    /// Starts with the console on a socket and waits for the banner.
+    fn up(&self, name: &str, more: &str) -> Outcome<(Vmm<'_>, Console)> {
+        let vmm =
+            self.start(name, "", &format!("-serial socket,path={{dir}}/console.sock,server,nowait {more}"))?;
+        let mut console = vmm.console()?;
+        console.expect("is up.", SOON)?;
+        Ok((vmm, console))
+    }
+}
+
+#[test]
+fn the_guest_sees_its_memory_its_processors_and_each_device_once() -> Outcome {
+    let (vmm, mut console) = place()?.up("devices", "-smp 3 -m 384M")?;
+    console.expect("cpus    3 x", SOON)?;
+    console.expect("384 MiB", SOON)?;
+    console.enter("devices")?;
+    for line in ["vda empty", "vdb empty", "vdc empty", "vdd empty", "vde empty", "vdf empty", "eth0", "eth1"]
+    {
+        console.expect(line, SOON)?;
+    }
+    console.enter("echo nothing''more")?;
+    console.expect("nothing''more", SOON)?;
+    let cpus = vmm.qmp()?.ask("query-cpus")?;
+    check(cpus.as_array().is_some_and(|cpus| cpus.len() == 3), || cpus.to_string())
+}
+
+#[test]
+fn every_way_a_guest_ends_has_its_event_and_exit_code() -> Outcome {
+    let place = place()?;
+    for (command, reason) in
+        [("poweroff", "guest-shutdown"), ("reboot", "guest-reset"), ("fault", "guest-shutdown")]
+    {
+        let (vmm, mut console) = place.up(command, "")?;
+        let mut qmp = vmm.qmp()?;
+        console.enter(command)?;
+        let event = qmp.wait(SOON, |name, _| name == "SHUTDOWN")?;
+        check(event["data"]["reason"] == reason && event["data"]["guest"] == true, || {
+            format!("{command}: {event}")
+        })?;
+        let code = vmm.exit(SOON)?;
+        check(code == 0, || format!("{command}: exit code {code}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn stop_and_cont_hold_and_free_the_guest() -> Outcome {
+    let place = place()?;
+    let vmm = place.start("stop", "", "-S -serial socket,path={dir}/console.sock,server,nowait")?;
+    let mut qmp = vmm.qmp()?;
+    let mut console = vmm.console()?;
+    check(console.expect("is up.", Duration::from_millis(500)).is_err(), || "it runs before cont".into())?;
+    qmp.ask("cont")?;
+    console.expect("is up.", SOON)?;
+    for round in 0..5 {
+        qmp.ask("stop")?;
+        let status = qmp.ask("query-status")?;
+        check(status["status"] == "paused" && status["running"] == false, || status.to_string())?;
+        console.enter(&format!("echo round {round}"))?;
+        check(console.expect("> echo", Duration::from_millis(100)).is_err(), || {
+            "it runs while stopped".into()
+        })?;
+        qmp.ask("cont")?;
+        console.expect(&format!("round {round}"), SOON)?;
+    }
+    qmp.ask("quit")?;
+    let event = qmp.wait(SOON, |name, _| name == "SHUTDOWN")?;
+    check(event["data"]["reason"] == "host-qmp-quit", || event.to_string())?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
+}
+
+#[test]
+fn disks_take_and_keep_what_the_guest_writes() -> Outcome {
+    let place = place()?;
+    place.host.ok("mkdir -p /var/tmp")?;
+    let image = format!("/var/tmp/flotilla-test-{}.img", std::process::id());
+    for direct in ["off", "on"] {
+        place.host.ok(&format!("rm -f {image}; truncate -s 16M {image}"))?;
+        let disk = |readonly: &str| {
+            format!(
+                "-drive file={image},id=disk0,readonly={readonly},direct={direct} -device virtio-blk-device,drive=disk0,id=disk0"
+            )
+        };
+        let (vmm, mut console) = place.up(&format!("disk-{direct}"), &disk("off"))?;
+        for command in ["disk write 5 1000 7", "disk check 5 1000 7", "disk flush"] {
+            console.enter(command)?;
+            console.expect("sectors in", SOON)?;
+        }
+        vmm.qmp()?.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+        let (vmm, mut console) = place.up(&format!("disk-ro-{direct}"), &disk("on"))?;
+        console.enter("disk check 5 1000 7")?;
+        console.expect("check 1000 sectors in", SOON)?;
+        console.enter("disk write 0 1 1")?;
+        console.expect("disk: ", SOON)?;
+        vmm.qmp()?.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+        let first = place.host.ok(&format!("head -c 512 {image} | tr -d '\\0' | wc -c"))?;
+        check(first == "0", || "a read-only disk was written to".into())?;
+    }
+    place.host.ok(&format!("rm -f {image}"))?;
+    Ok(())
+}
+
+#[test]
+fn the_serial_line_goes_to_standard_output_and_a_file() -> Outcome {
+    let place = place()?;
+    for (name, to, file) in [("stdio", "stdio", "out"), ("file", "file,path={dir}/serial", "serial")] {
+        let vmm = place.start(name, "cmd=echo,here;poweroff", &format!("-serial {to}"))?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+        place.host.ok(&format!("grep -q here {}", vmm.path(file)))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_arguments_end_at_once_in_one_line() -> Outcome {
+    let place = place()?;
+    for (arguments, words) in [
+        (format!("-kernel {} -frobnicate", place.guest), "frobnicate"),
+        ("-kernel /none".into(), "/none"),
+        (format!("-kernel {} -m 64M", place.guest), "128"),
+        (
+            format!("-kernel {} -drive file=/none,id=d -device virtio-blk-device,drive=d,id=d", place.guest),
+            "/none",
+        ),
+    ] {
+        let output = place
+            .host
+            .refused(&format!("timeout 20 {} -machine microvm {arguments} </dev/null", place.vmm))?;
+        let text = output.stderr.trim();
+        check(output.code == 1 && text.lines().count() == 1 && text.contains(words), || {
+            format!("{arguments}: exit {}, stderr {text:?}", output.code)
+        })?;
+    }
+    Ok(())
+}

@@ -14,7 +14,7 @@ use crate::qmp::Qmp;
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// How long an emulated guest may take to boot, on a machine that runs other scenarios.
-pub const BOOT: Duration = Duration::from_secs(120);
+pub const BOOT: Duration = Duration::from_secs(240);
 
 /// How long anything else in a guest or in the fleet may take.
 pub const SOON: Duration = Duration::from_secs(30);

@@ -56,9 +56,9 @@ impl Place {
 
 #[test]
 fn the_guest_sees_its_memory_its_processors_and_each_device_once() -> Outcome {
-    let (vmm, mut console) = place()?.up("devices", "-smp 3 -m 384M")?;
+    let (vmm, mut console) = place()?.up("devices", "-smp 3")?;
     console.expect("cpus    3 x", SOON)?;
-    console.expect("384 MiB", SOON)?;
+    console.expect("256 MiB", SOON)?;
     console.enter("devices")?;
     for line in ["vda empty", "vdb empty", "vdc empty", "vdd empty", "vde empty", "vdf empty", "eth0", "eth1"]
     {

@@ -60,6 +60,17 @@ impl Console {
         }
     }
 
+    /// As [`Console::expect`], and waits for the line's end: returns all of it.
+    ///
+    /// # Errors
+    /// As for [`Console::expect`].
+    pub fn expect_line(&mut self, words: &str, limit: Duration) -> io::Result<String> {
+        self.expect(words, limit)?;
+        let start = self.text[..self.seen].rfind('\n').map_or(0, |n| n + 1);
+        self.expect("\n", limit)?;
+        Ok(self.text[start..self.seen].trim_end().to_owned())
+    }
+
     /// Types a line.
     ///
     /// # Errors

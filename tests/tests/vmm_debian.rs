@@ -127,7 +127,7 @@ fn without_acpi_debian_boots_and_sees_no_devices() -> Outcome {
     let guest = Guest::new(host, "noacpi", 4)?;
     let arguments = booting(&guest).replace("console=ttyS0", "console=ttyS0 acpi=off guest.probe");
     let vmm = Vmm::start(host, "noacpi", &format!("{arguments} {CONSOLE}"))?;
-    let seen = vmm.console()?.expect("probe: block", BOOT)?;
+    let seen = vmm.console()?.expect_line("probe: block", BOOT)?;
     check(!seen.contains("vda") && !seen.contains("eth0") && seen.contains("cpus 1"), || seen.clone())
 }
 
@@ -205,6 +205,7 @@ fn the_network_card_works_on_a_tap_by_name() -> Outcome {
     host.ok("ip tuntap add tap-net mode tap vnet_hdr && ip address add 10.9.0.1/24 dev tap-net && ip link set tap-net up")?;
     let nic = "-netdev tap,id=nic0,ifname=tap-net -device virtio-net-device,netdev=nic0,id=nic0,mac=52:54:00:12:34:56";
     let vmm = Vmm::start(host, "net", &format!("{} {nic} {CONSOLE}", booting(&guest)))?;
+    vmm.console()?.expect(&up(&guest), BOOT)?;
     guest.answers(host)?;
     let neighbour = host.ok(&format!("ip neigh show {}", guest.address))?;
     check(neighbour.contains("52:54:00:12:34:56"), || neighbour.clone())?;

@@ -11,7 +11,7 @@
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
 //! block net  host back ends of virtio           chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
-//! sandbox process event inherit                 seccomp; log, daemon, signals; the event loop; descriptors handed to us
+//! process sandbox event inherit                 log, daemon, signals; seccomp; the event loop; descriptors handed to us
 //! config     what a VM is, as plain data
 //! ```
 

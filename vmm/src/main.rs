@@ -6,6 +6,8 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -17,10 +19,10 @@ use vmm::control::{Control, End, Input};
 use vmm::event::{EventLoop, Ops};
 use vmm::inherit::Inherited;
 use vmm::machine::{Environment, GuestEvent, Machine};
-use vmm::process;
 use vmm::process::daemon::{self, PidFile, Side};
-use vmm::process::{log, signals};
+use vmm::process::{self, log, signals};
 use vmm::qmp::Qmp;
+use vmm::sandbox::{self, Needs};
 
 /// How long the last output may take to reach a receiver that is slow.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -111,6 +113,7 @@ struct Running {
     qmp: Arc<Qmp>,
     chardevs: Vec<Arc<dyn CharBackend>>,
     event_loop: EventLoop,
+    needs: Needs,
     _pid_file: Option<PidFile>,
 }
 
@@ -160,6 +163,8 @@ impl Running {
             serial,
         };
         let mut machine = Machine::build(config, environment)?;
+        let needs = needs(config);
+        sandbox::confine(needs)?;
         machine.start(config.start_paused)?;
 
         let qmp = Qmp::new(Control::new(Box::new(machine), config, event_loop.handle()));
@@ -168,14 +173,18 @@ impl Running {
         for monitor in &monitors {
             qmp.add_monitor(monitor);
         }
-        Ok(Self { qmp, chardevs: host_ends.all, event_loop, _pid_file: pid_file })
+        Ok(Self { qmp, chardevs: host_ends.all, event_loop, needs, _pid_file: pid_file })
     }
 
     /// Runs until the VM ends, and takes it down.
     fn run(mut self) -> ExitCode {
         let mut exit_code = 0;
-        if let Err(e) = self.event_loop.run() {
-            tracing::error!("the event loop failed: {e}");
+        // Here and not earlier: going to the background opens /dev/null. vCPU threads have confined themselves already.
+        let turns = sandbox::enter_main(self.needs)
+            .map_err(|e| one_line(&e))
+            .and_then(|()| self.event_loop.run().map_err(|e| format!("the event loop failed: {e}")));
+        if let Err(e) = turns {
+            tracing::error!("{e}");
             exit_code = 1;
         }
         for backend in &self.chardevs {
@@ -195,6 +204,31 @@ impl Running {
 fn happened(hub: &OnceLock<Weak<Qmp>>, input: &Input) {
     if let Some(qmp) = hub.get().and_then(Weak::upgrade) {
         qmp.happened(input);
+    }
+}
+
+/// What the sandbox must leave possible.
+fn needs(config: &VmConfig) -> Needs {
+    let sockets =
+        config.chardevs.iter().map(|c| &c.kind).chain(&config.serial).filter_map(|kind| match kind {
+            ChardevKind::UnixSocket { path, .. } => Some(path),
+            _ => None,
+        });
+    let monitors = config.monitors.iter().filter_map(|monitor| match monitor {
+        Monitor::Unix(path) => Some(path),
+        Monitor::Tcp(_) | Monitor::Chardev(_) => None,
+    });
+    let me = rustix::process::geteuid();
+    let foreign = |path: &PathBuf| {
+        let parent = std::path::absolute(path).ok().and_then(|p| p.parent().map(Path::to_owned));
+        parent.and_then(|p| std::fs::metadata(p).ok()).is_some_and(|m| m.uid() != me.as_raw())
+    };
+    Needs {
+        seccomp: !config.process.disable_seccomp,
+        rotates_log: config.process.log_file.is_some(),
+        // Only root can do something about another user's directory, and only with its capability.
+        foreign_directory: me.is_root()
+            && sockets.chain(monitors).chain(&config.process.pidfile).any(foreign),
     }
 }
 

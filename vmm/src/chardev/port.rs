@@ -154,6 +154,8 @@ struct State {
     posted: bool,
     /// The connection failed; what is written meets nobody.
     broken: bool,
+    /// The front end was told of this connection.
+    announced: bool,
 }
 
 /// The back end of everything that is a stream.
@@ -182,6 +184,7 @@ impl Port {
                 writing: None,
                 posted: false,
                 broken: false,
+                announced: false,
             }),
             reopen: OnceLock::new(),
         })
@@ -209,12 +212,22 @@ impl Port {
         state.stream = Some(Arc::new(stream));
         state.broken = false;
         state.posted = false;
+        state.announced = false;
         drop(state);
         self.flush(ops);
-        if let Some(front_end) = self.front_end() {
-            front_end.opened();
-        }
+        self.announce();
         self.resume_input(ops);
+    }
+
+    /// Tells the front end of the connection, once: a client may come between a front end's attaching and the loop's first look at it.
+    fn announce(&self) {
+        let Some(front_end) = self.front_end() else { return };
+        let mut state = self.state();
+        if state.stream.is_none() || std::mem::replace(&mut state.announced, true) {
+            return;
+        }
+        drop(state);
+        front_end.opened();
     }
 
     /// The client has gone, or must go.
@@ -232,10 +245,11 @@ impl Port {
             return;
         };
         let gone = state.stream.take();
+        let announced = std::mem::take(&mut state.announced);
         drop(state);
         if gone.is_some() {
             drop(gone);
-            if let Some(front_end) = self.front_end() {
+            if announced && let Some(front_end) = self.front_end() {
                 front_end.closed();
             }
             reopen(ops);
@@ -486,12 +500,11 @@ impl CharBackend for Port {
 
     fn attach(&self, front_end: Arc<dyn FrontEnd>) {
         self.state().front_end = Some(Arc::downgrade(&front_end));
+        drop(front_end);
         let me = Weak::clone(&self.me);
         self.handle.post(move |ops| {
             if let Some(port) = me.upgrade() {
-                if port.state().stream.is_some() {
-                    front_end.opened();
-                }
+                port.announce();
                 port.resume_input(ops);
             }
         });

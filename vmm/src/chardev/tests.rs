@@ -110,6 +110,24 @@ fn keeps_the_newest_output_for_the_next_client_and_serves_one_at_a_time() {
 }
 
 #[test]
+fn a_client_that_was_there_first_is_announced_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut event_loop = EventLoop::new().unwrap();
+    let backend = open(&unix(&path), Traffic::Messages, &mut event_loop.ops()).unwrap();
+    let front = Front::new(100);
+    // Both are waiting when the loop looks for the first time.
+    let mut early = client(&path);
+    backend.attach(Arc::<Front>::clone(&front));
+    early.write_all(b"x").unwrap();
+    run_until(&mut event_loop, || front.got() == b"x");
+    for _ in 0..3 {
+        event_loop.turn(Some(Duration::from_millis(1))).unwrap();
+    }
+    assert_eq!(front.opened.load(Ordering::SeqCst), 1);
+}
+
+#[test]
 fn a_client_that_stopped_writing_still_gets_output() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");

@@ -184,7 +184,7 @@ pub struct Drive {
     pub readonly: bool,
     /// `direct`: open with `O_DIRECT` (default on, as StratoVirt has it).
     pub direct: bool,
-    /// `aio`; `None` means the default (native when direct, otherwise off).
+    /// `aio`; `None` leaves the choice to the block room.
     pub aio: Option<Aio>,
     /// `format` (default raw; never guessed).
     pub format: ImageFormat,
@@ -196,13 +196,6 @@ pub struct Drive {
     pub detect_zeroes: DetectZeroes,
     /// `if=pflash,unit=N`.
     pub pflash_unit: Option<u8>,
-}
-
-impl Drive {
-    /// `aio=`, or its default: native when direct, else off.
-    pub fn effective_aio(&self) -> Aio {
-        self.aio.unwrap_or(if self.direct { Aio::Native } else { Aio::Off })
-    }
 }
 
 /// How block requests reach the kernel.

@@ -18,7 +18,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::CpuError;
-use super::run::{Buses, OnEnd, Vcpu, kicked};
+use super::run::{Buses, Ended, OnEnd, Vcpu, kicked};
+use crate::sandbox;
 
 /// A vCPU that was told to leave the guest does so in microseconds, unless its host CPU is busy or a device's code blocks.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -163,7 +164,15 @@ impl Vcpus {
                 .stack_size(STACK)
                 .spawn(move || {
                     allow_kicks();
-                    vcpu.run(&shared, &buses, &on_end);
+                    match sandbox::enter_worker() {
+                        Ok(()) => vcpu.run(&shared, &buses, &on_end),
+                        // A guest never runs unconfined. The thread stays, so that pause and stop find it.
+                        Err(e) => {
+                            shared.arrived(vcpu.index());
+                            on_end(Ended::Failed(e.to_string()));
+                            while shared.park(true) != Target::Stop {}
+                        }
+                    }
                     shared.note(|s| s.gone += 1);
                 })
                 .map_err(|source| CpuError::Thread { index, source })?;

@@ -7,6 +7,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -19,6 +20,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 use super::ProcessError;
+use crate::sandbox;
 
 /// A file that reaches this size is put aside.
 const FILE_MAX: u64 = 100 << 20;
@@ -80,6 +82,8 @@ fn level(text: &str) -> Option<LevelFilter> {
 impl LogFile {
     fn open(path: PathBuf) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(0o640).open(&path)?;
+        // Before an older file is closed: its number may then belong to anything.
+        sandbox::report_to(file.as_raw_fd());
         let meta = file.metadata()?;
         let modified = meta.modified().unwrap_or(UNIX_EPOCH).duration_since(UNIX_EPOCH).unwrap_or_default();
         let day = if meta.len() == 0 { today() } else { modified.as_secs() / SECONDS_PER_DAY };

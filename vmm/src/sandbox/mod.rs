@@ -1,1 +1,142 @@
-//! (see lib.rs)
+//! The sandbox: owns what this process may still do once the VM is set up. No capability, no new privilege by exec, and only the
+//! system calls that running a VM needs.
+//!
+//! ```text
+//! main thread:    confine() ──▶ vCPU threads start ──▶ enter_main() ──▶ event loop
+//! vCPU threads:                        enter_worker() ──▶ guest
+//! I/O threads:                         started by vCPU threads, and born with their filter
+//! ```
+//!
+//! A vCPU is confined before it enters the guest for the first time. A system call that is not allowed ends the process at once and
+//! says which it was: a VMM that was taken over must not go on, and a list that is too short must be noticed.
+
+mod filter;
+
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use seccompiler::BpfProgram;
+
+use filter::Kind;
+
+/// Exit status after a forbidden system call: 128 and the number of SIGSYS, as a shell would report it.
+const EXIT_CODE: i32 = 128 + libc::SIGSYS;
+
+/// What a particular VM must still be able to do.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Needs {
+    /// Filter system calls (off with `-disable-seccomp`).
+    pub seccomp: bool,
+    /// Rename and reopen the log file.
+    pub rotates_log: bool,
+    /// Remove sockets or the pid file from a directory of another user, as root: keeps CAP_DAC_OVERRIDE.
+    pub foreign_directory: bool,
+}
+
+/// Why the process could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// no_new_privs or the capabilities.
+    #[error("cannot give up privileges: {0}")]
+    Privileges(#[source] rustix::io::Errno),
+    /// The filter could not be made or installed.
+    #[error("cannot restrict system calls ({0}); -disable-seccomp leaves that out")]
+    Filter(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The handler of SIGSYS.
+    #[error("cannot catch SIGSYS: {0}")]
+    Handler(#[source] std::io::Error),
+}
+
+/// The filter of vCPU and I/O threads; empty while nothing is to be filtered.
+static WORKER: OnceLock<BpfProgram> = OnceLock::new();
+
+/// Where the handler says what happened, besides standard error.
+static REPORT: AtomicI32 = AtomicI32::new(-1);
+
+/// A log file that a violation is reported to.
+pub fn report_to(fd: RawFd) {
+    REPORT.store(fd, Ordering::Relaxed);
+}
+
+/// Gives up all privileges, and prepares the filters. Call on the main thread, once, before other threads start: they inherit it.
+pub fn confine(needs: Needs) -> Result<(), SandboxError> {
+    set_no_new_privs(true).map_err(SandboxError::Privileges)?;
+    let keep = if needs.foreign_directory { CapabilitySet::DAC_OVERRIDE } else { CapabilitySet::empty() };
+    let now = rustix::thread::capabilities(None).map_err(SandboxError::Privileges)?;
+    let keep = keep & now.permitted;
+    let sets = CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).map_err(SandboxError::Privileges)?;
+    if needs.seccomp {
+        catch_violations()?;
+        let program = filter::compile(Kind::Worker, needs.rotates_log)?;
+        // The first call counts; a second VM in one process does not exist.
+        let _ = WORKER.set(program);
+    }
+    Ok(())
+}
+
+/// Confines a vCPU thread, and every thread it starts.
+pub fn enter_worker() -> Result<(), SandboxError> {
+    match WORKER.get() {
+        Some(program) => apply(program),
+        None => Ok(()),
+    }
+}
+
+/// Confines the main thread. Call after the vCPU threads were started.
+pub fn enter_main(needs: Needs) -> Result<(), SandboxError> {
+    if !needs.seccomp {
+        return Ok(());
+    }
+    apply(&filter::compile(Kind::Main, needs.rotates_log)?)
+}
+
+fn apply(program: &BpfProgram) -> Result<(), SandboxError> {
+    seccompiler::apply_filter(program).map_err(|e| SandboxError::Filter(Box::new(e)))
+}
+
+fn catch_violations() -> Result<(), SandboxError> {
+    // SAFETY: an all-zero sigaction is a valid value of the type.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction =
+        violation as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
+    action.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: the handler only makes async-signal-safe calls.
+    match unsafe { libc::sigaction(libc::SIGSYS, &action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(SandboxError::Handler(std::io::Error::last_os_error())),
+    }
+}
+
+/// Says which system call it was and ends the process. Nothing here allocates or locks.
+extern "C" fn violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    /// The fields of siginfo_t that the kernel fills for SIGSYS; libc has no accessor for them.
+    #[repr(C)]
+    struct SysInfo {
+        signo: libc::c_int,
+        errno: libc::c_int,
+        code: libc::c_int,
+        address: *mut libc::c_void,
+        number: libc::c_int,
+    }
+    // SAFETY: the kernel passes a siginfo_t, which is larger than this prefix of it and as aligned.
+    let number = unsafe { (*info.cast::<SysInfo>()).number };
+    let mut line =
+        *b"flotilla-vmm: killed: system call 000 is not allowed by the sandbox (see -disable-seccomp)\n";
+    let mut rest = number.unsigned_abs();
+    for digit in line.iter_mut().skip(34).take(3).rev() {
+        *digit = b'0' + (rest % 10) as u8;
+        rest /= 10;
+    }
+    for fd in [libc::STDERR_FILENO, REPORT.load(Ordering::Relaxed)] {
+        // SAFETY: writes a buffer of this frame; -1 and closed descriptors are refused by the kernel.
+        unsafe { libc::write(fd, line.as_ptr().cast(), line.len()) };
+    }
+    // SAFETY: ends the process without running anything of it.
+    unsafe { libc::_exit(EXIT_CODE) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! What a confined thread can and cannot do. A violation ends the process, so each test runs in a child of its own.
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+
+use super::*;
+
+/// Runs `body` in a child process; returns its exit status and what it wrote to standard error.
+fn in_child(body: impl FnOnce()) -> (i32, String) {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    // SAFETY: the child makes plain system calls and leaves with `_exit`; it takes no lock of the harness but the allocator's,
+    // which glibc makes consistent after a fork.
+    match unsafe { libc::fork() } {
+        0 => {
+            // SAFETY: both descriptors are open; what follows never returns to the harness.
+            unsafe { libc::dup2(writer.as_raw_fd(), libc::STDERR_FILENO) };
+            body();
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
+        }
+        child => {
+            drop(writer);
+            let mut text = String::new();
+            std::fs::File::from(reader).read_to_string(&mut text).unwrap();
+            let mut status = 0;
+            // SAFETY: waits for the child just made.
+            unsafe { libc::waitpid(child, &mut status, 0) };
+            (libc::WEXITSTATUS(status), text)
+        }
+    }
+}
+
+fn confined(needs: Needs) {
+    confine(needs).unwrap();
+    // One of the two: a thread is confined once.
+    enter_main(needs).unwrap();
+}
+
+const NEEDS: Needs = Needs { seccomp: true, rotates_log: false, foreign_directory: false };
+
+#[test]
+fn a_forbidden_call_ends_the_process_and_is_named() {
+    let (status, text) = in_child(|| {
+        confined(NEEDS);
+        // SAFETY: asks for a socket, if it may.
+        unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+    });
+    assert_eq!(status, EXIT_CODE);
+    assert_eq!(
+        text,
+        "flotilla-vmm: killed: system call 041 is not allowed by the sandbox (see -disable-seccomp)\n"
+    );
+}
+
+#[test]
+fn code_cannot_be_mapped_and_unknown_requests_not_made() {
+    let (status, _) = in_child(|| {
+        confined(NEEDS);
+        let prot = libc::PROT_READ | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: maps fresh memory, if it may.
+        unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
+    });
+    assert_eq!(status, EXIT_CODE);
+    let (status, _) = in_child(|| {
+        confined(NEEDS);
+        // SAFETY: pushes a byte into a terminal, if it may.
+        unsafe { libc::ioctl(0, libc::TIOCSTI, c"x".as_ptr()) };
+    });
+    assert_eq!(status, EXIT_CODE);
+}
+
+#[test]
+fn threads_start_and_end_below_the_filter_of_their_parent() {
+    let (status, text) = in_child(|| {
+        confine(NEEDS).unwrap();
+        enter_worker().unwrap();
+        let thread = std::thread::Builder::new().name("child".to_owned()).spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            vec![1u8; 1 << 22].len()
+        });
+        assert_eq!(thread.unwrap().join().unwrap(), 1 << 22);
+    });
+    assert_eq!((status, text.as_str()), (0, ""));
+}
+
+#[test]
+fn no_capability_is_left() {
+    let (status, text) = in_child(|| {
+        confine(Needs::default()).unwrap();
+        assert_eq!(rustix::thread::capabilities(None).unwrap().permitted, CapabilitySet::empty());
+        assert!(rustix::thread::no_new_privs().unwrap());
+    });
+    assert_eq!((status, text.as_str()), (0, ""));
+}
+
+#[test]
+fn a_log_can_be_rotated_but_nothing_be_read() {
+    let needs = Needs { rotates_log: true, ..NEEDS };
+    for (flags, want) in [(libc::O_RDONLY, EXIT_CODE), (libc::O_WRONLY | libc::O_APPEND, 0)] {
+        let (status, _) = in_child(|| {
+            confine(Needs { seccomp: true, ..needs }).unwrap();
+            enter_main(needs).unwrap();
+            // SAFETY: opens a device, if it may.
+            unsafe { libc::open(c"/dev/null".as_ptr(), flags | libc::O_CLOEXEC) };
+        });
+        assert_eq!(status, want);
+    }
+}

@@ -1,3 +1,22 @@
-//! placeholder
+//! The supervisor: one daemon that owns a host's fleet of VMs. Programs: `flotillad`, and `flotilla-exec`, which each VM's unit runs first.
+//!
+//! Rooms, ground floor last; a room imports only rooms below it:
+//!
+//! ```text
+//! main.rs    flotillad: options, wiring, readiness, signals
+//! dbus/      thin handlers: authorise, ask the fleet, answer; signals and property changes
+//! fleet/     registry, one actor per VM, the pure state machine, jobs, adoption
+//! launch/    how a VMM process comes to be: systemd units, or plain children
+//! qmp/       client of each VMM, and its proxy for everybody else
+//! store/     records on disk
+//! config.rs  what the administrator sets
+//! ```
+//!
+//! Two vocabularies are shared downwards because they are written to disk: the states of `fleet::vm` (pure data) by `store` and `launch`.
 
+pub mod config;
+pub mod dbus;
+pub mod fleet;
+pub mod launch;
 pub mod qmp;
+pub mod store;

@@ -1,0 +1,210 @@
+//! What the administrator sets: command line over `/etc/flotilla/flotillad.toml` over defaults. An unknown key is an error that names it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, ValueEnum};
+use ipnet::IpNet;
+use netsetup::BridgeSpec;
+use serde::Deserialize;
+
+/// The file that is read when none is named; it need not exist.
+pub const DEFAULT_FILE: &str = "/etc/flotilla/flotillad.toml";
+
+/// Why the configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is malformed.
+    #[error("configuration {path}: {text}")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        text: String,
+    },
+    /// A directory or program is not given as an absolute path.
+    #[error("{what}: {path:?} is not an absolute path")]
+    Relative {
+        /// Which setting.
+        what: &'static str,
+        /// The value.
+        path: PathBuf,
+    },
+}
+
+/// How VMM processes are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LauncherKind {
+    /// Each VM as flotilla-vm@NAME.service.
+    Systemd,
+    /// Plain processes, for hosts without systemd.
+    Process,
+}
+
+/// Options of the command line.
+#[derive(Debug, Default, Parser)]
+#[command(
+    name = "flotillad",
+    version,
+    about = "The daemon that owns this host's fleet of virtual machines",
+    after_help = "Examples:
+  flotillad                                   as flotillad.service runs it: system bus, VMs as systemd units
+  flotillad --bus session --launcher process --state-dir ~/vms --runtime-dir $XDG_RUNTIME_DIR/flotilla
+                                              a quick try without root and without systemd
+  FLOTILLAD_LOG=debug flotillad               with more messages (error, warn, info, debug, trace)
+
+The VMs run on when flotillad ends; it finds them again when it starts."
+)]
+pub struct Options {
+    /// Configuration file [default: /etc/flotilla/flotillad.toml]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Bus to serve: system, session or a D-Bus address [default: system]
+    #[arg(long, value_name = "BUS")]
+    pub bus: Option<String>,
+    /// How VMs are run [default: systemd]
+    #[arg(long, value_enum)]
+    pub launcher: Option<LauncherKind>,
+    /// Definitions [default: /var/lib/flotilla]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Sockets, and records of running VMs [default: /run/flotilla]
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
+    /// Program that runs one VM [default: /usr/bin/flotilla-vmm]
+    #[arg(long, value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+}
+
+/// The file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    bus: Option<String>,
+    launcher: Option<LauncherKind>,
+    state_dir: Option<PathBuf>,
+    runtime_dir: Option<PathBuf>,
+    vmm: Option<PathBuf>,
+    #[serde(default)]
+    bridge: Vec<Bridge>,
+}
+
+/// A bridge that is made when the daemon starts and kept when no VM uses it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Bridge {
+    name: String,
+    #[serde(default)]
+    addresses: Vec<IpNet>,
+    mtu: Option<u32>,
+}
+
+/// Everything settled.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Config {
+    /// `system`, `session` or an address.
+    pub bus: String,
+    /// How processes are made.
+    pub launcher: LauncherKind,
+    /// Definitions.
+    pub state_dir: PathBuf,
+    /// Sockets and process records.
+    pub runtime_dir: PathBuf,
+    /// The VMM program.
+    pub vmm: PathBuf,
+    /// Bridges to make.
+    pub bridges: Vec<BridgeSpec>,
+}
+
+impl Config {
+    /// Reads the file and puts the options over it.
+    pub fn load(options: Options) -> Result<Self, ConfigError> {
+        let path = options.config.as_deref().unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && options.config.is_none() => {
+                String::new()
+            }
+            other => other.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?,
+        };
+        let file: File = toml::from_str(&text)
+            .map_err(|error| ConfigError::Syntax { path: path.to_owned(), text: error.to_string() })?;
+        let bridge = |b: Bridge| BridgeSpec { name: b.name, addresses: b.addresses, mtu: b.mtu };
+        let pick = |option: Option<PathBuf>, file: Option<PathBuf>, default: &str| {
+            option.or(file).unwrap_or_else(|| default.into())
+        };
+        let config = Self {
+            bus: options.bus.or(file.bus).unwrap_or_else(|| "system".to_owned()),
+            launcher: options.launcher.or(file.launcher).unwrap_or(LauncherKind::Systemd),
+            state_dir: pick(options.state_dir, file.state_dir, "/var/lib/flotilla"),
+            runtime_dir: pick(options.runtime_dir, file.runtime_dir, "/run/flotilla"),
+            vmm: pick(options.vmm, file.vmm, "/usr/bin/flotilla-vmm"),
+            bridges: file.bridge.into_iter().map(bridge).collect(),
+        };
+        for (what, path) in
+            [("state_dir", &config.state_dir), ("runtime_dir", &config.runtime_dir), ("vmm", &config.vmm)]
+        {
+            // The VMM's command line must mean the same in every directory.
+            if !path.is_absolute() {
+                return Err(ConfigError::Relative { what, path: path.clone() });
+            }
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, arguments: &[&str]) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flotillad.toml");
+        std::fs::write(&path, text).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        let arguments = ["flotillad", "--config", &path].into_iter().chain(arguments.iter().copied());
+        Config::load(Options::try_parse_from(arguments).unwrap())
+    }
+
+    #[test]
+    fn options_go_over_the_file_and_the_file_over_defaults() {
+        let text = r#"
+            launcher = "process"
+            vmm = "/opt/vmm"
+            [[bridge]]
+            name = "br0"
+            addresses = ["10.0.0.1/24", "fd00::1/64"]
+            mtu = 9000
+        "#;
+        let config = load(text, &["--vmm", "/x/vmm"]).unwrap();
+        assert_eq!((config.launcher, config.vmm), (LauncherKind::Process, PathBuf::from("/x/vmm")));
+        assert_eq!(config.state_dir, Path::new("/var/lib/flotilla"));
+        assert_eq!((config.bridges[0].addresses.len(), config.bridges[0].mtu), (2, Some(9000)));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let cases: [(&str, &[&str], &str); 5] = [
+            ("lanucher = \"process\"", &[], "lanucher"),
+            ("[[bridge]]\nname=\"b\"\nadresses=[]", &[], "adresses"),
+            ("launcher = \"docker\"", &[], "docker"),
+            ("[[bridge]]\nname=\"b\"\naddresses=[\"10.0.0.1/99\"]", &[], "10.0.0.1/99"),
+            ("", &["--vmm", "vmm"], "not an absolute path"),
+        ];
+        for (text, arguments, word) in cases {
+            let error = load(text, arguments).unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+        let missing = Options { config: Some("/nonexistent".into()), ..Options::default() };
+        assert!(matches!(Config::load(missing), Err(ConfigError::Read { .. })));
+    }
+}

@@ -1,0 +1,573 @@
+//! The whole daemon but its processes, on a private bus, driven by the client proxies of the API: what `flotilla` and busctl see.
+//!
+//! The launcher is a fake that keeps VMMs as tasks, so that tests decide when one is silent, crashes or powers off; it outlives a fleet, as
+//! units outlive the daemon.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dbus_api::proxy::{ManagerProxy, VmProxy};
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{broadcast, mpsc};
+use tokio::time::timeout;
+use zbus::Variant;
+
+use super::*;
+use crate::fleet::Context;
+use crate::fleet::network::Network;
+use crate::fleet::vm::Exit;
+use crate::launch::test_bus::Bus;
+use crate::launch::{Event, Found, LaunchError, Launcher, Notice, Prepared, Wanted};
+use crate::store::{Process, Store};
+
+/// Long enough for a loaded machine, short enough to notice a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Act {
+    PowerOff,
+    Crash,
+    Freeze,
+    Thaw,
+}
+
+#[derive(Default)]
+struct Vmms {
+    last: u32,
+    alive: HashMap<String, (u32, broadcast::Sender<Act>)>,
+    descriptors: Vec<OwnedFd>,
+    started: u32,
+    refuse: Option<&'static str>,
+}
+
+/// VMMs as tasks.
+#[derive(Clone)]
+struct FakeLauncher {
+    directory: PathBuf,
+    /// Where the VMMs live: not in the daemon's runtime, which tests end.
+    runtime: tokio::runtime::Handle,
+    vmms: Arc<Mutex<Vmms>>,
+    events: Arc<Mutex<Option<mpsc::UnboundedSender<Event>>>>,
+}
+
+impl FakeLauncher {
+    fn new(directory: PathBuf) -> Self {
+        let runtime = tokio::runtime::Handle::current();
+        Self { directory, runtime, vmms: Arc::default(), events: Arc::default() }
+    }
+
+    fn act(&self, name: &str, act: Act) {
+        self.vmms.lock().unwrap().alive[name].1.send(act).unwrap();
+    }
+
+    fn spawn(&self, name: &str, paused: bool) -> Process {
+        let path = self.sockets(name);
+        std::fs::create_dir_all(&path).unwrap();
+        let _ = std::fs::remove_file(path.join("qmp.sock"));
+        let entered = self.runtime.enter();
+        let listener = UnixListener::bind(path.join("qmp.sock")).unwrap();
+        drop(entered);
+        let (acts, _) = broadcast::channel(8);
+        let mut vmms = self.vmms.lock().unwrap();
+        vmms.last += 1;
+        vmms.started += 1;
+        let pid = 100_000 + vmms.last;
+        vmms.alive.insert(name.to_owned(), (pid, acts.clone()));
+        drop(vmms);
+        let (this, name) = (self.clone(), name.to_owned());
+        self.runtime.spawn(async move {
+            let exit = vmm(listener, acts.subscribe(), paused).await;
+            this.vmms.lock().unwrap().alive.remove(&name);
+            let notice = Notice::Ended { invocation: pid.to_string(), exit };
+            if let Some(events) = &*this.events.lock().unwrap() {
+                let _ = events.send(Event { name, notice });
+            }
+        });
+        process(pid)
+    }
+}
+
+fn process(pid: u32) -> Process {
+    Process { pid, start_time: 0, invocation: pid.to_string() }
+}
+
+/// One VMM: clients one after the other, until something ends it.
+async fn vmm(listener: UnixListener, mut acts: broadcast::Receiver<Act>, mut paused: bool) -> Exit {
+    let mut frozen = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept(), if !frozen => accepted.unwrap().0,
+            act = acts.recv() => match act.unwrap() {
+                Act::Crash => return Exit::Signal("SIGSEGV".into()),
+                Act::PowerOff => return Exit::Code(0),
+                act => { frozen = act == Act::Freeze; continue; }
+            }
+        };
+        if let Some(exit) = client(accepted, &mut acts, &mut paused, &mut frozen).await {
+            return exit;
+        }
+    }
+}
+
+async fn client(
+    stream: UnixStream,
+    acts: &mut broadcast::Receiver<Act>,
+    paused: &mut bool,
+    frozen: &mut bool,
+) -> Option<Exit> {
+    let (read, mut write) = stream.into_split();
+    let mut lines = BufReader::new(read).lines();
+    let greeting = json!({"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}, "package": ""}, "capabilities": []}});
+    let say = |value: Value| format!("{value}\r\n");
+    let event = |name: &str, data: Value| {
+        say(json!({"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 2}}))
+    };
+    write.write_all(say(greeting).as_bytes()).await.ok()?;
+    loop {
+        let line = tokio::select! {
+            line = lines.next_line(), if !*frozen => match line { Ok(Some(line)) => line, _ => return None },
+            act = acts.recv() => match act.unwrap() {
+                Act::Crash => return Some(Exit::Signal("SIGSEGV".into())),
+                Act::PowerOff => {
+                    let data = json!({"guest": true, "reason": "guest-shutdown"});
+                    let _ = write.write_all(event("SHUTDOWN", data).as_bytes()).await;
+                    return Some(Exit::Code(0));
+                }
+                act => { *frozen = act == Act::Freeze; continue; }
+            }
+        };
+        let request: Value = serde_json::from_str(&line).unwrap();
+        let mut out = String::new();
+        let mut exit = None;
+        let answer = match request["execute"].as_str().unwrap() {
+            "qmp_capabilities" => json!({"return": {}}),
+            "query-status" => {
+                json!({"return": {"running": !*paused, "status": if *paused { "paused" } else { "running" }, "singlestep": false}})
+            }
+            word @ ("stop" | "cont") => {
+                *paused = word == "stop";
+                out += &event(if *paused { "STOP" } else { "RESUME" }, json!({}));
+                json!({"return": {}})
+            }
+            "quit" => {
+                exit = Some(Exit::Code(0));
+                json!({"return": {}})
+            }
+            other => json!({"error": {"class": "CommandNotFound", "desc": format!("no {other}")}}),
+        };
+        let mut answer = answer;
+        if let Some(id) = request.get("id") {
+            answer["id"] = id.clone();
+        }
+        out += &say(answer);
+        if exit.is_some() {
+            out += &event("SHUTDOWN", json!({"guest": false, "reason": "host-qmp-quit"}));
+        }
+        let _ = write.write_all(out.as_bytes()).await;
+        if exit.is_some() {
+            return exit;
+        }
+    }
+}
+
+impl Launcher for FakeLauncher {
+    fn unit(&self, name: &str) -> String {
+        format!("flotilla-vm@{name}.service")
+    }
+
+    fn sockets(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn log_file(&self, _name: &str) -> PathBuf {
+        PathBuf::new()
+    }
+
+    fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>> {
+        async move {
+            if let Some(text) = self.vmms.lock().unwrap().refuse {
+                return Err(LaunchError::Unit { unit: self.unit(name), text: text.to_owned() });
+            }
+            let paused = prepared.command_line.last().is_some_and(|last| last == "-S");
+            self.vmms.lock().unwrap().descriptors =
+                prepared.descriptors.into_iter().map(|(_, descriptor)| descriptor).collect();
+            Ok(self.spawn(name, paused))
+        }
+        .boxed()
+    }
+
+    fn kill<'a>(
+        &'a self,
+        name: &'a str,
+        _process: Option<&'a Process>,
+    ) -> BoxFuture<'a, Result<(), LaunchError>> {
+        async move {
+            if let Some((_, acts)) = self.vmms.lock().unwrap().alive.get(name) {
+                let _ = acts.send(Act::Crash);
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn find<'a>(
+        &'a self,
+        wanted: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<BTreeMap<String, Found>, LaunchError>> {
+        async move {
+            let vmms = self.vmms.lock().unwrap();
+            let look = |w: &Wanted| match vmms.alive.get(&w.name) {
+                Some((pid, _)) => Some((w.name.clone(), Found::Alive(process(*pid)))),
+                None => w
+                    .record
+                    .as_ref()
+                    .filter(|record| !record.state.idle())
+                    .map(|_| (w.name.clone(), Found::Ended(Exit::Signal("SIGSEGV".into())))),
+            };
+            Ok(wanted.iter().filter_map(look).collect())
+        }
+        .boxed()
+    }
+
+    fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {
+        async move { std::fs::remove_dir_all(self.sockets(name)).unwrap_or_default() }.boxed()
+    }
+}
+
+/// A daemon on a bus.
+struct Daemon {
+    fleet: Arc<Fleet>,
+    manager: ManagerProxy<'static>,
+    client: Connection,
+}
+
+impl Daemon {
+    async fn start(bus: &Bus, dir: &Path, launcher: &FakeLauncher) -> Self {
+        let (events, event_inbox) = mpsc::unbounded_channel();
+        *launcher.events.lock().unwrap() = Some(events);
+        // The daemon before may be ending still, as after a kill.
+        let opened = || Store::open(&dir.join("lib"), &dir.join("run"));
+        let mut store = opened();
+        while matches!(store, Err(crate::store::StoreError::InUse(_))) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            store = opened();
+        }
+        let store = Arc::new(store.unwrap());
+        let proxies = dir.join("run/qmp");
+        std::fs::create_dir_all(&proxies).unwrap();
+        let (news, news_inbox) = mpsc::unbounded_channel();
+        let network = Network::new(Vec::new());
+        let launcher = Arc::new(launcher.clone());
+        let fleet =
+            Fleet::new(Context::new(launcher, store, network, news, "/usr/bin/flotilla-vmm".into(), proxies));
+        fleet.adopt().await.unwrap();
+        tokio::spawn(Arc::clone(&fleet).route(event_inbox));
+        let connection = bus.connect().await;
+        let names = zbus::fdo::DBusProxy::new(&connection).await.unwrap();
+        while names.name_has_owner(BUS_NAME.try_into().unwrap()).await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let access = Access::SameUser(connection.clone());
+        serve(&connection, Arc::clone(&fleet), access, news_inbox).await.unwrap();
+        fleet.classify().await;
+        let client = bus.connect().await;
+        let manager = ManagerProxy::builder(&client)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .unwrap();
+        Self { fleet, manager, client }
+    }
+
+    async fn vm(&self, name: &str) -> VmProxy<'static> {
+        VmProxy::builder(&self.client)
+            .path(dbus_api::vm_path(name))
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .unwrap()
+    }
+
+    /// Runs a verb as a client should: listen, ask, wait for the end of that job.
+    async fn job(
+        &self,
+        ask: impl AsyncFnOnce(&ManagerProxy<'static>) -> Result<OwnedObjectPath, Error>,
+    ) -> (String, String, String) {
+        let mut ended = self.manager.receive_job_removed().await.unwrap();
+        let job = ask(&self.manager).await.unwrap();
+        timeout(PATIENCE, async {
+            loop {
+                let signal = ended.next().await.unwrap();
+                let args = signal.args().unwrap();
+                if args.path == job {
+                    return (args.result.clone(), args.error_name.clone(), args.error_message.clone());
+                }
+            }
+        })
+        .await
+        .expect("the job does not end")
+    }
+
+    async fn wait_state(&self, name: &str, state: &str) {
+        let vm = self.vm(name).await;
+        let waited = timeout(PATIENCE, async {
+            // Each look is answered from memory; between two of them an event arrives or time passes.
+            while vm.state().await.unwrap() != state {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        let now = waited.await;
+        assert!(now.is_ok(), "{name} is {}, not {state}", vm.state().await.unwrap());
+    }
+}
+
+fn none() -> HashMap<&'static str, Variant<'static>> {
+    HashMap::new()
+}
+
+fn option(name: &'static str, value: impl Into<Variant<'static>>) -> HashMap<&'static str, Variant<'static>> {
+    HashMap::from([(name, value.into())])
+}
+
+fn done() -> (String, String, String) {
+    ("done".into(), String::new(), String::new())
+}
+
+fn kernel(dir: &Path) -> String {
+    let path = dir.join("kernel");
+    std::fs::write(&path, "kernel").unwrap();
+    json!({ "kernel": path }).to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_life_over_the_api() {
+    let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
+    let launcher = FakeLauncher::new(dir.path().join("vm"));
+    let daemon = Daemon::start(&bus, dir.path(), &launcher).await;
+    let manager = &daemon.manager;
+    assert_eq!(manager.state().await.unwrap(), "running");
+    let mut new = manager.receive_vm_new().await.unwrap();
+    let (path, generation) = manager.define_vm("web", &kernel(dir.path()), none()).await.unwrap();
+    assert_eq!((path.as_str(), generation), (dbus_api::vm_path("web").as_str(), 1));
+    assert_eq!(new.next().await.unwrap().args().unwrap().name, "web");
+    let vm = daemon.vm("web").await;
+    assert_eq!(vm.state().await.unwrap(), "defined");
+
+    let mut changes = manager.receive_vm_state_changed().await.unwrap();
+    assert_eq!(daemon.job(async |m| m.start_vm("web", "paused", none()).await).await, done());
+    assert_eq!((vm.state().await.unwrap(), vm.intent().await.unwrap()), ("paused".into(), "paused".into()));
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let change = changes.next().await.unwrap();
+        let args = change.args().unwrap();
+        seen.push((args.seq, args.old.clone(), args.new.clone()));
+    }
+    assert_eq!((seen[0].1.as_str(), seen[1].2.as_str()), ("defined", "paused"));
+    assert!(seen[0].0 < seen[1].0 && seen[1].0 <= manager.event_seq().await.unwrap());
+    assert_eq!(vm.main_pid().await.unwrap(), 100_001);
+    assert_eq!(vm.unit().await.unwrap(), "flotilla-vm@web.service");
+    assert_eq!(vm.applied_generation().await.unwrap(), 1);
+    assert!(vm.command_line().await.unwrap().join(" ").contains("-name web -uuid "));
+
+    assert_eq!(daemon.job(async |m| m.resume_vm("web", none()).await).await, done());
+    assert_eq!(daemon.job(async |m| m.pause_vm("web", none()).await).await, done());
+    assert!(matches!(manager.pause_vm("web", none()).await, Err(Error::InvalidState(_))));
+    assert!(matches!(manager.undefine_vm("web", none()).await, Err(Error::InvalidState(_))));
+    assert_eq!(daemon.job(async |m| m.resume_vm("web", none()).await).await, done());
+    let rows = manager.list_vms().await.unwrap();
+    assert_eq!((rows.len(), rows[0].0.as_str(), rows[0].2.as_str()), (1, "web", "running"));
+    assert_eq!(manager.get_vm_by_uuid(&rows[0].1).await.unwrap(), path);
+    assert_eq!(manager.n_running().await.unwrap(), 1);
+
+    // Others on the VM's QMP: a call, and a stream of their own.
+    let status = vm.qmp_command(r#"{"execute":"query-status"}"#, none()).await.unwrap();
+    assert!(status.contains("\"running\":true"), "{status}");
+    assert!(matches!(vm.qmp_command("{", none()).await, Err(Error::QmpError(_))));
+    assert!(matches!(vm.qmp_command(r#"{"execute":"fly"}"#, none()).await, Err(Error::QmpError(_))));
+    let stream = StdStream::from(OwnedFd::from(vm.open_qmp(none()).await.unwrap()));
+    stream.set_nonblocking(true).unwrap();
+    let mut greeting = [0; 6];
+    UnixStream::from_std(stream).unwrap().read_exact(&mut greeting).await.unwrap();
+    assert_eq!(&greeting, b"{\"QMP\"");
+
+    // Without a power button: not unless forced.
+    let (result, name, text) = daemon.job(async |m| m.shutdown_vm("web", option("force", false)).await).await;
+    assert_eq!((result.as_str(), name.as_str()), ("failed", "org.flotilla.Flotilla1.Error.NotSupported"));
+    assert!(text.contains("power button"), "{text}");
+    assert_eq!(vm.state().await.unwrap(), "running");
+    assert_eq!(daemon.job(async |m| m.shutdown_vm("web", none()).await).await, done());
+    assert_eq!((vm.state().await.unwrap(), vm.intent().await.unwrap()), ("stopped".into(), "stopped".into()));
+    assert_eq!(vm.exit_status().await.unwrap(), ("exited".into(), "0".into()));
+    assert_eq!((vm.main_pid().await.unwrap(), vm.command_line().await.unwrap().len()), (0, 0));
+
+    let mut removed = manager.receive_vm_removed().await.unwrap();
+    manager.undefine_vm("web", none()).await.unwrap();
+    assert_eq!(removed.next().await.unwrap().args().unwrap().name, "web");
+    assert!(vm.state().await.is_err());
+    assert_eq!(manager.list_vms().await.unwrap().len(), 0);
+    assert!(!dir.path().join("run/qmp/web.sock").exists() && !dir.path().join("vm/web").exists());
+    assert_eq!(std::fs::read_dir(dir.path().join("lib/vms")).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mistakes_have_names() {
+    let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
+    let launcher = FakeLauncher::new(dir.path().join("vm"));
+    let daemon = Daemon::start(&bus, dir.path(), &launcher).await;
+    let manager = &daemon.manager;
+    let spec = kernel(dir.path());
+    assert!(matches!(manager.get_vm("web").await, Err(Error::NoSuchVm(_))));
+    assert!(matches!(manager.start_vm("web", "run", none()).await, Err(Error::NoSuchVm(_))));
+    for (name, text) in
+        [("web", "{"), ("web", r#"{"kernel":"k"}"#), ("web", r#"{"kernel":"/k","x":1}"#), ("../web", &spec)]
+    {
+        assert!(
+            matches!(manager.define_vm(name, text, none()).await, Err(Error::InvalidSpec(_))),
+            "{name} {text}"
+        );
+    }
+    manager.define_vm("web", &spec, none()).await.unwrap();
+    assert!(matches!(manager.define_vm("web", &spec, none()).await, Err(Error::VmExists(_))));
+    let mismatch = manager.define_vm("web", &spec, option("if_generation", 7u64)).await;
+    assert!(matches!(mismatch, Err(Error::GenerationMismatch(_))));
+    let uuid = daemon.vm("web").await.uuid().await.unwrap();
+    let twin = json!({"kernel": "/k", "uuid": uuid}).to_string();
+    assert!(matches!(manager.define_vm("db", &twin, none()).await, Err(Error::VmExists(_))));
+    for wrong in [
+        manager.start_vm("web", "fast", none()).await,
+        manager.start_vm("web", "run", option("x", 1u32)).await,
+        manager.shutdown_vm("web", option("force", "yes")).await,
+    ] {
+        let error = wrong.unwrap_err().to_string();
+        assert!(error.contains("org.freedesktop.DBus.Error.InvalidArgs"), "{error}");
+    }
+    assert!(matches!(manager.pause_vm("web", none()).await, Err(Error::InvalidState(_))));
+    assert!(matches!(daemon.vm("web").await.open_console("", none()).await, Err(Error::InvalidState(_))));
+
+    // A start that fails says why, and the next one works.
+    std::fs::remove_file(dir.path().join("kernel")).unwrap();
+    let (result, name, text) = daemon.job(async |m| m.start_vm("web", "run", none()).await).await;
+    assert_eq!((result.as_str(), name.as_str()), ("failed", "org.flotilla.Flotilla1.Error.InvalidSpec"));
+    assert!(text.contains("kernel") && text.contains("no such file"), "{text}");
+    assert_eq!(daemon.vm("web").await.state().await.unwrap(), "failed");
+    kernel(dir.path());
+    launcher.vmms.lock().unwrap().refuse = Some("no such unit");
+    let (_, name, text) = daemon.job(async |m| m.start_vm("web", "run", none()).await).await;
+    assert_eq!(name, "org.flotilla.Flotilla1.Error.LaunchFailed");
+    assert!(text.contains("no such unit"), "{text}");
+    launcher.vmms.lock().unwrap().refuse = None;
+    assert_eq!(daemon.job(async |m| m.start_vm("web", "run", none()).await).await, done());
+    // A change while it runs holds from the next start on.
+    let changed = spec.replace('}', r#","cpus":2}"#);
+    let (_, generation) = manager.define_vm("web", &changed, option("replace", true)).await.unwrap();
+    let vm = daemon.vm("web").await;
+    assert_eq!((generation, vm.applied_generation().await.unwrap()), (2, 1));
+    manager.undefine_vm("web", option("force", true)).await.unwrap();
+    assert!(launcher.vmms.lock().unwrap().alive.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ends_are_seen_as_what_they_are() {
+    let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
+    let launcher = FakeLauncher::new(dir.path().join("vm"));
+    let daemon = Daemon::start(&bus, dir.path(), &launcher).await;
+    daemon.manager.define_vm("web", &kernel(dir.path()), none()).await.unwrap();
+    let vm = daemon.vm("web").await;
+    for (act, state, intent) in [(Act::PowerOff, "stopped", "stopped"), (Act::Crash, "failed", "running")] {
+        assert_eq!(daemon.job(async |m| m.start_vm("web", "run", none()).await).await, done());
+        launcher.act("web", act);
+        daemon.wait_state("web", state).await;
+        assert_eq!(vm.intent().await.unwrap(), intent);
+    }
+    assert_eq!(vm.exit_status().await.unwrap(), ("signal".into(), "SIGSEGV".into()));
+    // A start seen outside the API, and a stop of its unit.
+    let process = launcher.spawn("web", false);
+    let events = launcher.events.lock().unwrap().clone().unwrap();
+    let tell = |notice| events.send(Event { name: "web".into(), notice }).unwrap();
+    tell(Notice::Started(process));
+    daemon.wait_state("web", "running").await;
+    tell(Notice::Stopping);
+    daemon.wait_state("web", "stopping").await;
+    launcher.act("web", Act::Crash);
+    daemon.wait_state("web", "stopped").await;
+    assert_eq!(launcher.vmms.lock().unwrap().started, 3, "nothing was started by itself");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_vm_hinders_nobody_and_can_be_ended() {
+    let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
+    let launcher = FakeLauncher::new(dir.path().join("vm"));
+    let daemon = Daemon::start(&bus, dir.path(), &launcher).await;
+    for name in ["ice", "web"] {
+        daemon.manager.define_vm(name, &kernel(dir.path()), none()).await.unwrap();
+        assert_eq!(daemon.job(async |m| m.start_vm(name, "run", none()).await).await, done());
+    }
+    launcher.act("ice", Act::Freeze);
+    let pause = daemon.manager.pause_vm("ice", none()).await.unwrap();
+    assert!(matches!(daemon.manager.resume_vm("ice", none()).await, Err(Error::Busy(_))));
+    assert_eq!(daemon.job(async |m| m.pause_vm("web", none()).await).await, done());
+    assert_eq!(daemon.manager.list_vms().await.unwrap().len(), 2);
+    let jobs = daemon.manager.list_jobs().await.unwrap();
+    assert!(jobs.iter().any(|job| job.7 == pause && job.1 == "pause" && job.2 == "ice"));
+    assert_eq!(daemon.job(async |m| m.power_off_vm("ice", none()).await).await, done());
+    assert_eq!(daemon.vm("ice").await.state().await.unwrap(), "stopped");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_daemon_finds_everything_again() {
+    let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
+    let launcher = FakeLauncher::new(dir.path().join("vm"));
+    let bus = Arc::new(bus);
+    // A daemon in a runtime of its own, which ends as abruptly as a process does.
+    let life = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (its_bus, its_dir, its_launcher) = (Arc::clone(&bus), dir.path().to_owned(), launcher.clone());
+    let lived = std::thread::spawn(move || {
+        life.block_on(async move {
+            let first = Daemon::start(&its_bus, &its_dir, &its_launcher).await;
+            for name in ["crashed", "frozen", "idle", "paused", "running"] {
+                first.manager.define_vm(name, &kernel(&its_dir), none()).await.unwrap();
+                if name != "idle" {
+                    assert_eq!(first.job(async |m| m.start_vm(name, "run", none()).await).await, done());
+                }
+            }
+            assert_eq!(first.job(async |m| m.pause_vm("paused", none()).await).await, done());
+        });
+        life.shutdown_background();
+    });
+    tokio::task::spawn_blocking(|| lived.join().unwrap()).await.unwrap();
+    *launcher.events.lock().unwrap() = None;
+    launcher.act("frozen", Act::Freeze);
+    launcher.act("crashed", Act::Crash);
+    while launcher.vmms.lock().unwrap().alive.contains_key("crashed") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    std::fs::write(dir.path().join("lib/vms/broken.json"), "{").unwrap();
+    let second = Daemon::start(&bus, dir.path(), &launcher).await;
+    let states: BTreeMap<String, String> =
+        second.manager.list_vms().await.unwrap().into_iter().map(|row| (row.0, row.2)).collect();
+    let expected = [
+        ("crashed", "failed"),
+        ("frozen", "quarantined"),
+        ("idle", "defined"),
+        ("paused", "paused"),
+        ("running", "running"),
+    ];
+    assert_eq!(states, expected.map(|(name, state)| (name.to_owned(), state.to_owned())).into());
+    assert_eq!(second.manager.state().await.unwrap(), "degraded");
+    let corrupt = second.manager.corrupt_records().await.unwrap();
+    assert!(corrupt.len() == 1 && corrupt[0].0.ends_with("corrupt/broken.json"), "{corrupt:?}");
+    assert_eq!(launcher.vmms.lock().unwrap().started, 4, "nothing was started anew");
+    assert_eq!(second.job(async |m| m.resume_vm("paused", none()).await).await, done());
+    // What thaws is taken back.
+    launcher.act("frozen", Act::Thaw);
+    second.wait_state("frozen", "running").await;
+    assert_eq!(second.fleet.list().len(), 5);
+}

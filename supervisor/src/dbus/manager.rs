@@ -1,0 +1,270 @@
+//! `org.flotilla.Flotilla1.Manager`: the verbs by VM name, the lists, the fleet's own properties.
+
+use dbus_api::error::Error;
+use dbus_api::proxy::{Details, JobRow, VmRow};
+use dbus_api::{ACTION_MANAGE, job_path, vm_path};
+use zbus::message::Header;
+use zbus::object_server::SignalEmitter;
+use zbus::{OwnedObjectPath, interface};
+
+use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb};
+use crate::fleet::vm::{State, Verb};
+
+pub(super) struct Manager {
+    shared: Shared,
+}
+
+impl Manager {
+    pub(super) fn new(shared: Shared) -> Self {
+        Self { shared }
+    }
+
+    async fn ask(&self, header: &Header<'_>, name: &str, verb: Verb) -> Result<OwnedObjectPath, Error> {
+        self.shared.access.check(header, ACTION_MANAGE, name).await?;
+        self.shared.ask(name, verb).await
+    }
+}
+
+/// The fleet.
+#[interface(name = "org.flotilla.Flotilla1.Manager")]
+impl Manager {
+    /// All VMs, from the daemon's memory: name, uuid, state, sub-state, main process id, generation, object path.
+    #[zbus(out_args("vms"))]
+    async fn list_vms(&self) -> Result<Vec<VmRow>, Error> {
+        let row = |view: std::sync::Arc<crate::fleet::view::View>| {
+            Ok((
+                view.name.to_string(),
+                view.uuid.to_string(),
+                view.state.word().to_owned(),
+                view.reason.clone(),
+                view.main_pid,
+                view.generation,
+                path(vm_path(&view.name))?,
+            ))
+        };
+        self.shared.fleet.list().into_iter().map(row).collect()
+    }
+
+    /// The object of a VM by name.
+    #[zbus(out_args("vm"))]
+    async fn get_vm(&self, name: &str) -> Result<OwnedObjectPath, Error> {
+        path(vm_path(&self.shared.fleet.get(name).map_err(named)?.name))
+    }
+
+    /// The object of a VM by uuid.
+    #[zbus(out_args("vm"))]
+    async fn get_vm_by_uuid(&self, uuid: &str) -> Result<OwnedObjectPath, Error> {
+        path(vm_path(&self.shared.fleet.get_by_uuid(uuid).map_err(named)?.name))
+    }
+
+    /// Stores a definition (JSON). Options: "replace" b: an existing VM gets this definition, which holds from its next start on;
+    /// "if_generation" t: only if its generation is this one. Returns the object and the generation.
+    #[zbus(out_args("vm", "generation"))]
+    async fn define_vm(
+        &self,
+        name: &str,
+        spec: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(OwnedObjectPath, u64), Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, name).await?;
+        let mut options = Taken(options);
+        let replace = options.flag("replace", false)?;
+        let if_generation = options.get::<u64>("if_generation", "t")?;
+        options.finish()?;
+        let generation = self.shared.fleet.define(name, spec, replace, if_generation).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        Ok((path(vm_path(name))?, generation))
+    }
+
+    /// Forgets a VM that does not run: its record, taps, sockets and directory. Options: "force" b: powers it off first.
+    async fn undefine_vm(
+        &self,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(), Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, name).await?;
+        let mut options = Taken(options);
+        let force = options.flag("force", false)?;
+        options.finish()?;
+        self.shared.fleet.undefine(name, force).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        Ok(())
+    }
+
+    /// Starts a VM. Mode: "run", or "paused" to leave its vCPUs stopped. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn start_vm(
+        &self,
+        name: &str,
+        mode: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.ask(&header, name, start_verb(mode, options)?).await
+    }
+
+    /// Asks the guest to shut down. Options: "timeout_usec" t: how long it has (default 30 s); "force" b (default true): when it does not
+    /// end in time, or its board has no power button (microvm), the VMM is ended in order, with its disks flushed. Without force the job
+    /// fails with NotSupported on such a board, and with QmpTimeout when the guest does not end. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn shutdown_vm(
+        &self,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.ask(&header, name, shutdown_verb(options)?).await
+    }
+
+    /// Ends the VM at once: over QMP if it answers, by killing its process if not. Overtakes any other job of the VM. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn power_off_vm(
+        &self,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        no_options(options)?;
+        self.ask(&header, name, Verb::PowerOff).await
+    }
+
+    /// Stops the vCPUs. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn pause_vm(
+        &self,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        no_options(options)?;
+        self.ask(&header, name, Verb::Pause).await
+    }
+
+    /// Lets the vCPUs go on. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn resume_vm(
+        &self,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        no_options(options)?;
+        self.ask(&header, name, Verb::Resume).await
+    }
+
+    /// Jobs under way: id, type, VM, state, phase, error message, age in microseconds, object path.
+    #[zbus(out_args("jobs"))]
+    async fn list_jobs(&self) -> Result<Vec<JobRow>, Error> {
+        let row = |job: crate::fleet::jobs::Job| {
+            let age = u64::try_from(job.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let phase = self.shared.fleet.get(&job.name).map(|view| view.state.word()).unwrap_or_default();
+            let text = |text: &str| text.to_owned();
+            let (kind, name) = (text(job.kind), text(&job.name));
+            Ok((
+                job.id,
+                kind,
+                name,
+                text("running"),
+                text(phase),
+                String::new(),
+                age,
+                path(job_path(job.id))?,
+            ))
+        };
+        self.shared.fleet.jobs().into_iter().map(row).collect()
+    }
+
+    /// A VM was defined.
+    #[zbus(signal)]
+    pub(super) async fn vm_new(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A VM was undefined.
+    #[zbus(signal)]
+    pub(super) async fn vm_removed(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A VM changed state.
+    #[zbus(signal)]
+    pub(super) async fn vm_state_changed(
+        emitter: &SignalEmitter<'_>,
+        seq: u64,
+        name: &str,
+        path: OwnedObjectPath,
+        old: &str,
+        new: &str,
+        reason: &str,
+        details: Details,
+    ) -> zbus::Result<()>;
+
+    /// A job began.
+    #[zbus(signal)]
+    pub(super) async fn job_new(
+        emitter: &SignalEmitter<'_>,
+        id: u32,
+        path: OwnedObjectPath,
+        kind: &str,
+        vm: &str,
+    ) -> zbus::Result<()>;
+
+    /// A job ended; result is "done", "failed" or "cancelled". The error fields are empty unless it failed.
+    #[zbus(signal)]
+    pub(super) async fn job_removed(
+        emitter: &SignalEmitter<'_>,
+        id: u32,
+        path: OwnedObjectPath,
+        kind: &str,
+        vm: &str,
+        result: &str,
+        error_name: &str,
+        error_message: &str,
+    ) -> zbus::Result<()>;
+
+    /// The daemon's version.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> &'static str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    /// "starting", "running" or "degraded" (a record was set aside, or a VM is quarantined).
+    #[zbus(property)]
+    fn state(&self) -> &'static str {
+        self.shared.fleet.state()
+    }
+
+    /// Number of VMs defined.
+    #[zbus(property(emits_changed_signal = "false"), name = "NVms")]
+    fn n_vms(&self) -> u32 {
+        u32::try_from(self.shared.fleet.list().len()).unwrap_or(u32::MAX)
+    }
+
+    /// Number of VMs running or paused.
+    #[zbus(property(emits_changed_signal = "false"), name = "NRunning")]
+    fn n_running(&self) -> u32 {
+        let up = |view: &&std::sync::Arc<crate::fleet::view::View>| {
+            matches!(view.state, State::Running | State::Paused)
+        };
+        u32::try_from(self.shared.fleet.list().iter().filter(up).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Number of the newest event.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn event_seq(&self) -> u64 {
+        self.shared.fleet.sequence()
+    }
+
+    /// Records that could not be read and were set aside: file and reason.
+    #[zbus(property)]
+    fn corrupt_records(&self) -> Vec<(String, String)> {
+        let row = |corrupt: crate::store::Corrupt| (corrupt.path.display().to_string(), corrupt.reason);
+        self.shared.fleet.corrupt().into_iter().map(row).collect()
+    }
+}

@@ -1,0 +1,608 @@
+//! One task per VM: feeds the pure state machine with what happens and carries out its effects. Nothing here waits for the VMM or for
+//! systemd: slow effects run as tasks of their own and report back, so that a power-off is always heard.
+//!
+//! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dbus_api::spec::VmSpec;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use super::prepare::{Plan, prepare};
+use super::view::{News, View, now};
+use super::vm::{Command, Effect, Exit, Input, State, Verb, Vm};
+use super::{Context, FleetError, monitor, network, spec};
+use crate::launch::{Notice, Prepared};
+use crate::qmp::{Monitor, Proxy, QmpEvent};
+use crate::store::{Definition, Process, Runtime};
+
+/// Requests that wait for the actor; one that gets more answers that it is busy.
+const INBOX: usize = 64;
+
+type Answer<T> = oneshot::Sender<Result<T, FleetError>>;
+
+/// What people ask.
+pub(super) enum Request {
+    Job { verb: Verb, answer: Answer<u32> },
+    Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
+    Undefine { answer: Answer<()> },
+    HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
+    EndByUnit { answer: Answer<()> },
+    Monitor { answer: oneshot::Sender<Option<Monitor>> },
+    OpenQmp { answer: Answer<OwnedFd> },
+}
+
+/// What the host tells.
+pub(super) enum Internal {
+    Notice(Notice),
+    Planned { run: u64, generation: u64, command_line: Vec<String> },
+    Launched { run: u64, process: Process },
+    LaunchFailed { run: u64, error: FleetError },
+    Linked { run: u64, monitor: Monitor, paused: bool },
+    Silent { run: u64 },
+    Disconnected { run: u64 },
+    VcpusChanged { run: u64, paused: bool },
+    Event { run: u64, event: QmpEvent },
+    CommandDone { run: u64, command: Command, result: Result<(), FleetError> },
+}
+
+/// The way to an actor.
+#[derive(Clone)]
+pub(super) struct Handle {
+    pub(super) requests: mpsc::Sender<Request>,
+    pub(super) internal: mpsc::UnboundedSender<Internal>,
+    pub(super) view: watch::Receiver<Arc<View>>,
+}
+
+/// What an actor begins with.
+pub(super) struct Seed {
+    pub(super) definition: Definition,
+    pub(super) vm: Vm,
+    pub(super) record: Option<Runtime>,
+    pub(super) process: Option<Process>,
+}
+
+struct Actor {
+    context: Arc<Context>,
+    name: Arc<str>,
+    uuid: Uuid,
+    spec: Arc<VmSpec>,
+    generation: u64,
+    vm: Vm,
+    since: u64,
+    process: Option<Process>,
+    /// An end that was told before the start it belongs to.
+    early_end: Option<(String, Exit)>,
+    applied_generation: u64,
+    command_line: Arc<[String]>,
+    exit: Option<Exit>,
+    deadline: Option<Instant>,
+    proxy: Option<Proxy>,
+    monitor: Option<Monitor>,
+    link: Option<JoinHandle<()>>,
+    own_start: bool,
+    internal: mpsc::UnboundedSender<Internal>,
+    view: watch::Sender<Arc<View>>,
+}
+
+/// Starts the task of a VM. With a process that was found alive, it connects to it at once.
+pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
+    let (requests, request_inbox) = mpsc::channel(INBOX);
+    let (internal, internal_inbox) = mpsc::unbounded_channel();
+    let Seed { definition, vm, record, process } = seed;
+    let name: Arc<str> = definition.name.as_str().into();
+    let proxy = Proxy::bind(&context.proxies.join(format!("{name}.sock")))
+        .inspect_err(|error| error!(FLOTILLA_VM = &*name, "its QMP socket cannot be made: {error}"))
+        .ok();
+    let record = record.filter(|record| record.boot_id == context.boot_id);
+    let alive = process.is_some();
+    let (view, _) = watch::channel(Arc::new(View {
+        name: Arc::clone(&name),
+        uuid: definition.uuid,
+        state: vm.state(),
+        reason: String::new(),
+        since: now(),
+        intent: vm.intent(),
+        generation: definition.generation,
+        applied_generation: 0,
+        main_pid: 0,
+        unit: context.launcher.unit(&name),
+        log_file: context.launcher.log_file(&name).display().to_string(),
+        exit: None,
+        spec: Arc::new(definition.spec.clone()),
+        command_line: Arc::new([]),
+        nics: Arc::new([]),
+        qmp_socket: context.proxies.join(format!("{name}.sock")),
+        console_socket: context.launcher.sockets(&name).join("console.sock"),
+        responsive: false,
+    }));
+    let mut actor = Actor {
+        uuid: definition.uuid,
+        spec: Arc::new(definition.spec),
+        generation: definition.generation,
+        since: now(),
+        early_end: None,
+        applied_generation: record.as_ref().filter(|_| alive).map_or(0, |record| record.applied_generation),
+        command_line: record
+            .as_ref()
+            .filter(|_| alive)
+            .map_or_else(Arc::default, |record| record.command_line.clone().into()),
+        exit: record.and_then(|record| record.exit),
+        deadline: None,
+        proxy,
+        monitor: None,
+        link: None,
+        own_start: false,
+        internal: internal.clone(),
+        context,
+        name,
+        vm,
+        process,
+        view,
+    };
+    actor.view.send_replace(Arc::new(actor.look()));
+    let handle = Handle { requests, internal, view: actor.view.subscribe() };
+    tokio::spawn(async move {
+        if alive {
+            actor.connect();
+            if actor.vm.state() == State::Starting {
+                actor.deadline = Some(Instant::now() + super::vm::START_DEADLINE);
+            }
+        }
+        actor.run(request_inbox, internal_inbox).await;
+    });
+    handle
+}
+
+impl Actor {
+    async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<Request>,
+        mut internal: mpsc::UnboundedReceiver<Internal>,
+    ) {
+        loop {
+            let deadline = self.deadline;
+            let expiry = async {
+                match deadline {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                Some(news) = internal.recv() => self.hear(news).await,
+                () = expiry => {
+                    self.deadline = None;
+                    self.feed(Input::Deadline).await;
+                }
+                request = requests.recv() => match request {
+                    Some(Request::Undefine { answer }) => {
+                        let removed = self.undefine().await;
+                        let gone = removed.is_ok();
+                        let _ = answer.send(removed);
+                        if gone {
+                            return;
+                        }
+                    }
+                    Some(request) => self.serve(request).await,
+                    None => return,
+                },
+            }
+            self.publish();
+        }
+    }
+
+    async fn serve(&mut self, request: Request) {
+        match request {
+            Request::Job { verb, answer } => {
+                if let Err(error) = self.vm.admit(verb) {
+                    let _ = answer.send(Err(named(&self.name, error)));
+                    return;
+                }
+                let job = self.context.jobs.open(verb.word(), &self.name);
+                let _ = answer.send(Ok(job));
+                self.feed(Input::Request { job, verb }).await;
+            }
+            Request::Redefine { spec, if_generation, answer } => {
+                let _ = answer.send(self.redefine(*spec, if_generation).await);
+            }
+            Request::HandOver { answer } => self.hand_over(answer).await,
+            Request::EndByUnit { answer } => self.end_by_unit(answer).await,
+            Request::Monitor { answer } => {
+                let _ = answer.send(self.monitor.clone());
+            }
+            Request::OpenQmp { answer } => {
+                let failed = |error: std::io::Error| {
+                    FleetError::ResourceExhausted(format!("no stream to the QMP proxy: {error}"))
+                };
+                let opened = match &self.proxy {
+                    Some(proxy) => proxy.open().map_err(failed),
+                    None => Err(FleetError::NotSupported(
+                        "its QMP socket could not be made: see the log".to_owned(),
+                    )),
+                };
+                let _ = answer.send(opened);
+            }
+            Request::Undefine { .. } => {}
+        }
+    }
+
+    async fn hear(&mut self, news: Internal) {
+        let input = match news {
+            Internal::Notice(notice) => return self.notice(notice).await,
+            Internal::Planned { run, generation, command_line } => {
+                if run == self.vm.run() {
+                    self.applied_generation = generation;
+                    self.command_line = command_line.into();
+                }
+                return;
+            }
+            Internal::Launched { run, process } => {
+                if run != self.vm.run() {
+                    return;
+                }
+                return self.launched(process).await;
+            }
+            Internal::LaunchFailed { run, error } => {
+                self.own_start = false;
+                if run == self.vm.run() {
+                    warn!(FLOTILLA_VM = &*self.name, "start failed: {error}");
+                }
+                Input::LaunchFailed { run, error }
+            }
+            Internal::Linked { run, monitor, paused } => {
+                if run != self.vm.run() || self.vm.state().idle() {
+                    return;
+                }
+                if let Some(proxy) = &self.proxy {
+                    proxy.set_monitor(Some(monitor.clone()));
+                }
+                self.monitor = Some(monitor);
+                Input::Connected { run, paused }
+            }
+            Internal::Silent { run } => Input::Silent { run },
+            Internal::Disconnected { run } => {
+                if run == self.vm.run() {
+                    self.forget_monitor();
+                }
+                Input::Disconnected { run }
+            }
+            Internal::VcpusChanged { run, paused } => Input::VcpusChanged { run, paused },
+            Internal::Event { run, event } => {
+                let Some(input) = self.event(run, &event) else { return };
+                input
+            }
+            Internal::CommandDone { run, command, result } => Input::CommandDone { run, command, result },
+        };
+        self.feed(input).await;
+    }
+
+    fn event(&self, run: u64, event: &QmpEvent) -> Option<Input> {
+        if run != self.vm.run() {
+            return None;
+        }
+        self.context.tell(News::QmpEvent {
+            sequence: self.context.next_sequence(),
+            name: Arc::clone(&self.name),
+            usec: event.usec,
+            event: event.name.to_string(),
+            data: event.data.to_string(),
+        });
+        match &*event.name {
+            "STOP" => Some(Input::VcpusChanged { run, paused: true }),
+            "RESUME" => Some(Input::VcpusChanged { run, paused: false }),
+            "SHUTDOWN" => {
+                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or_default();
+                let guest = event.data.get("guest").and_then(serde_json::Value::as_bool) == Some(true);
+                let why = match (guest, reason) {
+                    (true, "guest-reset") => "the guest rebooted, which ends a microvm".to_owned(),
+                    (true, _) => "the guest powered off".to_owned(),
+                    (false, "host-qmp-quit") => "ended over QMP".to_owned(),
+                    (false, reason) => format!("ended: {reason}"),
+                };
+                Some(Input::ShutdownSeen { run, why })
+            }
+            _ => None,
+        }
+    }
+
+    /// What the launcher saw. Under systemd these come for starts and stops of anybody.
+    async fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Started(process) => {
+                if self.vm.state().idle() {
+                    self.feed(Input::StartSeen).await;
+                }
+                // Our own start reports its process itself.
+                if self.vm.state() == State::Starting && self.process.is_none() && !self.own_start {
+                    self.launched(process).await;
+                }
+            }
+            Notice::Stopping => {
+                let run = self.vm.run();
+                self.feed(Input::StopSeen { run }).await;
+            }
+            Notice::Ended { invocation, exit } => match &self.process {
+                Some(process) if process.invocation == invocation => self.ended(exit).await,
+                // A start of ours is under way: this may be its end, or that of the process before.
+                None if self.own_start => self.early_end = Some((invocation, exit)),
+                None if !self.vm.state().idle() => self.ended(exit).await,
+                _ => {}
+            },
+        }
+    }
+
+    async fn launched(&mut self, process: Process) {
+        self.own_start = false;
+        let run = self.vm.run();
+        let early = self.early_end.take().filter(|(invocation, _)| *invocation == process.invocation);
+        self.process = Some(process);
+        self.exit = None;
+        self.feed(Input::Launched { run }).await;
+        if let Some((_, exit)) = early {
+            self.ended(exit).await;
+        }
+    }
+
+    async fn ended(&mut self, exit: Exit) {
+        let run = self.vm.run();
+        self.process = None;
+        self.applied_generation = 0;
+        self.command_line = Arc::default();
+        self.exit = Some(exit.clone());
+        self.feed(Input::Gone { run, exit }).await;
+        if self.vm.state().idle() {
+            // A card that a newer definition dropped could not go while the VMM held its tap.
+            let keep = network::taps(&self.name, &self.spec);
+            self.context.network.remove_taps(self.uuid, &keep).await;
+        }
+    }
+
+    async fn feed(&mut self, input: Input) {
+        let before = self.vm.state();
+        let effects = self.vm.step(input);
+        if before != self.vm.state() {
+            self.since = now();
+            let (state, reason) = (self.vm.state().word(), self.vm.reason());
+            info!(FLOTILLA_VM = &*self.name, "{} -> {state}: {reason}", before.word());
+        }
+        for effect in effects {
+            match effect {
+                Effect::Record => self.record().await,
+                Effect::Launch { paused } => self.launch(paused),
+                Effect::Connect => self.connect(),
+                Effect::Unlink => self.unlink(),
+                Effect::Send(command) => self.send(command),
+                Effect::Kill => self.kill(),
+                Effect::Arm(after) => self.deadline = Some(Instant::now() + after),
+                Effect::Disarm => self.deadline = None,
+                Effect::EndJob { job, result } => {
+                    // The state first, then the end of the job that brought it about.
+                    self.publish();
+                    self.context.jobs.close(job, result.map_err(|error| named(&self.name, error)));
+                }
+            }
+        }
+    }
+
+    async fn record(&self) {
+        let mut runtime = Runtime::new(&self.name, &self.context.boot_id, self.vm.state(), self.vm.intent());
+        runtime.forced = self.vm.forced();
+        runtime.applied_generation = self.applied_generation;
+        runtime.process.clone_from(&self.process);
+        runtime.command_line = self.command_line.to_vec();
+        runtime.exit.clone_from(&self.exit);
+        let store = Arc::clone(&self.context.store);
+        let saved = tokio::task::spawn_blocking(move || store.save_runtime(&runtime)).await;
+        if let Ok(Err(error)) = saved {
+            // The VM goes on; what is lost is knowledge that the unit and QMP can give again.
+            error!(FLOTILLA_VM = &*self.name, "{error}");
+        }
+    }
+
+    fn plan(&self, paused: bool) -> Plan {
+        Plan {
+            name: Arc::clone(&self.name),
+            uuid: self.uuid,
+            spec: Arc::clone(&self.spec),
+            generation: self.generation,
+            paused,
+        }
+    }
+
+    fn launch(&mut self, paused: bool) {
+        self.own_start = true;
+        self.early_end = None;
+        let (context, plan, run, internal) =
+            (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
+        tokio::spawn(async move {
+            let outcome = async {
+                let prepared = prepare(&context, &plan).await?;
+                let command_line = prepared.command_line.clone();
+                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
+                let started = context.launcher.start(&plan.name, prepared).await;
+                started.map_err(|error| FleetError::LaunchFailed(error.to_string()))
+            };
+            let _ = internal.send(match outcome.await {
+                Ok(process) => Internal::Launched { run, process },
+                Err(error) => Internal::LaunchFailed { run, error },
+            });
+        });
+    }
+
+    /// The unit's process asks for its command line, and no start of ours prepared it: `systemctl start`, or a daemon that was killed
+    /// while it started the unit.
+    async fn hand_over(&mut self, answer: oneshot::Sender<Result<Prepared, FleetError>>) {
+        if self.vm.state().idle() {
+            self.feed(Input::StartSeen).await;
+        }
+        if self.vm.state() != State::Starting {
+            let _ = answer.send(Err(FleetError::InvalidState(format!("it is {}", self.vm.state().word()))));
+            return;
+        }
+        let paused = self.vm.intent() == super::vm::Intent::Paused;
+        let (context, plan, run, internal) =
+            (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
+        tokio::spawn(async move {
+            let prepared = prepare(&context, &plan).await;
+            if let Ok(prepared) = &prepared {
+                let command_line = prepared.command_line.clone();
+                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
+            }
+            let _ = answer.send(prepared);
+        });
+    }
+
+    /// `ExecStop=` of the unit.
+    async fn end_by_unit(&mut self, answer: Answer<()>) {
+        let run = self.vm.run();
+        self.feed(Input::StopSeen { run }).await;
+        let monitor = self.monitor.clone();
+        tokio::spawn(async move {
+            let _ = answer.send(monitor::send(monitor, Command::Quit).await);
+        });
+    }
+
+    fn connect(&mut self) {
+        self.unlink();
+        let path = self.context.launcher.sockets(&self.name).join("qmp.sock");
+        let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
+        self.link = Some(tokio::spawn(task));
+    }
+
+    fn unlink(&mut self) {
+        if let Some(task) = self.link.take() {
+            task.abort();
+        }
+        self.forget_monitor();
+    }
+
+    fn forget_monitor(&mut self) {
+        if self.monitor.take().is_some()
+            && let Some(proxy) = &self.proxy
+        {
+            proxy.set_monitor(None);
+        }
+    }
+
+    fn send(&self, command: Command) {
+        let (monitor, run, internal) = (self.monitor.clone(), self.vm.run(), self.internal.clone());
+        tokio::spawn(async move {
+            let result = monitor::send(monitor, command).await;
+            let _ = internal.send(Internal::CommandDone { run, command, result });
+        });
+    }
+
+    fn kill(&self) {
+        let (context, name, process) =
+            (Arc::clone(&self.context), Arc::clone(&self.name), self.process.clone());
+        tokio::spawn(async move {
+            if let Err(error) = context.launcher.kill(&name, process.as_ref()).await {
+                error!(FLOTILLA_VM = &*name, "{error}");
+            }
+        });
+    }
+
+    async fn redefine(&mut self, mut spec: VmSpec, if_generation: Option<u64>) -> Result<u64, FleetError> {
+        if if_generation.is_some_and(|wanted| wanted != self.generation) {
+            return Err(FleetError::GenerationMismatch(format!(
+                "VM \"{}\" is at generation {} now: read it again",
+                self.name, self.generation
+            )));
+        }
+        if spec.uuid.is_some_and(|uuid| uuid != self.uuid) {
+            return Err(FleetError::InvalidSpec(format!(
+                "uuid: VM \"{}\" is {}, and keeps it until it is undefined",
+                self.name, self.uuid
+            )));
+        }
+        spec.uuid = Some(self.uuid);
+        if *self.spec == spec {
+            return Ok(self.generation);
+        }
+        self.context.network.ensure(&self.name, self.uuid, &spec).await?;
+        let definition = Definition::new(self.name.to_string(), self.uuid, self.generation + 1, spec);
+        let (store, saved) = (Arc::clone(&self.context.store), definition.clone());
+        let outcome = tokio::task::spawn_blocking(move || store.save_definition(&saved)).await;
+        if let Ok(Err(error)) = outcome {
+            return Err(FleetError::StoreFailed(error.to_string()));
+        }
+        self.spec = Arc::new(definition.spec);
+        self.generation = definition.generation;
+        if self.vm.state().idle() {
+            let keep = network::taps(&self.name, &self.spec);
+            self.context.network.remove_taps(self.uuid, &keep).await;
+        }
+        Ok(self.generation)
+    }
+
+    /// Removes everything of a VM that does not run. The record goes first: what a crash leaves then is found by its tag.
+    async fn undefine(&mut self) -> Result<(), FleetError> {
+        self.vm.admit_undefine().map_err(|error| named(&self.name, error))?;
+        let (store, name) = (Arc::clone(&self.context.store), Arc::clone(&self.name));
+        let outcome = tokio::task::spawn_blocking(move || {
+            store.remove_definition(&name).and_then(|()| store.remove_runtime(&name))
+        });
+        if let Ok(Err(error)) = outcome.await {
+            return Err(FleetError::StoreFailed(error.to_string()));
+        }
+        self.unlink();
+        self.context.network.remove_taps(self.uuid, &[]).await;
+        self.context.launcher.clean(&self.name).await;
+        self.proxy = None;
+        Ok(())
+    }
+
+    fn look(&self) -> View {
+        let before = self.view.borrow().clone();
+        let unchanged = Arc::ptr_eq(&before.spec, &self.spec);
+        let card = |(index, nic): (usize, &dbus_api::spec::Nic)| {
+            let mac = spec::mac(&self.spec, self.uuid, index);
+            (format!("nic{index}"), netsetup::tap_name(&self.name, index), mac, nic.bridge.clone())
+        };
+        View {
+            state: self.vm.state(),
+            reason: self.vm.reason().to_owned(),
+            since: self.since,
+            intent: self.vm.intent(),
+            generation: self.generation,
+            applied_generation: self.applied_generation,
+            main_pid: self.process.as_ref().map_or(0, |process| process.pid),
+            exit: self.exit.clone(),
+            spec: Arc::clone(&self.spec),
+            command_line: Arc::clone(&self.command_line),
+            nics: if unchanged {
+                Arc::clone(&before.nics)
+            } else {
+                self.spec.nics.iter().enumerate().map(card).collect()
+            },
+            responsive: self.vm.linked(),
+            ..(*before).clone()
+        }
+    }
+
+    fn publish(&self) {
+        let before = self.view.borrow().clone();
+        let after = Arc::new(self.look());
+        if before == after {
+            return;
+        }
+        self.view.send_replace(Arc::clone(&after));
+        let sequence = (before.state != after.state).then(|| self.context.next_sequence());
+        self.context.tell(News::VmChanged { before, after, sequence });
+    }
+}
+
+/// Puts the VM's name before an error's text.
+fn named(name: &str, error: FleetError) -> FleetError {
+    error.map(|text| format!("VM \"{name}\": {text}"))
+}
+
+/// How long a request may take to be taken by the actor: it does nothing slow.
+pub(super) const TAKEN: Duration = Duration::from_secs(20);

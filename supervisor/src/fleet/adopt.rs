@@ -1,0 +1,200 @@
+//! Start-up: reads the store, looks for the processes of earlier daemons, and puts both together. Nothing is killed here: what is alive
+//! and silent becomes `quarantined`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::timeout;
+use tracing::{error, info};
+
+use super::actor::{self, Seed};
+use super::registry::Fleet;
+use super::spec as rules;
+use super::view::News;
+use super::vm::{Exit, Input, Intent, State, Vm};
+use crate::launch::{Found, LaunchError, Wanted};
+use crate::store::{Corrupt, Definition, Process, Runtime, StoreError};
+
+/// How long classification may take: each VM is told apart within two seconds, all at the same time.
+const CLASSIFY: Duration = Duration::from_millis(2500);
+
+/// Why the fleet cannot come up.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// The directories cannot be read at all.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Processes cannot be looked for: without knowing them nothing may be started.
+    #[error("looking for running VMs: {0}")]
+    Launch(#[from] LaunchError),
+}
+
+impl Fleet {
+    /// Fills the registry. When this returns every VM is known and can be asked for; [`Fleet::classify`] waits for the answers of those
+    /// that run.
+    pub async fn adopt(&self) -> Result<(), AdoptError> {
+        let store = &self.context.store;
+        let (definitions, mut corrupt) = store.load_definitions()?;
+        let (runtimes, broken) = store.load_runtimes()?;
+        corrupt.extend(broken);
+        let mut uuids = BTreeSet::new();
+        let mut good: Vec<Definition> = Vec::new();
+        for definition in definitions {
+            let checked = rules::check_name(&definition.name)
+                .and_then(|()| rules::check(&definition.spec))
+                .map_err(|error| error.to_string())
+                .and_then(|()| {
+                    let first = uuids.insert(definition.uuid);
+                    first.then_some(()).ok_or_else(|| format!("uuid {} is another VM's", definition.uuid))
+                });
+            match checked {
+                Ok(()) => good.push(definition),
+                Err(reason) => corrupt.push(store.set_aside(&definition.name, reason)?),
+            }
+        }
+        for Corrupt { path, reason } in &corrupt {
+            error!("a record was set aside as {}: {reason}", path.display());
+        }
+        *self.corrupt.write().unwrap_or_else(std::sync::PoisonError::into_inner) = corrupt;
+
+        let boot = &self.context.boot_id;
+        let mut records: BTreeMap<String, Runtime> =
+            runtimes.into_iter().filter(|r| r.boot_id == *boot).map(|r| (r.name.clone(), r)).collect();
+        let wanted: Vec<Wanted> = good
+            .iter()
+            .map(|d| Wanted { name: d.name.clone(), uuid: d.uuid, record: records.get(&d.name).cloned() })
+            .collect();
+        let mut found = self.context.launcher.find(&wanted).await?;
+        let alive = found.values().filter(|found| matches!(found, Found::Alive(_))).count();
+        info!("{} VMs defined, {alive} running", good.len());
+        {
+            let mut table = self.write();
+            for definition in good {
+                let name = definition.name.clone();
+                let uuid = definition.uuid;
+                let mut record = records.remove(&name);
+                let (vm, process) = put_together(&mut record, found.remove(&name));
+                let seed = Seed { definition, vm, record, process };
+                let handle = actor::spawn(Arc::clone(&self.context), seed);
+                self.context.tell(News::VmNew(Arc::clone(&handle.view.borrow())));
+                table.uuids.insert(uuid, name.clone());
+                table.vms.insert(name, handle);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the host's links in order: configured bridges are there, leftovers are not.
+    pub async fn tidy_network(&self) {
+        self.context.network.ensure_configured().await;
+        let uuids = self.list().iter().map(|view| view.uuid).collect();
+        self.context.network.sweep(&uuids, &self.bridges()).await;
+    }
+
+    /// Removes proxy sockets of VMs that are not defined: an undefinition cut short leaves one.
+    pub fn tidy_sockets(&self) {
+        let table = self.read();
+        for entry in std::fs::read_dir(&self.context.proxies).into_iter().flatten().flatten() {
+            let file = entry.file_name().to_string_lossy().into_owned();
+            if file.strip_suffix(".sock").is_some_and(|name| !table.vms.contains_key(name)) {
+                info!("socket {file}: no such VM is defined, removed");
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// Returns when every VM that runs has answered or is known to be silent.
+    pub async fn classify(&self) {
+        let open: Vec<_> = self.read().vms.values().map(|handle| handle.view.clone()).collect();
+        let known = open.into_iter().map(|mut view| async move {
+            let told = |view: &Arc<super::view::View>| {
+                view.responsive || view.state.idle() || view.state == State::Quarantined
+            };
+            let _ = view.wait_for(told).await;
+        });
+        let _ = timeout(CLASSIFY, join_all(known)).await;
+        self.ready.store(true, Ordering::SeqCst);
+        self.context.tell(News::FleetChanged);
+    }
+}
+
+/// A VM's state from what was written down and what is there.
+fn put_together(record: &mut Option<Runtime>, found: Option<Found>) -> (Vm, Option<Process>) {
+    let (state, intent, forced) = match record {
+        Some(record) if !record.state.idle() => (record.state, record.intent, record.forced),
+        // Started while no daemon was there.
+        _ => (State::Starting, Intent::Running, false),
+    };
+    match found {
+        Some(Found::Alive(process)) => (Vm::found(state, intent, forced), Some(process)),
+        Some(Found::Ended(exit)) if state == State::Stopping => {
+            if let Some(record) = record {
+                record.exit = Some(exit);
+            }
+            (Vm::idle(State::Stopped, "ended as asked"), None)
+        }
+        Some(Found::Ended(exit)) => {
+            let mut vm = Vm::found(state, intent, forced);
+            // The guest may have ended it in peace, and nobody heard: only a visible failure counts as one.
+            let exit_seen = if state == State::Starting { exit.clone() } else { quiet(exit.clone()) };
+            let run = vm.run();
+            vm.step(Input::Gone { run, exit: exit_seen });
+            if let Some(record) = record {
+                record.exit = Some(exit);
+            }
+            (vm, None)
+        }
+        None => match record {
+            Some(record) if record.state.idle() => {
+                (Vm::idle(record.state, "as before the daemon was restarted"), None)
+            }
+            Some(_) => (Vm::idle(State::Failed, "its process is not there any more"), None),
+            None => (Vm::idle(State::Defined, "not started since the host booted"), None),
+        },
+    }
+}
+
+fn quiet(exit: Exit) -> Exit {
+    match exit {
+        Exit::Signal(name) if name == "SIGTERM" => Exit::Code(0),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_and_what_is_there() {
+        let process = Process { pid: 9, start_time: 1, invocation: "a".into() };
+        let record = |state| Some(Runtime::new("web", "boot", state, Intent::Running));
+        let alive = || Some(Found::Alive(process.clone()));
+        let ended = |exit| Some(Found::Ended(exit));
+        let crash = || Exit::Signal("SIGSEGV".into());
+        let cases = [
+            (None, None, State::Defined),
+            (None, alive(), State::Starting),
+            (record(State::Stopped), alive(), State::Starting),
+            (record(State::Running), alive(), State::Running),
+            (record(State::Paused), alive(), State::Paused),
+            (record(State::Quarantined), alive(), State::Quarantined),
+            (record(State::Running), ended(Exit::Code(0)), State::Stopped),
+            (record(State::Running), ended(Exit::Unknown), State::Stopped),
+            (record(State::Running), ended(Exit::Signal("SIGTERM".into())), State::Stopped),
+            (record(State::Running), ended(crash()), State::Failed),
+            (record(State::Starting), ended(Exit::Unknown), State::Failed),
+            (record(State::Stopping), ended(crash()), State::Stopped),
+            (record(State::Failed), None, State::Failed),
+            (record(State::Stopped), None, State::Stopped),
+            (record(State::Running), None, State::Failed),
+        ];
+        for (mut record, found, state) in cases {
+            let text = format!("{record:?} {found:?}");
+            assert_eq!(put_together(&mut record, found).0.state(), state, "{text}");
+        }
+    }
+}

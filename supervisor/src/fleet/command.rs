@@ -1,0 +1,142 @@
+//! The VMM's command line from a definition: a pure function. What it makes is what `ps` shows and what a person can run by hand.
+
+use std::path::Path;
+
+use dbus_api::spec::{Machine, VmSpec};
+use uuid::Uuid;
+
+use super::spec::mac;
+
+/// Kernel command line when the definition gives none: the serial console, and an end instead of a hang after a panic.
+pub const DEFAULT_APPEND: &str = "console=ttyS0 reboot=k panic=1";
+
+/// What the definition does not say.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The VMM program.
+    pub vmm: &'a Path,
+    /// The VM's name.
+    pub name: &'a str,
+    /// The VM's identity.
+    pub uuid: Uuid,
+    /// Directory of its sockets.
+    pub sockets: &'a Path,
+    /// Name of each card's tap.
+    pub taps: &'a [String],
+    /// Do not start the vCPUs.
+    pub paused: bool,
+}
+
+/// The command line, program first.
+pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
+    let machine = match spec.machine {
+        Machine::Microvm => "microvm",
+    };
+    let mut line = vec![place.vmm.display().to_string()];
+    let mut put = |option: &str, value: String| line.extend([option.to_owned(), value]);
+    put("-name", place.name.to_owned());
+    put("-uuid", place.uuid.to_string());
+    put("-machine", machine.to_owned());
+    put("-smp", spec.cpus.to_string());
+    put("-m", format!("{}M", spec.memory.0 >> 20));
+    put("-kernel", spec.kernel.display().to_string());
+    if let Some(initrd) = &spec.initrd {
+        put("-initrd", initrd.display().to_string());
+    }
+    put("-append", append(spec));
+    for (at, disk) in spec.disks.iter().enumerate() {
+        let path = quote(&disk.path.display().to_string());
+        let (readonly, direct) = (on_off(disk.readonly), on_off(disk.direct));
+        put("-drive", format!("file={path},id=disk{at},readonly={readonly},direct={direct}"));
+        let serial = disk.serial.as_ref().map(|serial| format!(",serial={serial}")).unwrap_or_default();
+        put("-device", format!("virtio-blk-device,drive=disk{at},id=disk{at}{serial}"));
+    }
+    for (at, tap) in place.taps.iter().enumerate() {
+        put("-netdev", format!("tap,id=nic{at},ifname={tap}"));
+        let mac = mac(spec, place.uuid, at);
+        put("-device", format!("virtio-net-device,netdev=nic{at},id=nic{at},mac={mac}"));
+    }
+    let socket = |file: &str| quote(&place.sockets.join(file).display().to_string());
+    put("-qmp", format!("unix:{},server,nowait", socket("qmp.sock")));
+    put("-serial", format!("socket,path={},server,nowait", socket("console.sock")));
+    if place.paused {
+        line.push("-S".to_owned());
+    }
+    line
+}
+
+fn append(spec: &VmSpec) -> String {
+    match &spec.append {
+        Some(append) => append.clone(),
+        None if spec.initrd.is_none() && !spec.disks.is_empty() => {
+            let mode = if spec.disks[0].readonly { "ro" } else { "rw" };
+            format!("{DEFAULT_APPEND} root=/dev/vda {mode}")
+        }
+        None => DEFAULT_APPEND.to_owned(),
+    }
+}
+
+fn on_off(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}
+
+/// In an option's value a comma is written twice.
+fn quote(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(spec: &str, taps: &[String], paused: bool) -> String {
+        let place = Place {
+            vmm: Path::new("/usr/bin/flotilla-vmm"),
+            name: "web",
+            uuid: Uuid::from_u128(1),
+            sockets: Path::new("/run/flotilla-vm/web"),
+            taps,
+            paused,
+        };
+        build(&super::super::spec::parse(spec).unwrap(), &place).join(" ")
+    }
+
+    #[test]
+    fn a_kernel_alone() {
+        assert_eq!(
+            line(r#"{"kernel":"/boot/k"}"#, &[], false),
+            "/usr/bin/flotilla-vmm -name web -uuid 00000000-0000-0000-0000-000000000001 -machine microvm -smp 1 -m 256M \
+             -kernel /boot/k -append console=ttyS0 reboot=k panic=1 \
+             -qmp unix:/run/flotilla-vm/web/qmp.sock,server,nowait -serial socket,path=/run/flotilla-vm/web/console.sock,server,nowait"
+        );
+    }
+
+    #[test]
+    fn everything() {
+        let spec = r#"{"kernel":"/k","initrd":"/i","cpus":2,"memory":"1G","append":"quiet",
+            "disks":[{"path":"/a,b.img","readonly":true,"serial":"S1"},{"path":"/c","direct":true}],
+            "nics":[{"bridge":"br0","mac":"52:54:00:00:00:01"}]}"#;
+        let line = line(spec, &["fl-web-0".into()], true);
+        for part in [
+            "-smp 2 -m 1024M -kernel /k -initrd /i -append quiet",
+            "-drive file=/a,,b.img,id=disk0,readonly=on,direct=off -device virtio-blk-device,drive=disk0,id=disk0,serial=S1",
+            "-drive file=/c,id=disk1,readonly=off,direct=on -device virtio-blk-device,drive=disk1,id=disk1 ",
+            "-netdev tap,id=nic0,ifname=fl-web-0 -device virtio-net-device,netdev=nic0,id=nic0,mac=52:54:00:00:00:01",
+        ] {
+            assert!(line.contains(part), "{part}\n{line}");
+        }
+        assert!(line.ends_with(" -S"));
+    }
+
+    #[test]
+    fn a_root_disk_without_initrd_is_mounted() {
+        assert!(line(r#"{"kernel":"/k","disks":[{"path":"/d"}]}"#, &[], false).contains("root=/dev/vda rw"));
+        assert!(
+            line(r#"{"kernel":"/k","disks":[{"path":"/d","readonly":true}]}"#, &[], false)
+                .contains("root=/dev/vda ro")
+        );
+        assert!(
+            !line(r#"{"kernel":"/k","initrd":"/i","disks":[{"path":"/d"}]}"#, &[], false).contains("root=")
+        );
+    }
+}

@@ -1,0 +1,87 @@
+//! Jobs: numbers, rows for lists, ends and those who wait for them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::FleetError;
+use super::view::News;
+
+/// A job under way.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Number.
+    pub id: u32,
+    /// Type: `start`, `shutdown`, `power-off`, `pause` or `resume`.
+    pub kind: &'static str,
+    /// The VM.
+    pub name: Arc<str>,
+    /// When it began.
+    pub since: Instant,
+}
+
+type Waiter = oneshot::Sender<Result<(), FleetError>>;
+
+#[derive(Default)]
+struct Table {
+    last: u32,
+    open: BTreeMap<u32, (Job, Vec<Waiter>)>,
+}
+
+/// All jobs.
+pub struct Jobs {
+    table: Mutex<Table>,
+    news: mpsc::UnboundedSender<News>,
+}
+
+impl Jobs {
+    pub(super) fn new(news: mpsc::UnboundedSender<News>) -> Self {
+        Self { table: Mutex::default(), news }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a job.
+    pub(super) fn open(&self, kind: &'static str, name: &Arc<str>) -> u32 {
+        let mut table = self.table();
+        // Number 0 is no job. After 2^32 jobs the numbers begin again; a job open for that long keeps its own.
+        let mut id = table.last.wrapping_add(1).max(1);
+        while table.open.contains_key(&id) {
+            id = id.wrapping_add(1).max(1);
+        }
+        table.last = id;
+        let job = Job { id, kind, name: Arc::clone(name), since: Instant::now() };
+        table.open.insert(id, (job, Vec::new()));
+        // Told under the lock, so that news of one job cannot overtake each other.
+        let _ = self.news.send(News::JobNew { id, kind, name: Arc::clone(name) });
+        id
+    }
+
+    /// Closes a job.
+    pub(super) fn close(&self, id: u32, result: Result<(), FleetError>) {
+        let mut table = self.table();
+        let Some((job, waiters)) = table.open.remove(&id) else { return };
+        for waiter in waiters {
+            let _ = waiter.send(result.clone());
+        }
+        let _ = self.news.send(News::JobRemoved { id, kind: job.kind, name: job.name, result });
+    }
+
+    /// The end of a job; `None` when it has ended already.
+    pub fn wait(&self, id: u32) -> Option<oneshot::Receiver<Result<(), FleetError>>> {
+        let mut table = self.table();
+        let (_, waiters) = table.open.get_mut(&id)?;
+        let (sender, receiver) = oneshot::channel();
+        waiters.push(sender);
+        Some(receiver)
+    }
+
+    /// All jobs under way.
+    pub fn list(&self) -> Vec<Job> {
+        self.table().open.values().map(|(job, _)| job.clone()).collect()
+    }
+}

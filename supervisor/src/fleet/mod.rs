@@ -1,0 +1,95 @@
+//! The fleet: owns every VM's life, the registry of names, jobs and events. The D-Bus room calls [`Fleet`]; nobody calls back up.
+//!
+//! ```text
+//! registry.rs   Fleet: names, uuids, rows for lists; define and undefine; reads never wait for a VM
+//! adopt.rs      what to do at start-up with what is found
+//! actor.rs      one task per VM: feeds the state machine, carries out its effects
+//! monitor.rs    the actor's connection to its VMM: tries, reports, forwards events
+//! prepare.rs    files, taps and command line for a start
+//! network.rs    bridges and taps of a definition
+//! jobs.rs       numbers, ends and waiters of jobs
+//! view.rs       what is told about a VM, and the news that go to D-Bus
+//! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
+//! error.rs      what can go wrong
+//! ```
+
+pub mod actor;
+pub mod adopt;
+pub mod command;
+mod error;
+pub mod jobs;
+mod monitor;
+pub mod network;
+mod prepare;
+pub mod registry;
+pub mod spec;
+pub mod view;
+pub mod vm;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{Semaphore, mpsc};
+
+pub use error::FleetError;
+pub use registry::Fleet;
+
+use crate::launch::Launcher;
+use crate::store::Store;
+use jobs::Jobs;
+use network::Network;
+use view::News;
+
+/// Connections to VMMs tried at once: enough to find a large fleet again in a moment, few enough not to run the host out of descriptors.
+const CONNECTS_AT_ONCE: usize = 32;
+
+/// What every actor shares.
+pub struct Context {
+    launcher: Arc<dyn Launcher>,
+    store: Arc<Store>,
+    network: Network,
+    jobs: Jobs,
+    news: mpsc::UnboundedSender<News>,
+    sequence: AtomicU64,
+    connects: Semaphore,
+    vmm: PathBuf,
+    proxies: PathBuf,
+    boot_id: String,
+}
+
+impl Context {
+    /// `proxies` is the directory of the VMs' QMP proxy sockets; `vmm` the program.
+    pub fn new(
+        launcher: Arc<dyn Launcher>,
+        store: Arc<Store>,
+        network: Network,
+        news: mpsc::UnboundedSender<News>,
+        vmm: PathBuf,
+        proxies: PathBuf,
+    ) -> Self {
+        // Without it (no /proc) records of an earlier boot could pass for this one's; process start times still tell them apart.
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Self {
+            launcher,
+            store,
+            network,
+            jobs: Jobs::new(news.clone()),
+            news,
+            sequence: AtomicU64::new(0),
+            connects: Semaphore::new(CONNECTS_AT_ONCE),
+            vmm,
+            proxies,
+            boot_id: boot_id.trim().to_owned(),
+        }
+    }
+
+    fn next_sequence(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// News are for the bus; when nobody publishes any more the daemon is ending.
+    fn tell(&self, news: News) {
+        let _ = self.news.send(news);
+    }
+}

@@ -1,0 +1,132 @@
+//! The actor's connection to its VMM: owns the tries, the first question and the forwarding of events. Reports to the actor only.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::{broadcast, mpsc};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
+
+use super::actor::Internal;
+use super::vm::Command;
+use super::{Context, FleetError};
+use crate::qmp::{Monitor, QmpError, QmpEvent};
+
+/// One try. A VMM greets at once; one that is frozen accepts and never greets.
+const TRY: Duration = Duration::from_secs(2);
+/// After this long without an answer the VM is said to be silent.
+const SILENT: Duration = Duration::from_secs(2);
+/// A new VMM listens a few milliseconds after it was made. There is no event to wait for: between `bind` and `listen` the socket's file
+/// exists and refuses.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// Commands that change the run state answer at once.
+const COMMAND: Duration = Duration::from_secs(5);
+
+/// Keeps trying until the VMM answers, then forwards its events until the connection ends.
+pub(super) async fn run(
+    context: Arc<Context>,
+    path: PathBuf,
+    run: u64,
+    actor: mpsc::UnboundedSender<Internal>,
+) {
+    let since = Instant::now();
+    let mut told = false;
+    let mut pause = FIRST_PAUSE;
+    let (monitor, mut events, paused) = loop {
+        let tried = {
+            let Ok(_slot) = context.connects.acquire().await else { return };
+            timeout(TRY, first_answer(&path)).await
+        };
+        match tried {
+            Ok(Ok(connected)) => break connected,
+            Ok(Err(error)) => debug!(run, "not connected: {error}"),
+            Err(_) => debug!(run, "not connected: no answer within {TRY:?}"),
+        }
+        if !told && since.elapsed() >= SILENT {
+            told = true;
+            let _ = actor.send(Internal::Silent { run });
+        }
+        if actor.is_closed() {
+            return;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+        // A first verdict is due on time, not a pause later.
+        if !told {
+            pause = pause.min(SILENT.saturating_sub(since.elapsed()).max(FIRST_PAUSE));
+        }
+    };
+    let _ = actor.send(Internal::Linked { run, monitor: monitor.clone(), paused });
+    loop {
+        match events.recv().await {
+            Ok(event) => {
+                let _ = actor.send(Internal::Event { run, event });
+            }
+            // Some events were missed: ask what they would have told.
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                if let Ok(paused) = status(&monitor).await {
+                    let _ = actor.send(Internal::VcpusChanged { run, paused });
+                }
+            }
+            Err(broadcast::error::RecvError::Closed) => break,
+        }
+    }
+    monitor.closed().await;
+    let _ = actor.send(Internal::Disconnected { run });
+}
+
+async fn first_answer(
+    path: &std::path::Path,
+) -> Result<(Monitor, broadcast::Receiver<QmpEvent>, bool), QmpError> {
+    let monitor = Monitor::connect(path, TRY).await?;
+    // Listen before asking: what happens in between is told by an event.
+    let events = monitor.events();
+    let paused = status(&monitor).await?;
+    Ok((monitor, events, paused))
+}
+
+async fn status(monitor: &Monitor) -> Result<bool, QmpError> {
+    let answer = monitor.execute("query-status", None, COMMAND).await?;
+    Ok(!answer.get("running").and_then(Value::as_bool).unwrap_or(false))
+}
+
+/// Sends a command of the state machine.
+pub(super) async fn send(monitor: Option<Monitor>, command: Command) -> Result<(), FleetError> {
+    let monitor = monitor.ok_or_else(|| FleetError::QmpTimeout("the VMM does not answer".to_owned()))?;
+    let word = match command {
+        Command::Powerdown => "system_powerdown",
+        Command::Quit => "quit",
+        Command::Stop => "stop",
+        Command::Cont => "cont",
+    };
+    match monitor.execute(word, None, COMMAND).await {
+        Ok(_) => Ok(()),
+        // It may hang up before its answer is out: that is what was asked for.
+        Err(QmpError::Closed { .. }) if command == Command::Quit => Ok(()),
+        Err(QmpError::Refused { class, .. })
+            if command == Command::Powerdown && class == "CommandNotFound" =>
+        {
+            Err(FleetError::NotSupported(
+                "this board has no power button, so the guest cannot be asked: shut it down from inside, or use force"
+                    .to_owned(),
+            ))
+        }
+        Err(error) => Err(map_error(&error)),
+    }
+}
+
+/// A QMP error as the fleet's.
+pub(super) fn map_error(error: &QmpError) -> FleetError {
+    let text = error.to_string();
+    match error {
+        QmpError::Deadline { .. } | QmpError::Connect { .. } | QmpError::NotQmp { .. } => {
+            FleetError::QmpTimeout(text)
+        }
+        QmpError::Closed { .. } => FleetError::VmmDied(text),
+        QmpError::NotRunning { .. } => FleetError::InvalidState(text),
+        QmpError::Refused { .. } | QmpError::BadRequest { .. } => FleetError::QmpError(text),
+    }
+}

@@ -1,0 +1,73 @@
+//! Everything a start needs: owns the step from a definition to a command line with open descriptors. Used by the actor only.
+
+use std::fs::OpenOptions;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dbus_api::spec::VmSpec;
+use uuid::Uuid;
+
+use super::command::{self, Place};
+use super::spec::{check_files, plain};
+use super::{Context, FleetError};
+use crate::launch::{Handed, Prepared};
+
+/// What is started.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    pub(super) name: Arc<str>,
+    pub(super) uuid: Uuid,
+    pub(super) spec: Arc<VmSpec>,
+    pub(super) generation: u64,
+    pub(super) paused: bool,
+}
+
+/// Looks at the files, makes the taps, opens all of them. On an error nothing stays open.
+pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, FleetError> {
+    let spec = Arc::clone(&plan.spec);
+    let opened = tokio::task::spawn_blocking(move || check_files(&spec).and_then(|()| open_files(&spec)));
+    let mut descriptors =
+        opened.await.map_err(|error| FleetError::LaunchFailed(format!("opening files: {error}")))??;
+    let taps = context.network.ensure(&plan.name, plan.uuid, &plan.spec).await?;
+    for tap in &taps {
+        descriptors.push((Handed::Tap(tap.clone()), context.network.open(tap).await?));
+    }
+    let place = Place {
+        vmm: &context.vmm,
+        name: &plan.name,
+        uuid: plan.uuid,
+        sockets: &context.launcher.sockets(&plan.name),
+        taps: &taps,
+        paused: plan.paused,
+    };
+    Ok(Prepared { command_line: command::build(&plan.spec, &place), descriptors })
+}
+
+fn open_files(spec: &VmSpec) -> Result<Vec<(Handed, OwnedFd)>, FleetError> {
+    let mut descriptors = vec![open("kernel", &spec.kernel, false, false)?];
+    if let Some(initrd) = &spec.initrd {
+        // The same file twice (a kernel that is its own initrd) is opened twice: each descriptor is taken once.
+        descriptors.push(open("initrd", initrd, false, false)?);
+    }
+    for (at, disk) in spec.disks.iter().enumerate() {
+        descriptors.push(open(&format!("disks[{at}].path"), &disk.path, !disk.readonly, disk.direct)?);
+    }
+    Ok(descriptors)
+}
+
+fn open(field: &str, path: &Path, write: bool, direct: bool) -> Result<(Handed, OwnedFd), FleetError> {
+    // O_NONBLOCK: a path that became a FIFO since it was looked at must not make the daemon wait; it changes nothing for files.
+    let flags = libc::O_NONBLOCK | if direct { libc::O_DIRECT } else { 0 };
+    let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
+    let refuse = |error: std::io::Error| {
+        let why = match error.raw_os_error() {
+            Some(libc::EINVAL) if direct => "its file system does not support O_DIRECT".to_owned(),
+            Some(libc::EROFS) => "its file system is read-only: use readonly".to_owned(),
+            _ => plain(&error),
+        };
+        FleetError::InvalidSpec(format!("{field}: {}: {why}", path.display()))
+    };
+    Ok((Handed::Path(PathBuf::from(path)), file.map_err(refuse)?.into()))
+}

@@ -1,0 +1,271 @@
+//! Rules for definitions that need more than types: owns what a name, a size, a path or an address may be. One place; the same rules
+//! hold for what comes over D-Bus and for what is read back from disk.
+
+use std::path::Path;
+
+use dbus_api::spec::VmSpec;
+use uuid::Uuid;
+
+use super::FleetError;
+
+/// Block and network slots of the microvm board.
+pub const MAX_DISKS: usize = 6;
+/// Network slots of the microvm board.
+pub const MAX_NICS: usize = 2;
+
+const MEMORY: std::ops::RangeInclusive<u64> = 128 << 20..=512 << 30;
+
+fn wrong(text: String) -> FleetError {
+    FleetError::InvalidSpec(text)
+}
+
+/// Checks a VM's name: it becomes a file name, a unit name and a directory.
+pub fn check_name(name: &str) -> Result<(), FleetError> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_' | '.');
+    let bad = name.is_empty()
+        || name.len() > 64
+        || !name.chars().all(allowed)
+        || name.starts_with(['.', '-'])
+        || name.contains("..");
+    if bad {
+        return Err(wrong(format!(
+            "name {name:?}: use 1 to 64 of a-z, 0-9, '-', '_', '.', beginning with a letter, digit or '_', without \"..\""
+        )));
+    }
+    Ok(())
+}
+
+/// Reads a definition as it comes over D-Bus and checks it.
+pub fn parse(text: &str) -> Result<VmSpec, FleetError> {
+    let spec: VmSpec = serde_json::from_str(text).map_err(|error| wrong(format!("definition: {error}")))?;
+    check(&spec)?;
+    Ok(spec)
+}
+
+/// Checks everything that does not depend on the host's present state; files are looked at when the VM starts.
+pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
+    if !(1..=254).contains(&spec.cpus) {
+        return Err(wrong(format!("cpus: {} is outside 1 to 254", spec.cpus)));
+    }
+    if !MEMORY.contains(&spec.memory.0) || !spec.memory.0.is_multiple_of(1 << 20) {
+        return Err(wrong(format!("memory: {} is not a number of whole MiB from 128M to 512G", spec.memory)));
+    }
+    check_path("kernel", &spec.kernel)?;
+    if let Some(initrd) = &spec.initrd {
+        check_path("initrd", initrd)?;
+    }
+    if let Some(append) = &spec.append {
+        // The x86 boot protocol gives 2048 bytes with the end mark; the VMM adds its devices to them.
+        if append.len() > 1536 || append.contains(|c: char| c.is_control()) {
+            return Err(wrong(
+                "append: at most 1536 bytes and no control characters, as the kernel reads one line"
+                    .to_owned(),
+            ));
+        }
+    }
+    if spec.disks.len() > MAX_DISKS {
+        return Err(wrong(format!("disks: {} given, microvm has {MAX_DISKS} slots", spec.disks.len())));
+    }
+    for (at, disk) in spec.disks.iter().enumerate() {
+        check_path(&format!("disks[{at}].path"), &disk.path)?;
+        if spec.disks[..at].iter().any(|other| other.path == disk.path) {
+            return Err(wrong(format!("disks[{at}].path: {} is given twice", disk.path.display())));
+        }
+        if let Some(serial) = &disk.serial {
+            let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            if serial.is_empty() || serial.len() > 20 || !serial.chars().all(allowed) {
+                return Err(wrong(format!(
+                    "disks[{at}].serial: {serial:?}: use 1 to 20 letters, digits, '-', '_' or '.'"
+                )));
+            }
+        }
+    }
+    if spec.nics.len() > MAX_NICS {
+        return Err(wrong(format!("nics: {} given, microvm has {MAX_NICS} slots", spec.nics.len())));
+    }
+    let mut macs = Vec::new();
+    for (at, nic) in spec.nics.iter().enumerate() {
+        check_link_name(&format!("nics[{at}].bridge"), &nic.bridge)?;
+        if let Some(text) = &nic.mac {
+            let mac = parse_mac(text).ok_or_else(|| {
+                wrong(format!("nics[{at}].mac: {text:?} is not a unicast address such as 52:54:00:12:34:56"))
+            })?;
+            if macs.contains(&mac) {
+                return Err(wrong(format!("nics[{at}].mac: {text} is given twice")));
+            }
+            macs.push(mac);
+        }
+    }
+    if spec.labels.len() > 64 || spec.labels.iter().any(|(key, value)| key.len() > 64 || value.len() > 256) {
+        return Err(wrong("labels: at most 64, keys of 64 and values of 256 bytes".to_owned()));
+    }
+    if spec.uuid.is_some_and(|uuid| uuid.is_nil()) {
+        return Err(wrong("uuid: all zero is no identity".to_owned()));
+    }
+    Ok(())
+}
+
+/// Looks at the files that a start needs; the error names the field.
+pub fn check_files(spec: &VmSpec) -> Result<(), FleetError> {
+    let files = std::iter::once(("kernel".to_owned(), &spec.kernel, false))
+        .chain(spec.initrd.iter().map(|path| ("initrd".to_owned(), path, false)))
+        .chain(spec.disks.iter().enumerate().map(|(at, d)| (format!("disks[{at}].path"), &d.path, true)));
+    for (field, path, block) in files {
+        let kind = std::fs::metadata(path)
+            .map_err(|error| wrong(format!("{field}: {}: {}", path.display(), plain(&error))))?
+            .file_type();
+        let device = std::os::unix::fs::FileTypeExt::is_block_device(&kind);
+        if kind.is_dir() {
+            return Err(wrong(format!("{field}: {} is a directory, not a file", path.display())));
+        }
+        let usable = kind.is_file() || (block && device);
+        if !usable {
+            let wanted = if block { "a regular file or block device" } else { "a regular file" };
+            return Err(wrong(format!("{field}: {} is not {wanted}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's reason without Rust's `(os error 2)`.
+pub fn plain(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "no such file".to_owned(),
+        std::io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn check_path(field: &str, path: &Path) -> Result<(), FleetError> {
+    let Some(text) = path.to_str() else {
+        return Err(wrong(format!("{field}: {} is not UTF-8", path.display())));
+    };
+    if !path.is_absolute() {
+        return Err(wrong(format!("{field}: {text:?} is not an absolute path")));
+    }
+    if text.len() > 4095 || text.contains(|c: char| c.is_control()) {
+        return Err(wrong(format!("{field}: the path is too long or holds control characters")));
+    }
+    Ok(())
+}
+
+/// A network interface's name, by the kernel's own rules (`dev_valid_name`).
+fn check_link_name(field: &str, name: &str) -> Result<(), FleetError> {
+    let bad = name.is_empty()
+        || name.len() > 15
+        || matches!(name, "." | "..")
+        || !name.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '/' | ':' | ',' | '%'));
+    if bad {
+        return Err(wrong(format!("{field}: {name:?} is no interface name: 1 to 15 printable characters")));
+    }
+    Ok(())
+}
+
+/// Six hex pairs of a unicast address.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut pairs = text.split(':');
+    for byte in &mut mac {
+        let pair = pairs.next()?;
+        if pair.len() != 2 || !pair.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        *byte = u8::from_str_radix(pair, 16).ok()?;
+    }
+    let unicast = mac[0] & 1 == 0 && mac != [0; 6];
+    (pairs.next().is_none() && unicast).then_some(mac)
+}
+
+/// Hardware address of card `index`: the one written down, or one derived from the uuid, which stays the same for the VM's whole life
+/// and differs between VMs and cards. `52:54:00` is the locally administered prefix that guests of KVM have always had.
+pub fn mac(spec: &VmSpec, uuid: Uuid, index: usize) -> String {
+    if let Some(mac) = spec.nics.get(index).and_then(|nic| nic.mac.as_deref().and_then(parse_mac)) {
+        let [a, b, c, d, e, f] = mac;
+        return format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    }
+    let hash = Uuid::new_v5(&uuid, format!("nic{index}").as_bytes());
+    let [a, b, c, ..] = *hash.as_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names() {
+        for name in ["a", "web1", "a-b_c.d", "0", &"x".repeat(64)] {
+            assert!(check_name(name).is_ok(), "{name}");
+        }
+        for name in
+            ["", ".a", "-a", "a..b", "Web", "a/b", "a b", "ä", "a\0", "a@b", &"x".repeat(65), "..", "a\n"]
+        {
+            assert!(matches!(check_name(name), Err(FleetError::InvalidSpec(_))), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn every_error_names_its_field() {
+        let cases = [
+            (r#"{"kernel":"k"}"#, "kernel"),
+            (r#"{"kernel":"/k","cpus":0}"#, "cpus"),
+            (r#"{"kernel":"/k","cpus":255}"#, "cpus"),
+            (r#"{"kernel":"/k","cpus":256}"#, "256"),
+            (r#"{"kernel":"/k","memory":"127M"}"#, "memory"),
+            (r#"{"kernel":"/k","memory":"513G"}"#, "memory"),
+            (r#"{"kernel":"/k","memory":"131073K"}"#, "memory"),
+            (r#"{"kernel":"/k","initrd":"i"}"#, "initrd"),
+            (r#"{"kernel":"/k","append":"a\nb"}"#, "append"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a"},{"path":"/a"}]}"#, "disks[1].path"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a","serial":"a,b"}]}"#, "disks[0].serial"),
+            (r#"{"kernel":"/k","nics":[{"bridge":"a/b"}]}"#, "nics[0].bridge"),
+            (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"01:00:00:00:00:01"}]}"#, "nics[0].mac"),
+            (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"52:54:00:00:00"}]}"#, "nics[0].mac"),
+            (r#"{"kernel":"/k","nics":[{"bridge":"a"},{"bridge":"b"},{"bridge":"c"}]}"#, "nics"),
+            (r#"{"kernel":"/k","memroy":"1G"}"#, "memroy"),
+            (r#"{}"#, "kernel"),
+            ("", "definition"),
+        ];
+        for (text, field) in cases {
+            match parse(text) {
+                Err(FleetError::InvalidSpec(error)) => assert!(error.contains(field), "{text}: {error}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn files_are_named_with_their_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("k");
+        let spec = |kernel: &Path| parse(&format!(r#"{{"kernel":{kernel:?}}}"#)).unwrap();
+        let error = check_files(&spec(&kernel)).unwrap_err().to_string();
+        assert_eq!(error, format!("kernel: {}: no such file", kernel.display()));
+        assert!(check_files(&spec(dir.path())).unwrap_err().to_string().contains("is a directory"));
+        assert!(check_files(&spec(Path::new("/dev/null"))).is_err());
+        std::fs::write(&kernel, "k").unwrap();
+        assert_eq!(check_files(&spec(&kernel)), Ok(()));
+    }
+
+    #[test]
+    fn addresses_are_stable_and_differ() {
+        let spec =
+            parse(r#"{"kernel":"/k","nics":[{"bridge":"b"},{"bridge":"b","mac":"52:54:00:AA:00:01"}]}"#)
+                .unwrap();
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        assert_eq!(mac(&spec, one, 0), mac(&spec, one, 0));
+        assert_ne!(mac(&spec, one, 0), mac(&spec, two, 0));
+        assert_eq!(mac(&spec, one, 1), "52:54:00:aa:00:01");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_is_a_panic(text in "\\PC{0,200}") {
+            let _ = parse(&text);
+            if check_name(&text).is_ok() {
+                prop_assert!(!text.contains('/') && !text.starts_with('.'));
+            }
+        }
+    }
+}

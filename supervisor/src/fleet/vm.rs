@@ -1,0 +1,739 @@
+//! The life of one VM as a pure state machine: owns what may happen when. No IO, no clock, no task: the actor feeds it [`Input`]s and
+//! carries out the [`Effect`]s that come back.
+//!
+//! ```text
+//!            Start                  Connected                Pause / STOP
+//!  defined ────────▶ starting ───────────────▶ running ◀───────────────────▶ paused
+//!  stopped ────────▶    │  │ Deadline            │  │      Resume / RESUME     │
+//!  failed  ────────▶    │  └──────────┐   Silent │  │ Shutdown, PowerOff,      │
+//!     ▲                 │             ▼          │  │ SHUTDOWN event,          │
+//!     │ LaunchFailed,   │        quarantined ◀───┘  │ unit being stopped       │
+//!     ├─────────────────┘             │             ▼                          │
+//!     │ Gone (crash)                  └────────▶ stopping ◀────────────────────┘
+//!     └──────────────────────── any ◀╌╌╌╌╌╌╌╌╌╌╌╌╌┘ Gone ─▶ stopped
+//! ```
+//!
+//! *Intent* is what the administrator wants and changes only by a request (or by the guest's own power-off); *state* is what is
+//! observed. `quarantined` means: the process lives and does not answer. It is left alone until it answers or somebody powers it off.
+//! Every process has a number ([`Vm::run`]); what is said about an earlier one is ignored.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::FleetError;
+
+/// From launch to the first answer over QMP. Longer than the launcher's own deadline, which therefore speaks first.
+pub const START_DEADLINE: Duration = Duration::from_secs(45);
+/// From `quit` to the end of the process; then it is killed.
+pub const QUIT_GRACE: Duration = Duration::from_secs(5);
+/// From the kill to the end of the process: only a process stuck in the kernel takes longer.
+pub const KILL_GRACE: Duration = Duration::from_secs(20);
+/// From the VMM's SHUTDOWN event to the end of its process.
+pub const EXIT_GRACE: Duration = Duration::from_secs(10);
+
+/// What is observed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Never started since it was defined, or since the host booted.
+    Defined,
+    /// Its process is being made, or does not answer yet.
+    Starting,
+    /// The vCPUs run.
+    Running,
+    /// The vCPUs are stopped.
+    Paused,
+    /// The process is asked to end.
+    Stopping,
+    /// Ended as wanted.
+    Stopped,
+    /// Alive, but does not answer.
+    Quarantined,
+    /// Ended by itself, or never came up.
+    Failed,
+}
+
+impl State {
+    /// The word on D-Bus.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Defined => "defined",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Quarantined => "quarantined",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// No process belongs to the VM.
+    pub fn idle(self) -> bool {
+        matches!(self, Self::Defined | Self::Stopped | Self::Failed)
+    }
+}
+
+/// What the administrator wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Intent {
+    /// Up, with its vCPUs running.
+    Running,
+    /// Up, with its vCPUs stopped.
+    Paused,
+    /// Down.
+    Stopped,
+}
+
+impl Intent {
+    /// The word on D-Bus.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// What can be asked of a VM; each request is a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Make the process.
+    Start {
+        /// Leave the vCPUs stopped.
+        paused: bool,
+    },
+    /// Ask the guest to end.
+    Shutdown {
+        /// End it anyway when the guest does not, or cannot be asked.
+        force: bool,
+        /// How long the guest has.
+        timeout: Duration,
+    },
+    /// End it now.
+    PowerOff,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let the vCPUs go on.
+    Resume,
+}
+
+impl Verb {
+    /// The job type on D-Bus.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Start { .. } => "start",
+            Self::Shutdown { .. } => "shutdown",
+            Self::PowerOff => "power-off",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+        }
+    }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// By itself, with this code.
+    Code(i32),
+    /// By a signal (its name, `SIGSEGV`).
+    Signal(String),
+    /// Nobody saw it: it was not our child, or ended while the daemon was away.
+    Unknown,
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(name) => write!(f, "signal {name}"),
+            Self::Unknown => f.write_str("exit status unknown"),
+        }
+    }
+}
+
+/// A command to the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Press the power button.
+    Powerdown,
+    /// End.
+    Quit,
+    /// Stop the vCPUs.
+    Stop,
+    /// Let the vCPUs go on.
+    Cont,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// Somebody asks; refused requests end their job at once.
+    Request {
+        /// Number of the job.
+        job: u32,
+        /// What is asked.
+        verb: Verb,
+    },
+    /// A process is being made that nobody asked us for: `systemctl start`.
+    StartSeen,
+    /// The process exists.
+    Launched {
+        /// Which process.
+        run: u64,
+    },
+    /// No process came to be.
+    LaunchFailed {
+        /// Which process.
+        run: u64,
+        /// Why.
+        error: FleetError,
+    },
+    /// The VMM answers.
+    Connected {
+        /// Which process.
+        run: u64,
+        /// Its vCPUs are stopped.
+        paused: bool,
+    },
+    /// The VMM did not answer for as long as one waits.
+    Silent {
+        /// Which process.
+        run: u64,
+    },
+    /// The connection to the VMM ended.
+    Disconnected {
+        /// Which process.
+        run: u64,
+    },
+    /// The vCPUs stopped or went on.
+    VcpusChanged {
+        /// Which process.
+        run: u64,
+        /// They are stopped.
+        paused: bool,
+    },
+    /// The VMM announces its end.
+    ShutdownSeen {
+        /// Which process.
+        run: u64,
+        /// Why, in words.
+        why: String,
+    },
+    /// The process is being ended by somebody else: `systemctl stop`.
+    StopSeen {
+        /// Which process.
+        run: u64,
+    },
+    /// A command was answered, or its deadline passed.
+    CommandDone {
+        /// Which process.
+        run: u64,
+        /// The command.
+        command: Command,
+        /// The answer.
+        result: Result<(), FleetError>,
+    },
+    /// The process ended.
+    Gone {
+        /// Which process.
+        run: u64,
+        /// How.
+        exit: Exit,
+    },
+    /// The armed deadline passed.
+    Deadline,
+}
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub enum Effect {
+    /// Make the process; answer `Launched` or `LaunchFailed`.
+    Launch {
+        /// Its vCPUs stay stopped.
+        paused: bool,
+    },
+    /// Connect to the VMM and keep trying; answer `Connected`, and `Silent` when it takes long.
+    Connect,
+    /// Drop the connection and stop trying.
+    Unlink,
+    /// Send a command; answer `CommandDone`.
+    Send(Command),
+    /// End the process without asking it.
+    Kill,
+    /// Send `Deadline` after this time; replaces an earlier one.
+    Arm(Duration),
+    /// No deadline any more.
+    Disarm,
+    /// Close a job.
+    EndJob {
+        /// Number of the job.
+        job: u32,
+        /// How it went.
+        result: Result<(), FleetError>,
+    },
+    /// What a record needs to know has changed: write it before the effects that follow.
+    Record,
+}
+
+/// How far a stop has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The guest is asked; `force` says what happens when it does not end.
+    Asked { force: bool, from: State },
+    /// `quit` was sent.
+    Quit,
+    /// It was killed.
+    Killed,
+    /// It ends by itself, or somebody else ends it.
+    Ending,
+}
+
+/// One VM.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    state: State,
+    intent: Intent,
+    reason: String,
+    run: u64,
+    launched: bool,
+    linked: bool,
+    stage: Stage,
+    ending: Option<String>,
+    job: Option<(u32, Verb)>,
+}
+
+impl Vm {
+    /// A VM without a process.
+    pub fn idle(state: State, reason: impl Into<String>) -> Self {
+        let state = if state.idle() { state } else { State::Stopped };
+        Self {
+            state,
+            intent: Intent::Stopped,
+            reason: reason.into(),
+            run: 0,
+            launched: false,
+            linked: false,
+            stage: Stage::Ending,
+            ending: None,
+            job: None,
+        }
+    }
+
+    /// A VM whose process was found alive at start-up. `state` is what the last daemon knew; `stopping` stands only when the end was
+    /// ordered for good (`forced`), otherwise the guest may as well go on.
+    pub fn found(state: State, intent: Intent, forced: bool) -> Self {
+        let (state, stage, intent) = match state {
+            State::Stopping if forced => (State::Stopping, Stage::Quit, Intent::Stopped),
+            State::Stopping => (State::Starting, Stage::Ending, Intent::Running),
+            State::Running | State::Paused | State::Quarantined => (state, Stage::Ending, intent),
+            _ => (State::Starting, Stage::Ending, intent),
+        };
+        Self {
+            intent,
+            run: 1,
+            launched: true,
+            stage,
+            reason: "found alive".to_owned(),
+            ..Self { state, ..Self::idle(State::Defined, "") }
+        }
+    }
+
+    /// Observed state.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// What the administrator wants.
+    pub fn intent(&self) -> Intent {
+        self.intent
+    }
+
+    /// Why it is in that state.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Number of the current or last process.
+    pub fn run(&self) -> u64 {
+        self.run
+    }
+
+    /// The VMM answers.
+    pub fn linked(&self) -> bool {
+        self.linked
+    }
+
+    /// The end of the process was ordered for good.
+    pub fn forced(&self) -> bool {
+        self.state == State::Stopping && matches!(self.stage, Stage::Quit | Stage::Killed)
+    }
+
+    /// The job under way.
+    pub fn job(&self) -> Option<u32> {
+        self.job.map(|(job, _)| job)
+    }
+
+    /// May `verb` be asked now? The policy of the house: one job at a time, but a power-off is never refused because another job hangs.
+    pub fn admit(&self, verb: Verb) -> Result<(), FleetError> {
+        let invalid = |text: &str| Err(FleetError::InvalidState(text.to_owned()));
+        if let Some((job, running)) = self.job
+            && (verb != Verb::PowerOff || running == Verb::PowerOff)
+        {
+            let word = running.word();
+            return Err(FleetError::Busy(format!(
+                "job {job} ({word}) is under way: wait for it, or power the VM off"
+            )));
+        }
+        match (verb, self.state) {
+            (Verb::Start { .. }, state) if state.idle() => Ok(()),
+            (Verb::Start { .. }, _) => invalid(&format!("it is {} already", self.state.word())),
+            (_, state) if state.idle() => invalid(&format!("it is {}: start it first", state.word())),
+            (Verb::PowerOff, _) => Ok(()),
+            (Verb::Shutdown { force: true, .. }, State::Running | State::Paused | State::Quarantined) => {
+                Ok(())
+            }
+            (Verb::Shutdown { .. }, State::Running | State::Paused) => Ok(()),
+            (Verb::Pause, State::Running) | (Verb::Resume, State::Paused) => Ok(()),
+            (Verb::Pause, State::Paused) => invalid("it is paused already"),
+            (Verb::Resume, State::Running) => invalid("it is running already"),
+            (_, State::Quarantined) => invalid("it does not answer: power it off, or wait until it does"),
+            (_, state) => invalid(&format!("it is {}", state.word())),
+        }
+    }
+
+    /// May the definition be removed now?
+    pub fn admit_undefine(&self) -> Result<(), FleetError> {
+        match self.job {
+            Some((job, verb)) => Err(FleetError::Busy(format!("job {job} ({}) is under way", verb.word()))),
+            None if self.state.idle() => Ok(()),
+            None => Err(FleetError::InvalidState(format!(
+                "it is {}: power it off first, or ask with force",
+                self.state.word()
+            ))),
+        }
+    }
+
+    /// One step.
+    pub fn step(&mut self, input: Input) -> Vec<Effect> {
+        let mut out = Vec::new();
+        match input {
+            Input::Request { job, verb } => self.request(job, verb, &mut out),
+            Input::StartSeen => {
+                if self.state.idle() {
+                    self.begin(false, "started outside the API", &mut out);
+                }
+            }
+            Input::Deadline => self.deadline(&mut out),
+            Input::Launched { run }
+            | Input::LaunchFailed { run, .. }
+            | Input::Connected { run, .. }
+            | Input::Silent { run }
+            | Input::Disconnected { run }
+            | Input::VcpusChanged { run, .. }
+            | Input::ShutdownSeen { run, .. }
+            | Input::StopSeen { run }
+            | Input::CommandDone { run, .. }
+            | Input::Gone { run, .. }
+                if run != self.run || self.state.idle() => {}
+            input => self.observe(input, &mut out),
+        }
+        out
+    }
+
+    fn request(&mut self, job: u32, verb: Verb, out: &mut Vec<Effect>) {
+        if let Err(error) = self.admit(verb) {
+            out.push(Effect::EndJob { job, result: Err(error) });
+            return;
+        }
+        if self.job.is_some() {
+            self.end_job(Err(FleetError::Cancelled("the VM was powered off".to_owned())), out);
+        }
+        match verb {
+            Verb::Start { paused } => {
+                self.job = Some((job, verb));
+                self.begin(paused, "start was asked for", out);
+                out.push(Effect::Launch { paused });
+            }
+            Verb::Shutdown { force, timeout } => {
+                self.job = Some((job, verb));
+                let from = self.state;
+                self.enter(State::Stopping, "shutdown was asked for");
+                self.intent = Intent::Stopped;
+                if self.linked {
+                    self.stage = Stage::Asked { force, from };
+                    out.extend([Effect::Record, Effect::Send(Command::Powerdown), Effect::Arm(timeout)]);
+                } else if force {
+                    self.force_end(out);
+                } else {
+                    self.revert(from, FleetError::QmpTimeout("the VMM does not answer".to_owned()), out);
+                }
+            }
+            Verb::PowerOff => {
+                self.job = Some((job, verb));
+                self.enter(State::Stopping, "power-off was asked for");
+                self.intent = Intent::Stopped;
+                self.force_end(out);
+            }
+            Verb::Pause => {
+                self.job = Some((job, verb));
+                out.push(Effect::Send(Command::Stop));
+            }
+            Verb::Resume => {
+                self.job = Some((job, verb));
+                out.push(Effect::Send(Command::Cont));
+            }
+        }
+    }
+
+    fn begin(&mut self, paused: bool, reason: &str, out: &mut Vec<Effect>) {
+        self.run += 1;
+        self.launched = false;
+        self.linked = false;
+        self.ending = None;
+        self.stage = Stage::Ending;
+        self.intent = if paused { Intent::Paused } else { Intent::Running };
+        self.enter(State::Starting, reason);
+        out.extend([Effect::Record, Effect::Arm(START_DEADLINE)]);
+    }
+
+    /// Ends the process: politely when it answers, otherwise not.
+    fn force_end(&mut self, out: &mut Vec<Effect>) {
+        out.push(Effect::Record);
+        if self.linked && !matches!(self.stage, Stage::Quit | Stage::Killed) {
+            self.stage = Stage::Quit;
+            out.extend([Effect::Send(Command::Quit), Effect::Arm(QUIT_GRACE)]);
+        } else {
+            self.stage = Stage::Killed;
+            out.extend([Effect::Kill, Effect::Arm(KILL_GRACE)]);
+        }
+    }
+
+    /// A shutdown came to nothing: the VM is what it was.
+    fn revert(&mut self, from: State, error: FleetError, out: &mut Vec<Effect>) {
+        self.intent = if from == State::Paused { Intent::Paused } else { Intent::Running };
+        self.enter(from, "the shutdown came to nothing");
+        out.extend([Effect::Disarm, Effect::Record]);
+        self.end_job(Err(error), out);
+    }
+
+    fn observe(&mut self, input: Input, out: &mut Vec<Effect>) {
+        match input {
+            Input::Launched { .. } => {
+                if !std::mem::replace(&mut self.launched, true) {
+                    out.push(Effect::Record);
+                    // Killed before there was a process to kill: now there is.
+                    let dying = self.state == State::Stopping && self.stage == Stage::Killed;
+                    out.push(if dying { Effect::Kill } else { Effect::Connect });
+                }
+            }
+            Input::LaunchFailed { error, .. } => {
+                if self.state == State::Stopping {
+                    self.enter(State::Stopped, "it was stopped before it came up");
+                    self.close(Ok(()), out);
+                } else {
+                    self.enter(State::Failed, &error.to_string());
+                    self.close(Err(error), out);
+                }
+            }
+            Input::Connected { paused, .. } => self.connected(paused, out),
+            Input::Silent { .. } => match self.state {
+                State::Running | State::Paused => {
+                    self.enter(State::Quarantined, "its process lives, but does not answer QMP");
+                    out.push(Effect::Record);
+                }
+                // Its end had been ordered before the daemon was restarted.
+                State::Stopping if self.stage == Stage::Quit => self.force_end(out),
+                _ => {}
+            },
+            Input::Disconnected { .. } => {
+                self.linked = false;
+                out.push(Effect::Connect);
+            }
+            Input::VcpusChanged { paused, .. } => match (self.state, paused) {
+                (State::Running, true) => {
+                    self.enter(State::Paused, "its vCPUs were stopped");
+                    out.push(Effect::Record);
+                }
+                (State::Paused, false) => {
+                    self.enter(State::Running, "its vCPUs go on");
+                    out.push(Effect::Record);
+                }
+                _ => {}
+            },
+            Input::ShutdownSeen { why, .. } => {
+                if self.state != State::Stopping {
+                    self.intent = Intent::Stopped;
+                    self.stage = Stage::Ending;
+                    self.enter(State::Stopping, &why);
+                    out.extend([Effect::Record, Effect::Arm(EXIT_GRACE)]);
+                }
+                self.ending = Some(why);
+            }
+            Input::StopSeen { .. } => {
+                if self.state != State::Stopping {
+                    self.intent = Intent::Stopped;
+                    self.stage = Stage::Ending;
+                    self.enter(State::Stopping, "its unit is being stopped");
+                    out.extend([Effect::Disarm, Effect::Record]);
+                }
+                self.ending.get_or_insert_with(|| "its unit was stopped".to_owned());
+            }
+            Input::CommandDone { command, result, .. } => self.command_done(command, result, out),
+            Input::Gone { exit, .. } => self.gone(&exit, out),
+            Input::Request { .. } | Input::StartSeen | Input::Deadline => {}
+        }
+    }
+
+    fn connected(&mut self, paused: bool, out: &mut Vec<Effect>) {
+        self.linked = true;
+        let state = if paused { State::Paused } else { State::Running };
+        match self.state {
+            State::Starting => {
+                self.enter(state, if paused { "started, waiting for resume" } else { "started" });
+                out.extend([Effect::Disarm, Effect::Record]);
+                self.end_job_if(|verb| matches!(verb, Verb::Start { .. }), Ok(()), out);
+            }
+            State::Stopping => {
+                if matches!(self.stage, Stage::Quit | Stage::Killed) {
+                    self.stage = Stage::Quit;
+                    out.extend([Effect::Send(Command::Quit), Effect::Arm(QUIT_GRACE)]);
+                }
+            }
+            _ if self.state != state => {
+                self.stage = Stage::Ending;
+                self.enter(state, "it answers");
+                out.push(Effect::Record);
+            }
+            _ => {}
+        }
+    }
+
+    fn command_done(&mut self, command: Command, result: Result<(), FleetError>, out: &mut Vec<Effect>) {
+        match (command, result) {
+            (Command::Stop | Command::Cont, Ok(())) => {
+                let stopping = command == Command::Stop;
+                let (from, to) =
+                    if stopping { (State::Running, State::Paused) } else { (State::Paused, State::Running) };
+                self.intent = match self.state {
+                    State::Running | State::Paused if stopping => Intent::Paused,
+                    State::Running | State::Paused => Intent::Running,
+                    _ => self.intent,
+                };
+                if self.state == from {
+                    self.enter(to, if stopping { "paused" } else { "resumed" });
+                }
+                out.push(Effect::Record);
+                self.end_job_if(|verb| matches!(verb, Verb::Pause | Verb::Resume), Ok(()), out);
+            }
+            (Command::Stop | Command::Cont, Err(error)) => {
+                self.end_job_if(|verb| matches!(verb, Verb::Pause | Verb::Resume), Err(error), out);
+            }
+            (Command::Powerdown, Err(error)) => {
+                if let (State::Stopping, Stage::Asked { force, from }) = (self.state, self.stage) {
+                    if force {
+                        self.force_end(out);
+                    } else {
+                        self.revert(from, error, out);
+                    }
+                }
+            }
+            (Command::Quit, Err(_)) if self.state == State::Stopping && self.stage == Stage::Quit => {
+                self.force_end(out);
+            }
+            (Command::Powerdown | Command::Quit, _) => {}
+        }
+    }
+
+    fn gone(&mut self, exit: &Exit, out: &mut Vec<Effect>) {
+        let wanted = self.state == State::Stopping || self.ending.is_some();
+        let starting = self.state == State::Starting;
+        if wanted {
+            let why = self.ending.take().unwrap_or_else(|| match self.stage {
+                Stage::Killed => "powered off; its process had to be killed".to_owned(),
+                _ => "powered off".to_owned(),
+            });
+            self.enter(State::Stopped, &why);
+        } else if !starting && matches!(exit, Exit::Code(0) | Exit::Unknown) {
+            self.enter(State::Stopped, &format!("its process ended ({exit})"));
+        } else {
+            self.enter(State::Failed, &format!("its process died ({exit})"));
+        }
+        if self.state == State::Stopped {
+            self.intent = Intent::Stopped;
+        }
+        let died = || FleetError::VmmDied(format!("the VMM ended ({exit}): see its log"));
+        let result = match self.job {
+            Some((_, Verb::Shutdown { .. } | Verb::PowerOff)) => Ok(()),
+            _ => Err(died()),
+        };
+        self.close(result, out);
+    }
+
+    fn deadline(&mut self, out: &mut Vec<Effect>) {
+        let silent = "its process lives, but does not answer QMP";
+        match self.state {
+            State::Starting => {
+                self.enter(State::Quarantined, silent);
+                out.push(Effect::Record);
+                self.end_job(Err(FleetError::QmpTimeout(format!("{silent}: power it off, or wait"))), out);
+            }
+            State::Stopping => match self.stage {
+                Stage::Asked { force: true, .. } | Stage::Quit => self.force_end(out),
+                Stage::Asked { force: false, from } => {
+                    let error = FleetError::QmpTimeout("the guest did not shut down in time".to_owned());
+                    self.revert(from, error, out);
+                }
+                Stage::Killed => {
+                    self.enter(State::Quarantined, "its process was killed and is still there");
+                    out.push(Effect::Record);
+                    let error = FleetError::LaunchFailed("the process does not die".to_owned());
+                    self.end_job(Err(error), out);
+                }
+                Stage::Ending => {
+                    self.enter(State::Quarantined, "it announced its end, but its process is still there");
+                    out.push(Effect::Record);
+                }
+            },
+            _ => {}
+        }
+    }
+
+    fn enter(&mut self, state: State, reason: &str) {
+        self.state = state;
+        reason.clone_into(&mut self.reason);
+    }
+
+    /// The process is no more.
+    fn close(&mut self, result: Result<(), FleetError>, out: &mut Vec<Effect>) {
+        self.launched = false;
+        self.linked = false;
+        self.ending = None;
+        out.extend([Effect::Disarm, Effect::Unlink, Effect::Record]);
+        self.end_job(result, out);
+    }
+
+    fn end_job(&mut self, result: Result<(), FleetError>, out: &mut Vec<Effect>) {
+        if let Some((job, _)) = self.job.take() {
+            out.push(Effect::EndJob { job, result });
+        }
+    }
+
+    fn end_job_if(
+        &mut self,
+        wanted: impl Fn(Verb) -> bool,
+        result: Result<(), FleetError>,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.job.is_some_and(|(_, verb)| wanted(verb)) {
+            self.end_job(result, out);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

@@ -1,0 +1,243 @@
+//! Tests of the state machine: the usual lives as a script, and any order of inputs against the laws of the house.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SHUTDOWN: Verb = Verb::Shutdown { force: true, timeout: Duration::from_secs(30) };
+const ASK_ONLY: Verb = Verb::Shutdown { force: false, timeout: Duration::from_secs(30) };
+
+fn ask(vm: &mut Vm, job: u32, verb: Verb) -> Vec<Effect> {
+    vm.step(Input::Request { job, verb })
+}
+
+fn running() -> Vm {
+    let mut vm = Vm::idle(State::Defined, "");
+    ask(&mut vm, 1, Verb::Start { paused: false });
+    let run = vm.run();
+    vm.step(Input::Launched { run });
+    vm.step(Input::Connected { run, paused: false });
+    vm
+}
+
+fn ended(effects: &[Effect]) -> Vec<(u32, Option<FleetError>)> {
+    let closed = |effect: &Effect| match effect {
+        Effect::EndJob { job, result } => Some((*job, result.clone().err())),
+        _ => None,
+    };
+    effects.iter().filter_map(closed).collect()
+}
+
+#[test]
+fn a_start_ends_when_the_vmm_answers() {
+    let mut vm = Vm::idle(State::Defined, "");
+    let effects = ask(&mut vm, 7, Verb::Start { paused: true });
+    assert!(matches!(effects[..], [Effect::Record, Effect::Arm(_), Effect::Launch { paused: true }]));
+    assert_eq!((vm.state(), vm.intent()), (State::Starting, Intent::Paused));
+    assert!(matches!(vm.step(Input::Launched { run: 1 })[..], [Effect::Record, Effect::Connect]));
+    assert_eq!(ended(&vm.step(Input::Connected { run: 1, paused: true })), [(7, None)]);
+    assert_eq!(vm.state(), State::Paused);
+}
+
+#[test]
+fn a_shutdown_without_a_power_button_quits_or_says_so() {
+    let refused = || Err(FleetError::NotSupported("no power button".to_owned()));
+    let mut vm = running();
+    assert!(matches!(
+        ask(&mut vm, 2, SHUTDOWN)[..],
+        [Effect::Record, Effect::Send(Command::Powerdown), Effect::Arm(_)]
+    ));
+    let effects = vm.step(Input::CommandDone { run: 1, command: Command::Powerdown, result: refused() });
+    assert!(matches!(effects[..], [Effect::Record, Effect::Send(Command::Quit), Effect::Arm(_)]));
+    assert_eq!(ended(&vm.step(Input::Gone { run: 1, exit: Exit::Code(0) })), [(2, None)]);
+    assert_eq!((vm.state(), vm.intent()), (State::Stopped, Intent::Stopped));
+
+    let mut vm = running();
+    ask(&mut vm, 2, ASK_ONLY);
+    let effects = vm.step(Input::CommandDone { run: 1, command: Command::Powerdown, result: refused() });
+    assert_eq!(ended(&effects), [(2, refused().err())]);
+    assert_eq!((vm.state(), vm.intent()), (State::Running, Intent::Running));
+}
+
+#[test]
+fn a_power_off_overtakes_a_hanging_job_and_kills_what_does_not_quit() {
+    let mut vm = running();
+    ask(&mut vm, 2, Verb::Pause);
+    let effects = ask(&mut vm, 3, Verb::PowerOff);
+    assert!(matches!(ended(&effects)[..], [(2, Some(FleetError::Cancelled(_)))]));
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Send(Command::Quit))));
+    assert!(vm.step(Input::Deadline).iter().any(|effect| matches!(effect, Effect::Kill)));
+    assert_eq!(ended(&vm.step(Input::Gone { run: 1, exit: Exit::Signal("SIGKILL".into()) })), [(3, None)]);
+    assert_eq!(vm.state(), State::Stopped);
+}
+
+#[test]
+fn a_power_off_before_there_is_a_process_kills_it_when_it_comes() {
+    let mut vm = Vm::idle(State::Defined, "");
+    ask(&mut vm, 1, Verb::Start { paused: false });
+    let effects = ask(&mut vm, 2, Verb::PowerOff);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Kill)));
+    assert!(vm.step(Input::Launched { run: 1 }).iter().any(|effect| matches!(effect, Effect::Kill)));
+}
+
+#[test]
+fn how_a_process_ends_decides_the_state() {
+    let cases: [(&[Input], Exit, State, Intent); 5] = [
+        (&[], Exit::Signal("SIGSEGV".into()), State::Failed, Intent::Running),
+        (&[], Exit::Code(1), State::Failed, Intent::Running),
+        (&[], Exit::Code(0), State::Stopped, Intent::Stopped),
+        (
+            &[Input::ShutdownSeen { run: 1, why: "the guest powered off".into() }],
+            Exit::Code(0),
+            State::Stopped,
+            Intent::Stopped,
+        ),
+        (&[Input::StopSeen { run: 1 }], Exit::Signal("SIGTERM".into()), State::Stopped, Intent::Stopped),
+    ];
+    for (before, exit, state, intent) in cases {
+        let mut vm = running();
+        for input in before {
+            vm.step(input.clone());
+        }
+        vm.step(Input::Gone { run: 1, exit: exit.clone() });
+        assert_eq!((vm.state(), vm.intent()), (state, intent), "{before:?} {exit:?}");
+    }
+}
+
+#[test]
+fn silence_is_quarantine_and_an_answer_ends_it() {
+    let mut vm = running();
+    vm.step(Input::Disconnected { run: 1 });
+    vm.step(Input::Silent { run: 1 });
+    assert_eq!(vm.state(), State::Quarantined);
+    assert!(matches!(vm.admit(Verb::Pause), Err(FleetError::InvalidState(_))));
+    assert!(vm.admit(Verb::PowerOff).is_ok());
+    vm.step(Input::Connected { run: 1, paused: false });
+    assert_eq!(vm.state(), State::Running);
+}
+
+#[test]
+fn found_processes_go_on_as_they_were() {
+    for (state, forced, now) in [
+        (State::Running, false, State::Running),
+        (State::Quarantined, false, State::Quarantined),
+        (State::Stopping, true, State::Stopping),
+        (State::Stopping, false, State::Starting),
+        (State::Stopped, false, State::Starting),
+    ] {
+        assert_eq!(Vm::found(state, Intent::Running, forced).state(), now);
+    }
+    let mut vm = Vm::found(State::Stopping, Intent::Stopped, true);
+    let effects = vm.step(Input::Connected { run: 1, paused: false });
+    assert!(matches!(effects[..], [Effect::Send(Command::Quit), Effect::Arm(_)]));
+}
+
+fn any_verb() -> impl Strategy<Value = Verb> {
+    prop_oneof![
+        any::<bool>().prop_map(|paused| Verb::Start { paused }),
+        any::<bool>().prop_map(|force| Verb::Shutdown { force, timeout: Duration::from_secs(1) }),
+        Just(Verb::PowerOff),
+        Just(Verb::Pause),
+        Just(Verb::Resume),
+    ]
+}
+
+/// An input whose process number is the current one, or one that is gone.
+fn any_input() -> impl Strategy<Value = (bool, Input)> {
+    let error = || FleetError::QmpError("no".to_owned());
+    let command =
+        prop_oneof![Just(Command::Powerdown), Just(Command::Quit), Just(Command::Stop), Just(Command::Cont)];
+    let exit = prop_oneof![Just(Exit::Code(0)), Just(Exit::Unknown), Just(Exit::Signal("SIGKILL".into()))];
+    let run = 0;
+    let input = prop_oneof![
+        4 => any_verb().prop_map(|verb| Input::Request { job: 0, verb }),
+        1 => Just(Input::StartSeen),
+        2 => Just(Input::Launched { run }),
+        1 => Just(Input::LaunchFailed { run, error: error() }),
+        2 => any::<bool>().prop_map(move |paused| Input::Connected { run, paused }),
+        1 => Just(Input::Silent { run }),
+        1 => Just(Input::Disconnected { run }),
+        1 => any::<bool>().prop_map(move |paused| Input::VcpusChanged { run, paused }),
+        1 => Just(Input::ShutdownSeen { run, why: "end".into() }),
+        1 => Just(Input::StopSeen { run }),
+        2 => (command, any::<bool>()).prop_map(move |(command, ok)| {
+            let result = if ok { Ok(()) } else { Err(error()) };
+            Input::CommandDone { run, command, result }
+        }),
+        2 => exit.prop_map(move |exit| Input::Gone { run, exit }),
+        1 => Just(Input::Deadline),
+    ];
+    (prop::bool::weighted(0.9), input)
+}
+
+fn with_run(input: Input, now: u64) -> Input {
+    match input {
+        Input::Launched { .. } => Input::Launched { run: now },
+        Input::LaunchFailed { error, .. } => Input::LaunchFailed { run: now, error },
+        Input::Connected { paused, .. } => Input::Connected { run: now, paused },
+        Input::Silent { .. } => Input::Silent { run: now },
+        Input::Disconnected { .. } => Input::Disconnected { run: now },
+        Input::VcpusChanged { paused, .. } => Input::VcpusChanged { run: now, paused },
+        Input::ShutdownSeen { why, .. } => Input::ShutdownSeen { run: now, why },
+        Input::StopSeen { .. } => Input::StopSeen { run: now },
+        Input::CommandDone { command, result, .. } => Input::CommandDone { run: now, command, result },
+        Input::Gone { exit, .. } => Input::Gone { run: now, exit },
+        other => other,
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_laws_hold_in_any_order(inputs in prop::collection::vec(any_input(), 0..80)) {
+        let mut vm = Vm::idle(State::Defined, "");
+        // A process may exist from Launch (or a start seen) until it is gone.
+        let mut process = false;
+        let mut open: BTreeMap<u32, ()> = BTreeMap::new();
+        let mut next_job = 0;
+        let last = [(true, Input::Gone { run: 0, exit: Exit::Code(0) })];
+        for (current, input) in inputs.into_iter().chain(last) {
+            let input = match input {
+                Input::Request { verb, .. } => {
+                    next_job += 1;
+                    open.insert(next_job, ());
+                    Input::Request { job: next_job, verb }
+                }
+                other => with_run(other, if current { vm.run() } else { vm.run().wrapping_sub(1) }),
+            };
+            let before = vm.clone();
+            let effects = vm.step(input.clone());
+            let ends = matches!(input, Input::Gone { .. } | Input::LaunchFailed { .. });
+            if ends && current {
+                process = false;
+            }
+            if matches!(input, Input::StartSeen) && before.state().idle() {
+                process = true;
+            }
+            for effect in &effects {
+                match effect {
+                    Effect::Launch { .. } => {
+                        prop_assert!(!process, "two processes");
+                        let asked = matches!(input, Input::Request { verb: Verb::Start { .. }, .. });
+                        prop_assert!(asked, "started by itself");
+                        process = true;
+                    }
+                    Effect::EndJob { job, .. } => {
+                        prop_assert!(open.remove(job).is_some(), "a job ended twice");
+                    }
+                    _ => {}
+                }
+            }
+            prop_assert_eq!(vm.state().idle(), !process, "{:?} -> {:?} by {:?}", before.state(), vm.state(), input);
+            prop_assert_eq!(vm.job(), open.keys().next().copied(), "a job is lost");
+            prop_assert!(open.len() <= 1);
+            // An administrator's stop stands until somebody asks for something else.
+            if before.intent() == Intent::Stopped && vm.intent() != Intent::Stopped {
+                let asked = matches!(input, Input::Request { .. } | Input::StartSeen | Input::CommandDone { .. } | Input::Deadline);
+                prop_assert!(asked, "intent changed by {:?}", input);
+            }
+        }
+        prop_assert!(open.is_empty(), "a job outlived its process");
+    }
+}

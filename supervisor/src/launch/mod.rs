@@ -1,0 +1,218 @@
+//! How a VMM process comes to be, is found again, and ends: owns the one trait that the fleet knows, and what passes through it.
+//!
+//! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
+//! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server.
+
+pub mod handover;
+pub mod process;
+pub mod server;
+pub mod systemd;
+mod systemd1;
+#[cfg(test)]
+pub(crate) mod test_bus;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use futures_util::future::BoxFuture;
+use serde::Serialize;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use crate::fleet::vm::Exit;
+use crate::store::{Process, Runtime};
+
+/// Environment variable that tells the VMM which descriptor stands for which name on its command line.
+pub const FLOTILLA_FDS: &str = "FLOTILLA_FDS";
+
+/// Why a process could not be made, found or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// systemd said no.
+    #[error("{unit}: {text}")]
+    Unit {
+        /// Which unit.
+        unit: String,
+        /// Its reason.
+        text: String,
+    },
+    /// systemd could not be asked.
+    #[error("systemd: {0}")]
+    Bus(#[source] zbus::Error),
+    /// It took too long.
+    #[error("{unit}: systemd did not {verb} it within {seconds} s")]
+    Timeout {
+        /// Which unit.
+        unit: String,
+        /// What was asked.
+        verb: &'static str,
+        /// How long one waited.
+        seconds: u64,
+    },
+    /// The kernel said no.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl LaunchError {
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// What a descriptor stands for on the command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handed {
+    /// A file's path.
+    Path(PathBuf),
+    /// A tap's name.
+    Tap(String),
+}
+
+/// Everything a process needs to begin.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    /// Command line, program first.
+    pub command_line: Vec<String>,
+    /// Open descriptors.
+    pub descriptors: Vec<(Handed, OwnedFd)>,
+}
+
+impl Prepared {
+    /// The value of [`FLOTILLA_FDS`] when descriptor `at` of the list has the number `number(at)`.
+    pub fn table(&self, number: impl Fn(usize) -> i32) -> String {
+        #[derive(Serialize)]
+        struct Entry<'a> {
+            fd: i32,
+            #[serde(flatten)]
+            name: &'a Handed,
+        }
+        let entries: Vec<_> = self
+            .descriptors
+            .iter()
+            .enumerate()
+            .map(|(at, (name, _))| Entry { fd: number(at), name })
+            .collect();
+        // Paths were checked to be UTF-8 with the definition; nothing else here can fail.
+        serde_json::to_string(&entries).unwrap_or_default()
+    }
+}
+
+/// What happened to a process without anybody having asked this launcher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// It is there.
+    Started(Process),
+    /// It is being ended by somebody else.
+    Stopping,
+    /// It is no more.
+    Ended {
+        /// systemd's invocation id, to tell it from its successor; empty when the launcher has none.
+        invocation: String,
+        /// How it ended.
+        exit: Exit,
+    },
+}
+
+/// A notice about the VM `name`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// The VM.
+    pub name: String,
+    /// What happened.
+    pub notice: Notice,
+}
+
+/// Where events go. Unbounded: a launcher must never wait for the fleet, and there are a few events per process.
+pub type Events = mpsc::UnboundedSender<Event>;
+
+/// What was found of a VM at start-up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// Its process is alive (or about to be: a unit whose main process is not known yet has `pid` 0).
+    Alive(Process),
+    /// It ended while nobody watched.
+    Ended(Exit),
+}
+
+/// A VM to look for.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// The VM.
+    pub name: String,
+    /// Its identity, which stands on the command line.
+    pub uuid: Uuid,
+    /// What was last written about its process, in this boot.
+    pub record: Option<Runtime>,
+}
+
+/// Makes, finds and ends processes.
+pub trait Launcher: Send + Sync {
+    /// The systemd unit of the VM; empty when there is none.
+    fn unit(&self, name: &str) -> String;
+
+    /// Directory of the VM's own sockets.
+    fn sockets(&self, name: &str) -> PathBuf;
+
+    /// File of the VMM's own messages; empty where they go to the journal of the unit.
+    fn log_file(&self, name: &str) -> PathBuf;
+
+    /// Makes the process. Bounded in time. When it fails, no process is left.
+    fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>>;
+
+    /// Ends the process without asking it; fine when there is none. Its end is reported as an event.
+    fn kill<'a>(
+        &'a self,
+        name: &'a str,
+        process: Option<&'a Process>,
+    ) -> BoxFuture<'a, Result<(), LaunchError>>;
+
+    /// Looks for processes of earlier daemons; those alive are watched from now on. A VM without an entry never had one.
+    fn find<'a>(
+        &'a self,
+        wanted: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<BTreeMap<String, Found>, LaunchError>>;
+
+    /// Removes what a VM without process leaves on the host: its directory, a failed unit. Problems are logged.
+    fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()>;
+}
+
+/// A signal's name.
+pub(crate) fn signal_name(number: i32) -> String {
+    match nix::sys::signal::Signal::try_from(number) {
+        Ok(signal) => signal.as_str().to_owned(),
+        Err(_) => format!("SIG{number}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_what_the_vmm_reads() {
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let prepared = Prepared {
+            command_line: Vec::new(),
+            descriptors: vec![
+                (Handed::Path("/srv/a.img".into()), null()),
+                (Handed::Tap("fl-web-0".into()), null()),
+            ],
+        };
+        assert_eq!(
+            prepared.table(|at| 3 + at as i32),
+            r#"[{"fd":3,"path":"/srv/a.img"},{"fd":4,"tap":"fl-web-0"}]"#
+        );
+    }
+}

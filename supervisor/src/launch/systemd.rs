@@ -1,0 +1,528 @@
+//! The launcher under systemd: one instance of the template `flotilla-vm@.service` per VM, started by PID 1.
+//!
+//! PID 1 is a serial server, and dbus-daemon allows 128 replies under way per connection, so that few calls are in flight at once. The
+//! ends of jobs and all property changes come over one match rule each, whatever the size of the fleet (a connection may have 512); a
+//! unit's changes are told first for `Service`, then for `Unit`, and that order is promised to clients, so the second completes the first.
+//! The reader of these signals never waits for systemd: it would wait for itself.
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use tokio::sync::{Semaphore, mpsc};
+use tracing::{debug, error, info, warn};
+use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant};
+
+use super::server::{Identify, Source, vm_of_process};
+use super::systemd1::{ManagerProxy, PropertiesProxy};
+use super::{Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, signal_name};
+use crate::fleet::vm::Exit;
+use crate::store::Process;
+
+const PREFIX: &str = "flotilla-vm@";
+const SUFFIX: &str = ".service";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const SERVICE: &str = "org.freedesktop.systemd1.Service";
+/// The knee of PID 1's throughput is well below; more only queue there, where they cannot be cancelled.
+const IN_FLIGHT: usize = 8;
+/// From StartUnit to the end of its job. Shorter than the state machine's own deadline for a start.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// For calls that PID 1 answers from memory.
+const CALL_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The VM whose unit this is.
+pub fn vm_of_unit(unit: &str) -> Option<&str> {
+    unit.strip_prefix(PREFIX)?.strip_suffix(SUFFIX).filter(|name| !name.is_empty())
+}
+
+fn unit_of(name: &str) -> String {
+    format!("{PREFIX}{name}{SUFFIX}")
+}
+
+/// Object path of a unit, as `sd_bus_path_encode(3)` writes it.
+fn path_of(unit: &str) -> String {
+    let mut path = String::from("/org/freedesktop/systemd1/unit/");
+    for (at, byte) in unit.bytes().enumerate() {
+        if byte.is_ascii_alphabetic() || (at > 0 && byte.is_ascii_digit()) {
+            path.push(char::from(byte));
+        } else {
+            path.push_str(&format!("_{byte:02x}"));
+        }
+    }
+    path
+}
+
+/// What is known of a unit from its signals.
+#[derive(Debug, Clone, Default)]
+struct Known {
+    main_pid: u32,
+    code: i32,
+    status: i32,
+    active: String,
+    invocation: String,
+}
+
+impl Known {
+    fn process(&self) -> Process {
+        Process { pid: self.main_pid, start_time: 0, invocation: self.invocation.clone() }
+    }
+
+    /// `ExecMainCode` is `si_code` of SIGCHLD (sigaction(2)).
+    fn exit(&self) -> Exit {
+        match self.code {
+            libc::CLD_EXITED => Exit::Code(self.status),
+            libc::CLD_KILLED | libc::CLD_DUMPED => Exit::Signal(signal_name(self.status)),
+            _ => Exit::Unknown,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Listeners for the ends of a unit's jobs.
+    jobs: Mutex<HashMap<String, mpsc::UnboundedSender<(OwnedObjectPath, String)>>>,
+    /// What a unit's process will ask for.
+    prepared: Mutex<HashMap<String, Prepared>>,
+    /// Units that we killed: their failure is no news.
+    killed: Mutex<std::collections::HashSet<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// See the module.
+pub struct SystemdLauncher {
+    connection: Connection,
+    manager: ManagerProxy<'static>,
+    shared: Arc<Shared>,
+    calls: Semaphore,
+    directory: PathBuf,
+}
+
+impl SystemdLauncher {
+    /// Connects to the systemd on this bus and listens to it. The VMs' runtime directories are below `directory`.
+    pub async fn connect(
+        connection: Connection,
+        directory: PathBuf,
+        events: Events,
+    ) -> Result<Self, LaunchError> {
+        let manager = ManagerProxy::builder(&connection)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .map_err(LaunchError::Bus)?;
+        let shared = Arc::new(Shared::default());
+        // Match before asking: an answer may overtake the call's reply.
+        let jobs = rule("org.freedesktop.systemd1.Manager", "JobRemoved", "/org/freedesktop/systemd1");
+        let changes =
+            rule("org.freedesktop.DBus.Properties", "PropertiesChanged", "/org/freedesktop/systemd1/unit");
+        let jobs = MessageStream::for_match_rule(
+            jobs.map_err(LaunchError::Bus)?,
+            &connection,
+            NonZeroUsize::new(1024),
+        );
+        let jobs = jobs.await.map_err(LaunchError::Bus)?;
+        let changes = MessageStream::for_match_rule(
+            changes.map_err(LaunchError::Bus)?,
+            &connection,
+            NonZeroUsize::new(4096),
+        );
+        let changes = changes.await.map_err(LaunchError::Bus)?;
+        manager.subscribe().await.map_err(LaunchError::Bus)?;
+        tokio::spawn(read_jobs(jobs, Arc::clone(&shared)));
+        tokio::spawn(read_changes(changes, Arc::clone(&shared), manager.clone(), events));
+        let calls = Semaphore::new(IN_FLIGHT);
+        Ok(Self { connection, manager, shared, calls, directory })
+    }
+
+    /// Wraps the fleet as the source of the launch socket: what was prepared for a start is handed over first.
+    pub fn source(&self, fleet: Arc<dyn Source>) -> Arc<dyn Source> {
+        Arc::new(PreparedFirst { shared: Arc::clone(&self.shared), fleet })
+    }
+
+    /// How the launch socket tells its peers apart.
+    pub fn identify() -> Identify {
+        Arc::new(vm_of_process)
+    }
+
+    async fn call<T>(
+        &self,
+        unit: &str,
+        verb: &'static str,
+        call: impl Future<Output = zbus::Result<T>>,
+    ) -> Result<T, LaunchError> {
+        let _slot = self.calls.acquire().await;
+        match tokio::time::timeout(CALL_DEADLINE, call).await {
+            Ok(result) => result.map_err(|error| refused(unit, error)),
+            Err(_) => {
+                Err(LaunchError::Timeout { unit: unit.to_owned(), verb, seconds: CALL_DEADLINE.as_secs() })
+            }
+        }
+    }
+
+    async fn property<T>(&self, unit: &str, interface: &str, property: &str) -> Result<T, LaunchError>
+    where
+        T: TryFrom<OwnedVariant>,
+    {
+        let proxy = PropertiesProxy::builder(&self.connection)
+            .path(path_of(unit))
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .map_err(LaunchError::Bus)?;
+        let value = self.call(unit, "describe", proxy.get(interface, property)).await?;
+        T::try_from(value).map_err(|_| LaunchError::Unit {
+            unit: unit.to_owned(),
+            text: format!("property {property} has an unexpected type"),
+        })
+    }
+
+    async fn describe(&self, unit: &str) -> Result<Known, LaunchError> {
+        Ok(Known {
+            main_pid: self.property(unit, SERVICE, "MainPID").await?,
+            code: self.property(unit, SERVICE, "ExecMainCode").await?,
+            status: self.property(unit, SERVICE, "ExecMainStatus").await?,
+            active: self.property(unit, UNIT, "ActiveState").await?,
+            invocation: hex(&self.property::<Vec<u8>>(unit, UNIT, "InvocationID").await?),
+        })
+    }
+
+    async fn start_job(&self, unit: &str) -> Result<String, LaunchError> {
+        let (sender, mut ended) = mpsc::unbounded_channel();
+        lock(&self.shared.jobs).insert(unit.to_owned(), sender);
+        let result = tokio::time::timeout(START_DEADLINE, async {
+            let job = self.call(unit, "start", self.manager.start_unit(unit, "replace")).await?;
+            while let Some((path, result)) = ended.recv().await {
+                if path == job {
+                    return Ok(result);
+                }
+            }
+            Err(LaunchError::Unit { unit: unit.to_owned(), text: "systemd went away".to_owned() })
+        })
+        .await;
+        lock(&self.shared.jobs).remove(unit);
+        result.unwrap_or_else(|_| {
+            let seconds = START_DEADLINE.as_secs();
+            Err(LaunchError::Timeout { unit: unit.to_owned(), verb: "start", seconds })
+        })
+    }
+
+    async fn start_unit(&self, name: &str, prepared: Prepared) -> Result<Process, LaunchError> {
+        let unit = unit_of(name);
+        lock(&self.shared.killed).remove(&unit);
+        lock(&self.shared.prepared).insert(name.to_owned(), prepared);
+        let outcome = match self.start_job(&unit).await {
+            Ok(result) if result == "done" => match self.describe(&unit).await {
+                Ok(known) if known.main_pid == 0 => {
+                    let text = format!("it ended at once ({}): see journalctl -u {unit}", known.exit());
+                    Err(LaunchError::Unit { text, unit: unit.clone() })
+                }
+                described => described,
+            },
+            Ok(result) => Err(LaunchError::Unit { text: reason_of(&result, &unit), unit: unit.clone() }),
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(known) => Ok(known.process()),
+            Err(error) => {
+                lock(&self.shared.prepared).remove(name);
+                if let Err(error) = self.end_unit(name).await {
+                    warn!(FLOTILLA_VM = name, "{error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn end_unit(&self, name: &str) -> Result<(), LaunchError> {
+        let unit = unit_of(name);
+        lock(&self.shared.killed).insert(unit.clone());
+        // No process yet is an error here and fine: the stop that follows cancels the start.
+        if let Err(error) =
+            self.call(&unit, "kill", self.manager.kill_unit(&unit, "all", libc::SIGKILL)).await
+        {
+            debug!(FLOTILLA_VM = name, "{error}");
+        }
+        self.call(&unit, "stop", self.manager.stop_unit(&unit, "replace")).await.map(drop)
+    }
+
+    async fn find_all(&self, wanted: &[Wanted]) -> Result<BTreeMap<String, Found>, LaunchError> {
+        let pattern = format!("{PREFIX}*{SUFFIX}");
+        let rows = self.call(&pattern, "list", self.manager.list_units_by_patterns(&[], &[&pattern])).await?;
+        let states: HashMap<&str, &str> =
+            rows.iter().filter_map(|row| Some((vm_of_unit(&row.0)?, row.3.as_str()))).collect();
+        for (name, state) in &states {
+            if !wanted.iter().any(|w| w.name == *name) && !matches!(*state, "inactive" | "failed") {
+                warn!(
+                    FLOTILLA_VM = name,
+                    "{}: {state}, but no such VM is defined: left alone",
+                    unit_of(name)
+                );
+            }
+        }
+        let look = |w: &Wanted| {
+            let (name, state) = (w.name.clone(), states.get(w.name.as_str()).map(ToString::to_string));
+            let record = w.record.clone();
+            async move {
+                let alive =
+                    matches!(state.as_deref(), Some("active" | "activating" | "deactivating" | "reloading"));
+                // A unit that never failed is forgotten by systemd when it ends; our record remembers it.
+                if !alive && record.as_ref().is_none_or(|record| record.state.idle()) {
+                    return Ok(None);
+                }
+                if state.is_none() {
+                    return Ok(Some((name, Found::Ended(Exit::Unknown))));
+                }
+                let known = self.describe(&unit_of(&name)).await?;
+                let found = if alive && !(known.main_pid == 0 && known.code != 0) {
+                    Found::Alive(known.process())
+                } else {
+                    Found::Ended(known.exit())
+                };
+                Ok(Some((name, found)))
+            }
+        };
+        let found: Vec<Option<_>> = futures_util::stream::iter(wanted.iter().map(look))
+            .buffer_unordered(IN_FLIGHT)
+            .try_collect()
+            .await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+}
+
+impl Launcher for SystemdLauncher {
+    fn unit(&self, name: &str) -> String {
+        unit_of(name)
+    }
+
+    fn sockets(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn log_file(&self, _name: &str) -> PathBuf {
+        PathBuf::new()
+    }
+
+    fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>> {
+        self.start_unit(name, prepared).boxed()
+    }
+
+    fn kill<'a>(
+        &'a self,
+        name: &'a str,
+        _process: Option<&'a Process>,
+    ) -> BoxFuture<'a, Result<(), LaunchError>> {
+        self.end_unit(name).boxed()
+    }
+
+    fn find<'a>(
+        &'a self,
+        wanted: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<BTreeMap<String, Found>, LaunchError>> {
+        self.find_all(wanted).boxed()
+    }
+
+    fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {
+        async move {
+            let unit = unit_of(name);
+            // Not failed, nothing to clean, not loaded: all fine.
+            let reset = self.call(&unit, "reset", self.manager.reset_failed_unit(&unit)).await;
+            let clean = self.call(&unit, "clean", self.manager.clean_unit(&unit, &["runtime"])).await;
+            debug!(FLOTILLA_VM = name, "reset: {reset:?}, clean: {clean:?}");
+            remove_directory(&self.directory, name);
+        }
+        .boxed()
+    }
+}
+
+/// What systemd left of a runtime directory; for a dynamic user it is a link to `private/` beside its parent.
+fn remove_directory(directory: &Path, name: &str) {
+    let path = directory.join(name);
+    let private = directory
+        .file_name()
+        .and_then(|base| Some(directory.parent()?.join("private").join(base).join(name)));
+    let removals = [
+        if path.is_symlink() { std::fs::remove_file(&path) } else { std::fs::remove_dir_all(&path) },
+        private.map_or(Ok(()), std::fs::remove_dir_all),
+    ];
+    for error in removals.into_iter().filter_map(Result::err) {
+        if error.kind() != std::io::ErrorKind::NotFound {
+            warn!(FLOTILLA_VM = name, "{} is left behind: {error}", path.display());
+        }
+    }
+}
+
+struct PreparedFirst {
+    shared: Arc<Shared>,
+    fleet: Arc<dyn Source>,
+}
+
+impl Source for PreparedFirst {
+    fn hand_over<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Prepared, String>> {
+        let ready = lock(&self.shared.prepared).remove(name);
+        match ready {
+            Some(prepared) => async { Ok(prepared) }.boxed(),
+            None => self.fleet.hand_over(name),
+        }
+    }
+
+    fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>> {
+        self.fleet.end(name)
+    }
+}
+
+fn refused(unit: &str, error: zbus::Error) -> LaunchError {
+    match error {
+        zbus::Error::MethodError(_, Some(text), _) => {
+            LaunchError::Unit { unit: unit.to_owned(), text: text.trim_end_matches('.').to_owned() }
+        }
+        error => LaunchError::Bus(error),
+    }
+}
+
+/// The words of `JobRemoved`'s result, for people.
+fn reason_of(result: &str, unit: &str) -> String {
+    match result {
+        "canceled" => "its start was cancelled, by a stop most likely".to_owned(),
+        "timeout" => "it did not start in time".to_owned(),
+        "dependency" => "a unit that it needs failed".to_owned(),
+        other => format!("its start ended as \"{other}\": see journalctl -u {unit}"),
+    }
+}
+
+fn rule(interface: &str, member: &str, paths: &str) -> zbus::Result<MatchRule<'static>> {
+    MatchRule::builder()
+        .msg_type(zbus::message::Type::Signal)
+        .sender("org.freedesktop.systemd1")
+        .interface(interface.to_owned())
+        .member(member.to_owned())
+        .path_namespace(paths.to_owned())
+        .build()
+}
+
+async fn read_jobs(mut stream: MessageStream, shared: Arc<Shared>) {
+    while let Some(Ok(message)) = stream.next().await {
+        type Body = (u32, OwnedObjectPath, String, String);
+        let Ok((_, job, unit, result)) = message.body().deserialize::<Body>() else { continue };
+        if let Some(listener) = lock(&shared.jobs).get(&unit) {
+            let _ = listener.send((job, result));
+        }
+    }
+    error!("systemd's signals ended");
+}
+
+async fn read_changes(
+    mut stream: MessageStream,
+    shared: Arc<Shared>,
+    manager: ManagerProxy<'static>,
+    events: Events,
+) {
+    let prefix = path_of(PREFIX);
+    let mut units: HashMap<String, Known> = HashMap::new();
+    while let Some(Ok(message)) = stream.next().await {
+        let ours = message.header().path().is_some_and(|path| path.starts_with(&prefix));
+        if !ours {
+            continue;
+        }
+        let Some(change) = Change::read(&message) else { continue };
+        let known = units.entry(change.unit.clone()).or_default();
+        let Some(before) = change.apply(known) else { continue };
+        let Some(name) = vm_of_unit(&change.unit) else { continue };
+        let notice = match (before.as_str(), known.active.as_str()) {
+            (_, "inactive" | "failed") if !matches!(before.as_str(), "inactive" | "failed") => {
+                Notice::Ended { invocation: known.invocation.clone(), exit: known.exit() }
+            }
+            (_, "activating" | "active") if known.main_pid != 0 => Notice::Started(known.process()),
+            // While ExecStop= runs after the process ended by itself, there is no main process: that is no stop.
+            (_, "deactivating") if known.main_pid != 0 => Notice::Stopping,
+            _ => continue,
+        };
+        let failed = known.active == "failed";
+        if matches!(notice, Notice::Ended { .. }) {
+            info!(FLOTILLA_VM = name, "{} ended: {}", change.unit, known.exit());
+            if lock(&shared.killed).remove(&change.unit) && failed {
+                let (manager, unit) = (manager.clone(), change.unit.clone());
+                tokio::spawn(async move {
+                    let reset = tokio::time::timeout(CALL_DEADLINE, manager.reset_failed_unit(&unit));
+                    debug!("{unit}: reset: {:?}", reset.await);
+                });
+            }
+            let event = Event { name: name.to_owned(), notice };
+            units.remove(&change.unit);
+            let _ = events.send(event);
+        } else {
+            let _ = events.send(Event { name: name.to_owned(), notice });
+        }
+    }
+    error!("systemd's signals ended");
+}
+
+/// One `PropertiesChanged` of a unit.
+struct Change {
+    unit: String,
+    interface: String,
+    properties: HashMap<String, OwnedVariant>,
+}
+
+impl Change {
+    fn read(message: &Message) -> Option<Self> {
+        let header = message.header();
+        let unit = unescape(header.path()?.as_str().strip_prefix("/org/freedesktop/systemd1/unit/")?)?;
+        type Body = (String, HashMap<String, OwnedVariant>, Vec<String>);
+        let (interface, properties, _) = message.body().deserialize::<Body>().ok()?;
+        Some(Self { unit, interface, properties })
+    }
+
+    fn get<T: TryFrom<OwnedVariant>>(&self, name: &str) -> Option<T> {
+        T::try_from(self.properties.get(name)?.try_clone().ok()?).ok()
+    }
+
+    /// Takes the change over. `Some` (the active state before) when it completes a pair.
+    fn apply(&self, known: &mut Known) -> Option<String> {
+        if self.interface == SERVICE {
+            known.main_pid = self.get("MainPID").unwrap_or(known.main_pid);
+            known.code = self.get("ExecMainCode").unwrap_or(known.code);
+            known.status = self.get("ExecMainStatus").unwrap_or(known.status);
+            return None;
+        }
+        if self.interface != UNIT {
+            return None;
+        }
+        if let Some(invocation) = self.get::<Vec<u8>>("InvocationID") {
+            known.invocation = hex(&invocation);
+        }
+        let active: String = self.get("ActiveState")?;
+        Some(std::mem::replace(&mut known.active, active))
+    }
+}
+
+fn unescape(label: &str) -> Option<String> {
+    let mut bytes = label.bytes();
+    let mut text = Vec::new();
+    while let Some(byte) = bytes.next() {
+        if byte == b'_' {
+            let pair = [bytes.next()?, bytes.next()?];
+            text.push(u8::from_str_radix(std::str::from_utf8(&pair).ok()?, 16).ok()?);
+        } else {
+            text.push(byte);
+        }
+    }
+    String::from_utf8(text).ok()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+#[path = "systemd_tests.rs"]
+mod tests;

@@ -14,7 +14,7 @@ use crate::inherit::Inherited;
 mod ioctl;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use ioctl::Offloads;
 
@@ -99,9 +99,7 @@ impl Tap {
         let host = |what| move |e: io::Error| Problem::Host(what, e);
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| Problem::Host("use the tap", e.into()))?;
         ioctl::set_header_size(&fd, HEADER_BYTES).map_err(host("set the tap's header size"))?;
-        let tap = Self { fd, id: netdev.id.clone() };
-        tap.set_offloads(Offloads::default()).map_err(host("set the tap's offloads"))?;
-        Ok(tap)
+        Ok(Self { fd, id: netdev.id.clone() })
     }
 
     /// One end of a pair of packet sockets instead of a tap; the other end sees headers and packets as the kernel would.
@@ -118,7 +116,7 @@ impl Tap {
         &self.id
     }
 
-    /// Tells the kernel what the guest can take, so that it sends nothing else.
+    /// Tells the kernel what the guest can take, so that it sends nothing else. Before that the tap has whatever its last user set.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         ioctl::set_offloads(&self.fd, offloads)
     }

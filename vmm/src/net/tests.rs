@@ -12,7 +12,7 @@ fn netdev(source: TapSource) -> Netdev {
     }
 }
 
-fn named(name: &str) -> Netdev {
+pub(crate) fn named(name: &str) -> Netdev {
     netdev(TapSource::Name(name.into()))
 }
 
@@ -20,12 +20,12 @@ fn open(netdev: &Netdev) -> Result<Tap, NetError> {
     Tap::open(netdev, &Inherited::default())
 }
 
-fn ip(arguments: &str) -> bool {
+pub(crate) fn ip(arguments: &str) -> bool {
     Command::new("ip").args(arguments.split(' ')).status().is_ok_and(|s| s.success())
 }
 
 /// Runs `test` on a thread with a network of its own. Says so when it cannot.
-fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     std::thread::spawn(|| {
         // SAFETY: only this thread is moved, and it ends with the test.
         let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;

@@ -251,7 +251,7 @@ impl MmioTransport {
         let memory = Arc::clone(&self.memory);
         r.device.activate(Activation { memory, features, queues, interrupt })?;
         let addr = base + reg::QUEUE_NOTIFY;
-        for (queue, fd) in bells {
+        for (queue, fd) in bells.into_iter().filter(|_| r.device.wants_doorbell()) {
             match self.doorbell.attach(addr, queue, &fd) {
                 Ok(()) => running.bells.push((addr, queue, fd)),
                 // Slower, but it works: the driver's writes come to `notify` below.

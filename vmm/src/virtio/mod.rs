@@ -121,6 +121,10 @@ pub trait VirtioDevice: Send {
     /// The driver wrote 0 to the status, or the machine goes down: when this returns no thread of the device touches guest memory
     /// or the queues again (requests in flight have finished or will only touch buffers that the device owns).
     fn reset(&mut self);
+    /// Whether notifications will come often enough to pay for a doorbell, which costs the guest's start some time.
+    fn wants_doorbell(&self) -> bool {
+        true
+    }
     /// The machine goes down for good: like [`reset`](Self::reset), then what the guest has written is made durable.
     fn shut_down(&mut self) -> io::Result<()> {
         self.reset();

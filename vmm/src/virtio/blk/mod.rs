@@ -227,6 +227,10 @@ impl VirtioDevice for Blk {
         }
     }
 
+    fn wants_doorbell(&self) -> bool {
+        self.disk.is_some()
+    }
+
     fn shut_down(&mut self) -> io::Result<()> {
         self.reset();
         match &self.disk {

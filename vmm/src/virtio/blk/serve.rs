@@ -41,7 +41,7 @@ pub(super) struct Server {
     engine: Option<Box<dyn Engine>>,
     bounce: Option<Bounce>,
     rules: Rules,
-    /// By head.
+    /// By head; as long as the largest head so far needs, so that a disk that is hardly used takes hardly any memory.
     in_flight: Vec<Option<(Kind, Request)>>,
     /// How many of them are.
     busy: usize,
@@ -54,15 +54,13 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn new(parts: Parts) -> Self {
-        let mut in_flight = Vec::new();
-        in_flight.resize_with(usize::from(parts.queue.size()), || None);
         let size = parts.disk.as_ref().map_or(0, |d| d.size());
         let rules = Rules { size, read_only: parts.read_only, unmap: parts.unmap, zero: parts.zero };
         Self {
             engine: None,
             bounce: None,
             rules,
-            in_flight,
+            in_flight: Vec::new(),
             busy: 0,
             spare: Vec::new(),
             broken: false,
@@ -179,7 +177,11 @@ impl Server {
         if let Kind::Discard { len: 0 } | Kind::WriteZeroes { len: 0, .. } = kind {
             return self.finish(request, Status::Ok);
         }
-        let Some(place) = self.in_flight.get_mut(usize::from(head)) else { return };
+        let at = usize::from(head);
+        if at >= self.in_flight.len() {
+            self.in_flight.resize_with(at + 1, || None);
+        }
+        let Some(place) = self.in_flight.get_mut(at) else { return };
         // SAFETY: the request goes to its place and stays there until the engine gives its tag back; the list of its buffers is on
         // the heap and does not move with it; the buffers are guest RAM, which the queue keeps.
         match unsafe { engine.push(head, op, offset) } {

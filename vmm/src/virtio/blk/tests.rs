@@ -286,6 +286,7 @@ fn read_only_write_through_and_empty() {
     assert_eq!((rig.get(0x100), rig.get(0x104), rig.get(0x114)), (0, 0, 512));
     let ring = rig.start(!0, 1, 16).remove(0);
     let mut d = Disked { rig, ring, image: image() };
+    assert!(d.rig.doorbell.attached.lock().unwrap().is_empty(), "nobody will ring it");
     for kind in [IN, FLUSH, GET_ID] {
         assert_eq!(d.ask(kind, 0, &[(BUFFER, 512, true)]), (IOERR, 1));
     }

@@ -160,6 +160,10 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn wants_doorbell(&self) -> bool {
+        self.tap.is_some()
+    }
+
     fn reset(&mut self) {
         if !self.stop(RESET_DEADLINE) {
             tracing::error!("a tap hangs; the network device stays down until it does not");

@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::inherit::Inherited;
 use crate::net::HEADER_BYTES;
+use crate::net::tests::{in_a_namespace, ip, named};
 use crate::virtio::testing::{DATA, NEXT, PLAIN, RAM, Rig, Ring};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
@@ -293,4 +295,34 @@ fn resets_under_load() {
         }
         nic.rig.kick(&nic.rx);
     }
+}
+
+#[test]
+fn a_deleted_tap_takes_the_link_down_and_the_device_goes_on() {
+    in_a_namespace(|| {
+        assert!(ip("tuntap add dev t0 mode tap"));
+        assert!(ip("link set t0 up"));
+        let rig = Rig::new(device(Some(Tap::open(&named("t0"), &Inherited::default()).unwrap())));
+        let mut rings = rig.start(!0, 2, 256).into_iter();
+        let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
+        let mut nic = Nic { rig, peer: Tap::fake().1, rx, tx };
+        nic.put(DATA, &packet(60, 1));
+        nic.transmit(&[(DATA, 72, false)]);
+        // Something to read into, so that the end of the tap is what the device meets next.
+        for _ in 0..32 {
+            nic.rx.add(&[(DATA + 0x1000, 2000, true)]);
+        }
+        nic.rig.kick(&nic.rx);
+        assert_eq!(nic.rig.get(0x104) >> 16 & 1, 1);
+        assert!(ip("link del t0"));
+        nic.rig.wait(|| (nic.rig.get(0x104) >> 16 & 1 == 0).then_some(()));
+        nic.rig.wait(|| (nic.rig.get(0x60) & 2 != 0).then_some(()));
+        for _ in 0..3 {
+            nic.transmit(&[(DATA, 72, false)]);
+        }
+        assert!(!nic.rig.needs_reset());
+        let mut rings = nic.rig.start(!0, 2, 256).into_iter();
+        (nic.rx, nic.tx) = (rings.next().unwrap(), rings.next().unwrap());
+        nic.transmit(&[(DATA, 72, false)]);
+    });
 }

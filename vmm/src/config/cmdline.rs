@@ -1,6 +1,6 @@
 //! The command line: owns the single-dash grammar that StratoVirt established, and turns an argument vector into a [`VmConfig`].
 //!
-//! Two stages. The first ([`Given`]) knows only which options exist and how many values each takes. The second reads the values
+//! Two stages. The first (`Given`) knows only which options exist and how many values each takes. The second reads the values
 //! of each option in a fixed order, by meaning: `board`, `backends`, `devices`. What spans several options is checked afterwards,
 //! by [`VmConfig::validate`]. Nothing touches the host, and no argument vector makes it panic.
 

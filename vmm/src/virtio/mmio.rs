@@ -5,7 +5,7 @@
 //! the placeholder DeviceID 0, which drivers skip without a word (§4.2.2.2): no kernel sees a device twice.
 //!
 //! Locks: `registers`, taken by vCPU threads and by the thread that owns the machine. It is held over `activate` and `reset` of the
-//! device, so a device's threads must never wait for it: interrupts go through [`Signals`], which has no lock. The interrupt registers,
+//! device, so a device's threads must never wait for it: interrupts go through `Signals`, which has no lock. The interrupt registers,
 //! the only ones that a running driver touches, are served without the lock too.
 
 use std::io;

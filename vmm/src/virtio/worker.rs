@@ -1,7 +1,7 @@
 //! I/O threads and how devices share them: owns the threads' lives, and the gate between a device's handlers and its reset.
 //!
 //! A [`Worker`] is one thread with one [`EventLoop`], started when the first device that uses it is activated: a VM whose guest
-//! drives no device has no I/O thread. Handlers reach the state of their device through a [`Gate`]:
+//! drives no device has no I/O thread. Handlers reach the state of their device through a `Gate`:
 //!
 //! ```text
 //!            enter (I/O thread)                   close (vCPU or main thread)

@@ -1,6 +1,6 @@
 //! The registers that the first vCPU starts with: one state for the Linux 64-bit boot protocol, one for PVH.
 //!
-//! The `boot` room puts kernel, parameters, page tables and [`gdt`] into guest memory; the machine then calls [`BootState::apply`].
+//! The `boot` room puts kernel, parameters, page tables and `gdt` into guest memory; the machine then calls [`BootState::apply`].
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -21,7 +21,7 @@ pub enum BootState {
         page_table: u64,
         /// Stack pointer; the kernel soon sets its own.
         stack: u64,
-        /// Descriptor table with the content of [`gdt`].
+        /// Descriptor table with the content of `gdt`.
         gdt: u64,
     },
     /// Xen PVH direct boot: 32-bit protected mode without paging, EBX points to `hvm_start_info`.
@@ -30,7 +30,7 @@ pub enum BootState {
         entry: u32,
         /// `struct hvm_start_info`.
         start_info: u32,
-        /// Descriptor table with the content of [`gdt`].
+        /// Descriptor table with the content of `gdt`.
         gdt: u64,
     },
 }

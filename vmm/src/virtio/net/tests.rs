@@ -272,7 +272,8 @@ fn resets_under_load() {
             nic.rx.add(&[(DATA + 0x1000 * i, 2000, true)]);
             nic.put(DATA + 0x1_0000, &packet(500, 1));
             nic.tx.add(&[(DATA + 0x1_0000, 512, false)]);
-            nic.arrive(&packet(500, i as u8));
+            // Full when the device has had no chance to read for some rounds: fine too.
+            let _ = rustix::io::write(&nic.peer, &packet(500, i as u8));
             nic.rig.kick(&nic.rx);
             nic.rig.kick(&nic.tx);
         }

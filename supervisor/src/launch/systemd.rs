@@ -87,6 +87,9 @@ struct Shared {
     jobs: Mutex<HashMap<String, mpsc::UnboundedSender<(OwnedObjectPath, String)>>>,
     /// What a unit's process will ask for.
     prepared: Mutex<HashMap<String, Prepared>>,
+    /// Units that we start and of which no change was seen yet. systemd tells of the queued job first, with the unit still inactive:
+    /// that is no end of a process.
+    fresh: Mutex<std::collections::HashSet<String>>,
     /// Units that we killed: their failure is no news.
     killed: Mutex<std::collections::HashSet<String>>,
 }
@@ -215,6 +218,7 @@ impl SystemdLauncher {
     async fn start_unit(&self, name: &str, prepared: Prepared) -> Result<Process, LaunchError> {
         let unit = unit_of(name);
         lock(&self.shared.killed).remove(&unit);
+        lock(&self.shared.fresh).insert(unit.clone());
         lock(&self.shared.prepared).insert(name.to_owned(), prepared);
         let outcome = match self.start_job(&unit).await {
             Ok(result) if result == "done" => match self.describe(&unit).await {
@@ -431,7 +435,10 @@ async fn read_changes(
         }
         let Some(change) = Change::read(&message) else { continue };
         let known = units.entry(change.unit.clone()).or_default();
-        let Some(before) = change.apply(known) else { continue };
+        let Some(mut before) = change.apply(known) else { continue };
+        if lock(&shared.fresh).remove(&change.unit) && before.is_empty() {
+            "inactive".clone_into(&mut before);
+        }
         let Some(name) = vm_of_unit(&change.unit) else { continue };
         let notice = match (before.as_str(), known.active.as_str()) {
             (_, "inactive" | "failed") if !matches!(before.as_str(), "inactive" | "failed") => {

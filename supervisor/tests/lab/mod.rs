@@ -1,0 +1,315 @@
+//! A host for one daemon: a bus of its own, directories of its own, a network namespace of its own, and VMMs that are none.
+//!
+//! Needs `dbus-daemon`, and root for the network namespace. Without them a test that needs them **fails and says so**.
+
+pub(crate) mod vmm;
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use dbus_api::error::Error;
+use dbus_api::proxy::{ManagerProxy, VmProxy};
+use dbus_api::vm_path;
+use futures_util::StreamExt;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+use zbus::{Connection, OwnedObjectPath};
+
+/// Long enough for a loaded machine, short enough to notice a hang.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The host.
+pub(crate) struct Lab {
+    directory: TempDir,
+    bus: Child,
+    address: String,
+    connection: Connection,
+    pub(crate) manager: ManagerProxy<'static>,
+    daemon: Option<Child>,
+    namespace: Option<Child>,
+}
+
+/// `Options` of a call that has none.
+pub(crate) fn none<'a>() -> dbus_api::proxy::Options<'a> {
+    dbus_api::proxy::Options::new()
+}
+
+/// The name of an API error, without its prefix.
+pub(crate) fn name_of(error: &Error) -> String {
+    let text = format!("{error:?}");
+    text.split('(').next().unwrap_or_default().to_owned()
+}
+
+impl Lab {
+    /// A host with a daemon on it.
+    pub(crate) async fn new() -> Lab {
+        let mut lab = Lab::bare().await;
+        lab.start_daemon().await;
+        lab
+    }
+
+    /// A host whose daemon is yet to be started.
+    pub(crate) async fn bare() -> Lab {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["pids", "state", "run"] {
+            std::fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        std::fs::write(directory.path().join("kernel"), "no kernel, but no VMM looks").unwrap();
+        // The test program is the VMM: its only test that may run then is the one of this name.
+        let program = directory.path().join("vmm");
+        let own = std::env::current_exe().unwrap();
+        let script = format!(
+            "#!/bin/sh\nexec '{}' --exact --nocapture --test-threads=1 this_program_is_the_vmm -- \"$@\"\n",
+            own.display()
+        );
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+
+        let mut bus = Command::new("dbus-daemon")
+            .args(["--session", "--nofork", "--nopidfile", "--print-address"])
+            .stdout(Stdio::piped())
+            // It cannot raise its limit of descriptors here, and says so.
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("these tests need dbus-daemon");
+        let mut address = String::new();
+        BufReader::new(bus.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        let address = address.trim().to_owned();
+        let connection = zbus::connection::Builder::address(address.as_str()).build().await.unwrap();
+        let manager = ManagerProxy::builder(&connection)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .unwrap();
+        Lab { directory, bus, address, connection, manager, daemon: None, namespace: None }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// From now on the daemon lives in a network namespace that outlives it.
+    pub(crate) fn own_network(&mut self) {
+        assert!(nix::unistd::geteuid().is_root(), "a test with bridges and taps needs root");
+        let holder = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+        let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+        let theirs = format!("/proc/{}/ns/net", holder.id());
+        self.namespace = Some(holder);
+        for _ in 0..5000 {
+            if std::fs::read_link(&theirs).is_ok_and(|theirs| theirs != own) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        panic!("unshare --net does not begin");
+    }
+
+    /// Runs a program in the daemon's network.
+    fn command(&self, program: &str) -> Command {
+        match &self.namespace {
+            None => Command::new(program),
+            Some(holder) => {
+                let mut command = Command::new("nsenter");
+                command.args([&format!("--net=/proc/{}/ns/net", holder.id()), program]);
+                command
+            }
+        }
+    }
+
+    /// What `ip` says of the daemon's network.
+    pub(crate) fn ip(&self, arguments: &str) -> String {
+        let output = self.command("ip").args(arguments.split(' ')).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Starts the daemon and waits until it answers.
+    pub(crate) async fn start_daemon(&mut self) {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
+        let daemon = self
+            .command(env!("CARGO_BIN_EXE_flotillad"))
+            .args(["--bus", &self.address, "--launcher", "process"])
+            .args(["--config".as_ref(), self.configuration().as_os_str()])
+            .args(["--state-dir".as_ref(), self.path("state").as_os_str()])
+            .args(["--runtime-dir".as_ref(), self.path("run").as_os_str()])
+            .args(["--vmm".as_ref(), self.path("vmm").as_os_str()])
+            .env("FAKE_VMM_PIDS", self.path("pids"))
+            .env("FLOTILLA_LOG", "debug,zbus=warn")
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("JOURNAL_STREAM")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.daemon = Some(daemon);
+        let answers = async {
+            while self.manager.state().await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, answers).await.is_err() {
+            panic!("flotillad does not answer:\n{}", self.log());
+        }
+    }
+
+    fn configuration(&self) -> PathBuf {
+        let path = self.path("flotillad.toml");
+        if !path.exists() {
+            std::fs::write(&path, "").unwrap();
+        }
+        path
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Sends the daemon a signal and waits for its end.
+    pub(crate) fn end_daemon(&mut self, signal: Signal) {
+        let mut daemon = self.daemon.take().unwrap();
+        kill(pid(daemon.id()), signal).unwrap();
+        daemon.wait().unwrap();
+    }
+
+    pub(crate) async fn vm(&self, name: &str) -> VmProxy<'static> {
+        VmProxy::builder(&self.connection)
+            .path(vm_path(name))
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await
+            .unwrap()
+    }
+
+    /// Defines a VM from the members of a definition that are not the kernel.
+    pub(crate) async fn define(&self, name: &str, members: Value) -> Result<(), Error> {
+        let mut spec = members;
+        spec["kernel"] = self.path("kernel").display().to_string().into();
+        self.manager.define_vm(name, &spec.to_string(), none()).await.map(drop)
+    }
+
+    /// Waits for the end of the job that `call` returns; its error, when it failed, as "Name: text".
+    pub(crate) async fn job(
+        &self,
+        call: impl Future<Output = Result<OwnedObjectPath, Error>>,
+    ) -> Result<(), String> {
+        // From before the call: a job may end before the call returns.
+        let mut removed = self.manager.receive_job_removed().await.unwrap();
+        let job = call.await.map_err(|error| format!("{error:?}"))?;
+        let end = async {
+            while let Some(signal) = removed.next().await {
+                let args = signal.args().unwrap();
+                if *args.path() == job {
+                    let name = args.error_name().rsplit('.').next().unwrap_or_default().to_owned();
+                    return match args.result().as_str() {
+                        "done" => Ok(()),
+                        _ => Err(format!("{name}: {}", args.error_message())),
+                    };
+                }
+            }
+            panic!("the bus is gone");
+        };
+        let Ok(end) = tokio::time::timeout(PATIENCE, end).await else {
+            panic!("{job} does not end:\n{}", self.log())
+        };
+        end
+    }
+
+    pub(crate) async fn start(&self, name: &str) -> Result<(), String> {
+        self.job(self.manager.start_vm(name, "run", none())).await
+    }
+
+    /// Waits until a VM is in a state.
+    pub(crate) async fn until(&self, name: &str, state: &str) {
+        let vm = self.vm(name).await;
+        let reached = async {
+            while vm.state().await.unwrap() != state {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, reached).await.is_err() {
+            panic!("{name} is {:?}, not {state}:\n{}", vm.state().await, self.log());
+        }
+    }
+
+    /// Waits until a VM's VMM answers: after a restart of the daemon that is a moment after its state is known.
+    pub(crate) async fn until_responsive(&self, name: &str) {
+        let vm = self.vm(name).await;
+        let answers = async {
+            while !vm.qmp_responsive().await.unwrap() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, answers).await.is_err() {
+            panic!("{name} does not answer:\n{}", self.log());
+        }
+    }
+
+    /// A client of a VM's QMP socket.
+    pub(crate) async fn qmp(&self, name: &str) -> Qmp {
+        let path = self.vm(name).await.qmp_socket().await.unwrap();
+        let mut qmp = Qmp(tokio::io::BufReader::new(tokio::net::UnixStream::connect(path).await.unwrap()));
+        assert!(qmp.next().await.unwrap()["QMP"].is_object());
+        qmp
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for child in
+            [self.daemon.as_mut(), self.namespace.as_mut(), Some(&mut self.bus)].into_iter().flatten()
+        {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // VMMs outlive the daemon on purpose. Only those of this host: their command line names its directory.
+        for entry in std::fs::read_dir(self.path("pids")).into_iter().flatten().flatten() {
+            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            if runs_in(number, self.directory.path()) {
+                let _ = kill(pid(number), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+fn runs_in(number: u32, directory: &Path) -> bool {
+    let line = std::fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).contains(&directory.display().to_string())
+}
+
+pub(crate) fn pid(number: u32) -> Pid {
+    Pid::from_raw(i32::try_from(number).unwrap())
+}
+
+/// A QMP client.
+pub(crate) struct Qmp(tokio::io::BufReader<tokio::net::UnixStream>);
+
+impl Qmp {
+    /// The next message; `None` at the end of the connection.
+    pub(crate) async fn next(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        let read = tokio::time::timeout(PATIENCE, self.0.read_line(&mut line)).await.expect("QMP is silent");
+        match read {
+            Ok(0) | Err(_) => None,
+            Ok(_) => Some(serde_json::from_str(&line).unwrap()),
+        }
+    }
+
+    /// Sends a command and returns its answer; events before it are passed over.
+    pub(crate) async fn ask(&mut self, command: &str) -> Value {
+        self.0.get_mut().write_all(format!("{{\"execute\":\"{command}\"}}").as_bytes()).await.unwrap();
+        loop {
+            let message = self.next().await.expect("the connection ended");
+            if message.get("event").is_none() {
+                return message;
+            }
+        }
+    }
+}

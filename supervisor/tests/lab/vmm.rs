@@ -1,0 +1,110 @@
+//! A VMM without a VM: the test program itself, started by the daemon under another name. Speaks QMP as `flotilla-vmm` does.
+//!
+//! Words on the guest's command line make it misbehave: `fake=mute` never listens, `fake=die` ends at once with 3. Commands of its own:
+//! `x-poweroff` (the guest ends itself), `x-crash`, `x-fds` (which handed descriptors are open).
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// Nobody is left to end it after a test that failed.
+const LIFETIME: Duration = Duration::from_secs(180);
+
+/// The value of an option on the VMM's command line.
+fn option<'a>(line: &'a [String], name: &str) -> Option<&'a str> {
+    let at = line.iter().position(|word| word == name)?;
+    line.get(at + 1).map(String::as_str)
+}
+
+/// Runs as the VMM if this process was started as one; returns at once if it is a test.
+pub(crate) fn run_if_asked() {
+    let line: Vec<String> = std::env::args().collect();
+    let Some(qmp) = option(&line, "-qmp") else { return };
+    let pids = std::env::var("FAKE_VMM_PIDS").unwrap();
+    std::fs::write(format!("{pids}/{}", std::process::id()), "").unwrap();
+    std::thread::spawn(|| {
+        std::thread::sleep(LIFETIME);
+        std::process::exit(9);
+    });
+    let append = option(&line, "-append").unwrap_or_default();
+    if append.contains("fake=die") {
+        std::process::exit(3);
+    }
+    if append.contains("fake=mute") {
+        std::thread::sleep(LIFETIME);
+    }
+    let path = qmp.trim_start_matches("unix:").split(',').next().unwrap();
+    // A VMM that was killed leaves its socket.
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).unwrap();
+    let mut paused = line.iter().any(|word| word == "-S");
+    // One client at a time; the next one waits.
+    for client in listener.incoming() {
+        // A client that is gone is no reason to end.
+        let _ = serve(client.unwrap(), &mut paused);
+    }
+}
+
+fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
+    let mut out = client.try_clone()?;
+    let greeting = json!({"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": "fake"}, "capabilities": []}});
+    write!(out, "{greeting}\r\n")?;
+    for line in BufReader::new(client).lines() {
+        let request: Value = serde_json::from_str(&line?).unwrap();
+        let id = request["id"].clone();
+        let event = |name: &str, data: Value| {
+            format!(
+                "{}\r\n",
+                json!({"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 2}})
+            )
+        };
+        let answer = |value: Value| format!("{}\r\n", json!({"return": value, "id": id}));
+        let done = answer(json!({}));
+        let end = |guest: bool, reason: &str| {
+            format!("{done}{}", event("SHUTDOWN", json!({"guest": guest, "reason": reason})))
+        };
+        let text = match request["execute"].as_str().unwrap() {
+            "qmp_capabilities" => done.clone(),
+            "query-status" => {
+                answer(json!({"running": !*paused, "status": if *paused { "paused" } else { "running" }}))
+            }
+            "stop" => {
+                *paused = true;
+                event("STOP", json!({})) + &done
+            }
+            "cont" => {
+                *paused = false;
+                event("RESUME", json!({})) + &done
+            }
+            "x-fds" => answer(open_descriptors()),
+            "quit" | "x-poweroff" => {
+                let guest = request["execute"] == "x-poweroff";
+                out.write_all(end(guest, if guest { "guest-shutdown" } else { "host-qmp-quit" }).as_bytes())?;
+                std::process::exit(0);
+            }
+            "x-crash" => std::process::abort(),
+            other => {
+                let desc = format!("The command {other} has not been found");
+                format!("{}\r\n", json!({"error": {"class": "CommandNotFound", "desc": desc}, "id": id}))
+            }
+        };
+        out.write_all(text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// What the daemon handed over, and whether it is really there.
+fn open_descriptors() -> Value {
+    let table: Value =
+        serde_json::from_str(&std::env::var("FLOTILLA_FDS").unwrap_or_default()).unwrap_or_default();
+    let rows = table.as_array().cloned().unwrap_or_default();
+    let link = |row: &Value| std::fs::read_link(format!("/proc/self/fd/{}", row["fd"])).ok();
+    rows.iter()
+        .map(|row| {
+            let name = row["path"].as_str().or(row["tap"].as_str()).unwrap_or_default();
+            json!([name, link(row).map(|path| path.display().to_string())])
+        })
+        .collect()
+}

@@ -137,9 +137,9 @@ enum Verdict {
     Ioctl,
 }
 
-/// Makes the filter. seccomp's own compilers emit a chain with a link for each number; the kernel, which tries every number there
-/// is on each new filter, then spends a third of a millisecond on it, on the way to the guest's first instruction. A search tree
-/// costs a tenth of that.
+/// Makes the filter. Compilers for seccomp emit a chain with a link for each number; the kernel runs every new filter for every
+/// number there is, on the way to the guest's first instruction. A search tree is half as long and takes about half the time to
+/// install (some 160 instead of 340 microseconds where this was measured).
 pub(super) fn compile(kind: Kind, rotates_log: bool) -> Result<BpfProgram, SandboxError> {
     let mut verdicts: BTreeMap<c_long, Verdict> = COMMON.iter().map(|n| (*n, Verdict::Allow)).collect();
     if kind == Kind::Main {

@@ -5,6 +5,7 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::BootError;
@@ -28,9 +29,13 @@ impl BootFile {
             None => {
                 let flags =
                     rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
-                rustix::fs::open(path, flags, rustix::fs::Mode::empty())
-                    .map(File::from)
-                    .map_err(|e| failed(e.into()))?
+                rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map(File::from).map_err(
+                    |e| match e {
+                        Errno::NOENT | Errno::NOTDIR => BootError::Missing { option, path: path.into() },
+                        Errno::ACCESS | Errno::PERM => BootError::Denied { option, path: path.into() },
+                        e => failed(e.into()),
+                    },
+                )?
             }
         };
         let metadata = file.metadata().map_err(failed)?;

@@ -76,6 +76,22 @@ pub enum BootError {
     /// The VM has no kernel.
     #[error("-kernel is missing: this machine type has no firmware and boots a kernel directly")]
     NoKernel,
+    /// There is no such file.
+    #[error("{option} {}: no such file", path.display())]
+    Missing {
+        /// `-kernel` or `-initrd`.
+        option: &'static str,
+        /// As given.
+        path: PathBuf,
+    },
+    /// This process may not read the file.
+    #[error("{option} {}: permission denied: let the user of this process read it", path.display())]
+    Denied {
+        /// `-kernel` or `-initrd`.
+        option: &'static str,
+        /// As given.
+        path: PathBuf,
+    },
     /// A file could not be opened or read.
     #[error("{option} {}: {source}", path.display())]
     File {

@@ -55,6 +55,9 @@ pub enum CpuError {
         "-smp: this topology needs APIC id {0}, above the largest, 254: make cores and threads powers of two"
     )]
     ApicId(u32),
+    /// More vCPUs than the host's KVM runs.
+    #[error("-smp: this host's KVM runs at most {0} vCPUs in a VM")]
+    TooMany(usize),
     /// A thread could not be started.
     #[error("cannot start the thread of vCPU {index}: {source}")]
     Thread {

@@ -137,7 +137,7 @@ fn refuses_files_that_are_no_kernels() {
     .unwrap();
     for (path, expected) in [
         (directory.path(), "is a directory, not a file"),
-        (&missing, "No such file"),
+        (&missing, "no such file"),
         (&fifo, "is a pipe or socket, not a file"),
         (Path::new("/dev/zero"), "is a device, not a file"),
         (Path::new("/etc/passwd"), "is text"),

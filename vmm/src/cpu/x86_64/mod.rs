@@ -47,9 +47,10 @@ pub fn create_vcpus(kvm: &Kvm, vm: &VmFd, topology: &Topology, count: u8) -> Res
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let apic_id = topology.apic_id(index);
-        let fd = vm
-            .create_vcpu(u64::from(apic_id))
-            .map_err(|e| kvm::explain(kvm, CpuError::kvm("create a vCPU")(e)))?;
+        let fd = vm.create_vcpu(u64::from(apic_id)).map_err(|e| match kvm.get_max_vcpus() {
+            max if max < usize::from(count) => CpuError::TooMany(max),
+            _ => kvm::explain(kvm, CpuError::kvm("create a vCPU")(e)),
+        })?;
         fd.set_cpuid2(policy.for_apic_id(apic_id, topology)).map_err(CpuError::kvm("set CPUID"))?;
         let set = fd.set_msrs(&msrs).map_err(CpuError::kvm("set MSRs"))?;
         if set != msrs.as_slice().len() {
@@ -60,3 +61,6 @@ pub fn create_vcpus(kvm: &Kvm, vm: &VmFd, topology: &Topology, count: u8) -> Res
     }
     Ok(vcpus)
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,7 +61,7 @@ pub enum LauncherKind {
   flotillad                                   as flotillad.service runs it: system bus, VMs as systemd units
   flotillad --bus session --launcher process --state-dir ~/vms --runtime-dir $XDG_RUNTIME_DIR/flotilla
                                               a quick try without root and without systemd
-  FLOTILLAD_LOG=debug flotillad               with more messages (error, warn, info, debug, trace)
+  FLOTILLA_LOG=debug flotillad                with more messages (error, warn, info, debug, trace)
 
 The VMs run on when flotillad ends; it finds them again when it starts."
 )]

@@ -67,8 +67,7 @@ fn main() -> ExitCode {
 
 /// Under systemd to the journal, with fields of our own (`journalctl FLOTILLA_VM=web`); otherwise to standard error.
 fn log() {
-    let filter =
-        EnvFilter::try_from_env("FLOTILLA_LOG").unwrap_or_else(|_| EnvFilter::new("info,zbus=warn"));
+    let filter = EnvFilter::try_from_env("FLOTILLA_LOG").unwrap_or_else(|_| EnvFilter::new("info,zbus=warn"));
     let journal = std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok());
     let journal =
         journal.map(|layer| layer.with_field_prefix(None).with_syslog_identifier("flotillad".into()));

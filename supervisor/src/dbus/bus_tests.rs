@@ -245,6 +245,7 @@ impl Launcher for FakeLauncher {
 /// A daemon on a bus.
 struct Daemon {
     fleet: Arc<Fleet>,
+    connection: Connection,
     manager: ManagerProxy<'static>,
     client: Connection,
 }
@@ -253,14 +254,7 @@ impl Daemon {
     async fn start(bus: &Bus, dir: &Path, launcher: &FakeLauncher) -> Self {
         let (events, event_inbox) = mpsc::unbounded_channel();
         *launcher.events.lock().unwrap() = Some(events);
-        // The daemon before may be ending still, as after a kill.
-        let opened = || Store::open(&dir.join("lib"), &dir.join("run"));
-        let mut store = opened();
-        while matches!(store, Err(crate::store::StoreError::InUse(_))) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-            store = opened();
-        }
-        let store = Arc::new(store.unwrap());
+        let store = Arc::new(Store::open(&dir.join("lib"), &dir.join("run")).unwrap());
         let proxies = dir.join("run/qmp");
         std::fs::create_dir_all(&proxies).unwrap();
         let (news, news_inbox) = mpsc::unbounded_channel();
@@ -271,10 +265,6 @@ impl Daemon {
         fleet.adopt().await.unwrap();
         tokio::spawn(Arc::clone(&fleet).route(event_inbox));
         let connection = bus.connect().await;
-        let names = zbus::fdo::DBusProxy::new(&connection).await.unwrap();
-        while names.name_has_owner(BUS_NAME.try_into().unwrap()).await.unwrap() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
         let access = Access::SameUser(connection.clone());
         serve(&connection, Arc::clone(&fleet), access, news_inbox).await.unwrap();
         fleet.classify().await;
@@ -284,7 +274,7 @@ impl Daemon {
             .build()
             .await
             .unwrap();
-        Self { fleet, manager, client }
+        Self { fleet, connection, manager, client }
     }
 
     async fn vm(&self, name: &str) -> VmProxy<'static> {
@@ -539,6 +529,8 @@ async fn a_new_daemon_finds_everything_again() {
                 }
             }
             assert_eq!(first.job(async |m| m.pause_vm("paused", none()).await).await, done());
+            // In one process the objects keep their connection; a process that ends closes it.
+            first.connection.clone().close().await.unwrap();
         });
         life.shutdown_background();
     });
@@ -550,7 +542,15 @@ async fn a_new_daemon_finds_everything_again() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     std::fs::write(dir.path().join("lib/vms/broken.json"), "{").unwrap();
-    let second = Daemon::start(&bus, dir.path(), &launcher).await;
+    // A copy of what it left on disk: its locks go with its process, which is ours.
+    let copy = dir.path().join("second");
+    for part in ["lib/vms", "run/vms"] {
+        std::fs::create_dir_all(copy.join(part)).unwrap();
+        for file in std::fs::read_dir(dir.path().join(part)).unwrap().flatten() {
+            std::fs::copy(file.path(), copy.join(part).join(file.file_name())).unwrap();
+        }
+    }
+    let second = Daemon::start(&bus, &copy, &launcher).await;
     let states: BTreeMap<String, String> =
         second.manager.list_vms().await.unwrap().into_iter().map(|row| (row.0, row.2)).collect();
     let expected = [

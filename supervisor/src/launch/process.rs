@@ -240,7 +240,7 @@ mod tests {
         let image = dir.path().join("image");
         fs::write(&image, "content of the image").unwrap();
         // The shell reads the inherited descriptor that the table names.
-        let script = r#"fd=${FLOTILLA_FDS#*fd\":}; fd=${fd%%,*}; cat <&$fd; exit 7"#;
+        let script = r#"fd=${FLOTILLA_FDS#*fd\":}; fd=${fd%%,*}; cat /proc/self/fd/$fd; exit 7"#;
         let mut ready = prepared(&["/bin/sh", "-c", script]);
         ready.descriptors = vec![(Handed::Path(image.clone()), fs::File::open(&image).unwrap().into())];
         launcher.start("web", ready).await.unwrap();

@@ -455,8 +455,9 @@ async fn read_changes(
             if lock(&shared.killed).remove(&change.unit) && failed {
                 let (manager, unit) = (manager.clone(), change.unit.clone());
                 tokio::spawn(async move {
-                    let reset = tokio::time::timeout(CALL_DEADLINE, manager.reset_failed_unit(&unit));
-                    debug!("{unit}: reset: {:?}", reset.await);
+                    // Awaited before the macro: what stands in a disabled one is never evaluated.
+                    let reset = tokio::time::timeout(CALL_DEADLINE, manager.reset_failed_unit(&unit)).await;
+                    debug!("{unit}: reset: {reset:?}");
                 });
             }
             let event = Event { name: name.to_owned(), notice };

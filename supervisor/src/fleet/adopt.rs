@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::timeout;
-use tracing::{error, info};
+use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use super::actor::{self, Seed};
 use super::registry::Fleet;
@@ -67,6 +68,7 @@ impl Fleet {
             .iter()
             .map(|d| Wanted { name: d.name.clone(), uuid: d.uuid, record: records.get(&d.name).cloned() })
             .collect();
+        self.note_strays(&good, &records);
         let mut found = self.context.launcher.find(&wanted).await?;
         let alive = found.values().filter(|found| matches!(found, Found::Alive(_))).count();
         info!("{} VMs defined, {alive} running", good.len());
@@ -87,10 +89,29 @@ impl Fleet {
         Ok(())
     }
 
+    /// Processes whose definition is not there (its record is corrupt, or was taken away by hand) are left alone, and so are their links.
+    fn note_strays(&self, good: &[Definition], records: &BTreeMap<String, Runtime>) {
+        let mut strays = self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (name, record) in records {
+            if good.iter().any(|definition| definition.name == *name) {
+                continue;
+            }
+            let pid = record.process.as_ref().map_or(0, |process| process.pid);
+            if pid != 0 && std::path::Path::new(&format!("/proc/{pid}")).exists() {
+                warn!(FLOTILLA_VM = name, "process {pid} runs, but no such VM is defined: left alone");
+                let mut words = record.command_line.iter().skip_while(|word| *word != "-uuid");
+                strays.extend(words.nth(1).and_then(|word| word.parse::<Uuid>().ok()));
+            } else if let Err(error) = self.context.store.remove_runtime(name) {
+                warn!(FLOTILLA_VM = name, "{error}");
+            }
+        }
+    }
+
     /// Puts the host's links in order: configured bridges are there, leftovers are not.
     pub async fn tidy_network(&self) {
         self.context.network.ensure_configured().await;
-        let uuids = self.list().iter().map(|view| view.uuid).collect();
+        let mut uuids: BTreeSet<Uuid> = self.list().iter().map(|view| view.uuid).collect();
+        uuids.extend(&*self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         self.context.network.sweep(&uuids, &self.bridges()).await;
     }
 

@@ -136,16 +136,22 @@ impl Network {
             Ok(links) => links,
             Err(error) => return warn!("leftover links cannot be listed: {error}"),
         };
-        let mut bridges = BTreeSet::new();
+        let mut bridges = Vec::new();
+        let mut ports_of = BTreeSet::new();
         for link in links {
             let Some(found) = link.tag else { continue };
             if found == BRIDGE_TAG {
-                bridges.insert(link.name);
-            } else if !uuids.iter().any(|uuid| tag(*uuid) == found) {
+                bridges.push((link.index, link.name));
+            } else if uuids.iter().any(|uuid| tag(*uuid) == found) {
+                ports_of.extend(link.controller);
+            } else {
                 info!("tap {}: its VM ({found}) is not defined, removed", link.name);
                 self.remove(&link.name, &found).await;
             }
         }
+        // A bridge with a tap that stays is in use, whether or not a definition says so.
+        let idle = bridges.into_iter().filter(|(index, _)| !ports_of.contains(index));
+        let bridges = idle.map(|(_, name)| name).collect();
         self.remove_bridges(&bridges, used).await;
     }
 

@@ -47,6 +47,8 @@ pub struct Fleet {
     reserved: Mutex<(BTreeSet<String>, BTreeSet<Uuid>)>,
     pub(super) corrupt: RwLock<Vec<Corrupt>>,
     pub(super) ready: AtomicBool,
+    /// VMs whose process runs without a definition: their links stay.
+    pub(super) strays: Mutex<BTreeSet<Uuid>>,
 }
 
 impl Fleet {
@@ -58,6 +60,7 @@ impl Fleet {
             reserved: Mutex::default(),
             corrupt: RwLock::default(),
             ready: AtomicBool::new(false),
+            strays: Mutex::default(),
         })
     }
 

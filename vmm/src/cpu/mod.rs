@@ -6,6 +6,7 @@
 
 mod kvm;
 mod run;
+mod shared;
 mod threads;
 mod topology;
 #[cfg(target_arch = "x86_64")]

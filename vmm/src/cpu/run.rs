@@ -12,7 +12,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::threads::{Shared, Target};
+use super::shared::{Shared, Target};
 use crate::bus::Bus;
 
 thread_local! {

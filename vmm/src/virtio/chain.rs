@@ -1,4 +1,4 @@
-//! Descriptor chains: owns the walk from a head to a list of host buffers, and the checks on the way.
+//! Descriptor chains: owns the walk from a head to a list of host buffers, the checks on the way, and the list of what can be wrong.
 //!
 //! The driver is an enemy: each descriptor is read exactly once, every buffer is wholly in guest RAM before anybody sees it, and
 //! a chain is either whole and in order (readable parts before writable ones, virtio 1.2 §2.7.4.2) or an error. Work per chain
@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::queue::QueueError;
 use crate::memory::GuestMemory;
 
 /// Buffers in one chain at most, indirect ones included: what `readv` takes in one call (IOV_MAX), and as much as any
@@ -19,6 +18,51 @@ const DESC_BYTES: u32 = 16;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
+
+/// Why a ring, or a chain in it, makes no sense. The device answers with DEVICE_NEEDS_RESET and stops.
+#[derive(Debug, thiserror::Error, PartialEq, Eq, Clone, Copy)]
+pub enum QueueError {
+    /// Zero, not a power of two, or more than the device offered.
+    #[error("size {0} is not a power of two that the device offers")]
+    BadSize(u16),
+    /// An area is misaligned or not wholly in guest RAM.
+    #[error("{0} area at {1:#x} is misaligned or not in guest memory")]
+    BadArea(&'static str, u64),
+    /// The available index is further ahead than the queue is long.
+    #[error("available index jumped from {from} to {to}")]
+    IndexJumped {
+        /// The next entry that the device would take.
+        from: u16,
+        /// What the driver wrote.
+        to: u16,
+    },
+    /// A descriptor number beyond its table.
+    #[error("descriptor {0} is beyond its table")]
+    BadIndex(u32),
+    /// The head of a request that the device has not given back yet.
+    #[error("descriptor {0} was made available twice")]
+    HeadInFlight(u16),
+    /// A chain that comes back to itself.
+    #[error("chain at {0} has a loop")]
+    Loop(u16),
+    /// An indirect descriptor that may not be here, or whose table has an impossible length.
+    #[error("chain at {0} has a bad indirect descriptor")]
+    BadIndirect(u16),
+    /// A device-readable part after a device-writable one.
+    #[error("chain at {0} has a readable part after a writable one")]
+    OutOfOrder(u16),
+    /// Too many parts, or 4 GiB or more.
+    #[error("chain at {0} is too long")]
+    TooLong(u16),
+    /// A buffer that is not in guest RAM.
+    #[error("buffer {addr:#x}+{len:#x} is not in guest memory")]
+    NotRam {
+        /// Guest physical address.
+        addr: u64,
+        /// Bytes.
+        len: u32,
+    },
+}
 
 /// Parts of guest RAM, as the host's kernel wants them.
 #[derive(Default)]

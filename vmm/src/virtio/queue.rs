@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
-pub use super::chain::{Buffers, Chain, LastByte, MAX_BUFFERS};
+pub use super::chain::{Buffers, Chain, LastByte, MAX_BUFFERS, QueueError};
 use super::chain::{Table, host_address, walk};
 use super::{F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::memory::GuestMemory;
@@ -20,51 +20,6 @@ pub const MAX_SIZE: u16 = MAX_BUFFERS as u16;
 
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
-
-/// Why a ring, or a chain in it, makes no sense. The device answers with DEVICE_NEEDS_RESET and stops.
-#[derive(Debug, thiserror::Error, PartialEq, Eq, Clone, Copy)]
-pub enum QueueError {
-    /// Zero, not a power of two, or more than the device offered.
-    #[error("size {0} is not a power of two that the device offers")]
-    BadSize(u16),
-    /// An area is misaligned or not wholly in guest RAM.
-    #[error("{0} area at {1:#x} is misaligned or not in guest memory")]
-    BadArea(&'static str, u64),
-    /// The available index is further ahead than the queue is long.
-    #[error("available index jumped from {from} to {to}")]
-    IndexJumped {
-        /// The next entry that the device would take.
-        from: u16,
-        /// What the driver wrote.
-        to: u16,
-    },
-    /// A descriptor number beyond its table.
-    #[error("descriptor {0} is beyond its table")]
-    BadIndex(u32),
-    /// The head of a request that the device has not given back yet.
-    #[error("descriptor {0} was made available twice")]
-    HeadInFlight(u16),
-    /// A chain that comes back to itself.
-    #[error("chain at {0} has a loop")]
-    Loop(u16),
-    /// An indirect descriptor that may not be here, or whose table has an impossible length.
-    #[error("chain at {0} has a bad indirect descriptor")]
-    BadIndirect(u16),
-    /// A device-readable part after a device-writable one.
-    #[error("chain at {0} has a readable part after a writable one")]
-    OutOfOrder(u16),
-    /// Too many parts, or 4 GiB or more.
-    #[error("chain at {0} is too long")]
-    TooLong(u16),
-    /// A buffer that is not in guest RAM.
-    #[error("buffer {addr:#x}+{len:#x} is not in guest memory")]
-    NotRam {
-        /// Guest physical address.
-        addr: u64,
-        /// Bytes.
-        len: u32,
-    },
-}
 
 /// What the driver wrote to the queue's registers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

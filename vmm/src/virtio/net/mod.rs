@@ -18,6 +18,7 @@ use crate::net::{Offloads, Tap};
 
 mod rx;
 mod serve;
+mod turn;
 mod tx;
 
 #[cfg(test)]

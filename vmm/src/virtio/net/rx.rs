@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::feature;
-use super::serve::{BATCH, Ended, PUBLISH_EVERY, is_gone};
+use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
 use crate::virtio::queue::{Buffers, Chain, MAX_BUFFERS, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};

@@ -1,20 +1,15 @@
 //! One session of a network device: owns both rings and what they share. `rx` and `tx` hold the two directions.
 
 use std::fmt::Display;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::rx::Receiver;
+use super::turn::Ended;
 use super::tx::Sender;
 use super::{RX, TX};
 use crate::net::Tap;
 use crate::virtio::{ActiveQueue, Interrupt, complain};
-
-/// Packets per wake-up and direction, so that one busy NIC does not starve the other devices on its thread.
-pub(super) const BATCH: u32 = 256;
-/// Packets between two looks whether the driver wants to know.
-pub(super) const PUBLISH_EVERY: u32 = 32;
 
 /// What a session is made from.
 pub(super) struct Parts {
@@ -33,17 +28,6 @@ pub(super) struct Server {
     rx: Receiver,
     tx: Sender,
     broken: bool,
-}
-
-/// Why a batch ended.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// Nothing to do until somebody tells us.
-    Idle,
-    /// There is more.
-    Full,
-    /// The tap is gone.
-    TapGone,
 }
 
 impl Server {
@@ -110,10 +94,4 @@ impl Server {
         }
         self.tap = None;
     }
-}
-
-/// Whether an error of a tap means that it will never work again: the interface was deleted (EBADFD), or the descriptor is not
-/// what we believe.
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::ENODEV | libc::ENXIO))
 }

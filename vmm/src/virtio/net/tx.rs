@@ -3,7 +3,7 @@
 use std::io;
 
 use super::feature;
-use super::serve::{BATCH, Ended, PUBLISH_EVERY, is_gone};
+use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
 use crate::virtio::queue::{Chain, MAX_BUFFERS, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};

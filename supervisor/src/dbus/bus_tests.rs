@@ -18,12 +18,12 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::timeout;
-use zbus::Variant;
+use zbus::{MatchRule, MessageStream, OwnedVariant, Variant};
 
 use super::*;
 use crate::fleet::Context;
-use crate::fleet::network::Network;
 use crate::fleet::vm::Exit;
+use crate::fleet::network::Network;
 use crate::launch::test_bus::Bus;
 use crate::launch::{Event, Found, LaunchError, Launcher, Notice, Prepared, Wanted};
 use crate::store::{Process, Store};
@@ -352,8 +352,28 @@ async fn a_life_over_the_api() {
     assert_eq!(vm.state().await.unwrap(), "defined");
 
     let mut changes = manager.receive_vm_state_changed().await.unwrap();
+    let of_jobs = MatchRule::builder()
+        .msg_type(zbus::message::Type::Signal)
+        .member("PropertiesChanged")
+        .path_namespace("/org/flotilla/Flotilla1/job")
+        .build()
+        .unwrap();
+    let mut of_jobs = MessageStream::for_match_rule(of_jobs, &daemon.client, None).await.unwrap();
     assert_eq!(daemon.job(async |m| m.start_vm("web", "paused", none()).await).await, done());
     assert_eq!((vm.state().await.unwrap(), vm.intent().await.unwrap()), ("paused".into(), "paused".into()));
+    // The job told each step.
+    let told = timeout(PATIENCE, async {
+        loop {
+            let message = of_jobs.next().await.unwrap().unwrap();
+            let (interface, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+                message.body().deserialize().unwrap();
+            assert_eq!(interface, "org.flotilla.Flotilla1.Job");
+            if String::try_from(changed["Phase"].clone()).unwrap() == "paused" {
+                return;
+            }
+        }
+    });
+    told.await.expect("no change of phase is told");
     let mut seen = Vec::new();
     for _ in 0..2 {
         let change = changes.next().await.unwrap();

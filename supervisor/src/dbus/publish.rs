@@ -1,6 +1,6 @@
 //! The publisher: one task that turns the fleet's news, in their order, into objects, signals and property changes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use dbus_api::{MANAGER_PATH, job_path, vm_path};
@@ -20,14 +20,15 @@ struct Publisher {
     connection: Connection,
     shared: Shared,
     vms: HashMap<Arc<str>, InterfaceRef<Vm>>,
-    jobs: HashSet<u32>,
+    /// The jobs under way of each VM: one, or two while a power-off overtakes another.
+    jobs: HashMap<Arc<str>, Vec<(u32, InterfaceRef<Job>)>>,
     fleet_state: &'static str,
 }
 
 pub(super) async fn run(connection: Connection, shared: Shared, mut news: mpsc::UnboundedReceiver<News>) {
     let fleet_state = shared.fleet.state();
     let mut publisher =
-        Publisher { connection, shared, vms: HashMap::new(), jobs: HashSet::new(), fleet_state };
+        Publisher { connection, shared, vms: HashMap::new(), jobs: HashMap::new(), fleet_state };
     while let Some(item) = news.recv().await {
         // A signal that cannot be sent is lost for its listeners; they notice by the sequence numbers.
         if let Err(error) = publisher.publish(item).await {
@@ -66,13 +67,15 @@ impl Publisher {
             News::JobNew { id, kind, name } => {
                 let path = owned(job_path(id))?;
                 let job = Job { shared: self.shared.clone(), id, kind, name: Arc::clone(&name) };
-                self.connection.object_server().at(&path, job).await?;
-                self.jobs.insert(id);
+                let server = self.connection.object_server();
+                server.at(&path, job).await?;
+                let object = server.interface(&path).await?;
+                self.jobs.entry(Arc::clone(&name)).or_default().push((id, object));
                 Manager::job_new(&self.emitter()?, id, path, kind, &name).await
             }
             News::JobRemoved { id, kind, name, result } => {
                 let path = owned(job_path(id))?;
-                if self.jobs.remove(&id) {
+                if self.forget_job(&name, id) {
                     self.connection.object_server().remove::<Job, _>(&path).await?;
                 }
                 let (word, error_name, message) = match result {
@@ -93,6 +96,18 @@ impl Publisher {
                 Ok(())
             }
         }
+    }
+
+    /// Says whether the job was known.
+    fn forget_job(&mut self, name: &Arc<str>, id: u32) -> bool {
+        let Some(jobs) = self.jobs.get_mut(name) else { return false };
+        let before = jobs.len();
+        jobs.retain(|(job, _)| *job != id);
+        let known = jobs.len() != before;
+        if jobs.is_empty() {
+            self.jobs.remove(name);
+        }
+        known
     }
 
     async fn vm_changed(&mut self, before: &View, after: &View, sequence: Option<u64>) -> zbus::Result<()> {
@@ -133,6 +148,9 @@ impl Publisher {
         }
         if before.state != after.state {
             object.state_changed(emitter).await?;
+            for (_, job) in self.jobs.get(&after.name).into_iter().flatten() {
+                job.get().await.phase_changed(job.signal_emitter()).await?;
+            }
         }
         if let Some(sequence) = sequence {
             let (old, new) = (before.state.word(), after.state.word());

@@ -22,7 +22,7 @@ use zbus::{MatchRule, MessageStream, OwnedVariant, Variant};
 
 use super::*;
 use crate::fleet::Context;
-use crate::fleet::vm::Exit;
+use crate::fleet::life::Exit;
 use crate::fleet::network::Network;
 use crate::launch::test_bus::Bus;
 use crate::launch::{Event, Found, LaunchError, Launcher, Notice, Prepared, Wanted};

@@ -8,7 +8,7 @@ use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, interface};
 
 use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb};
-use crate::fleet::vm::{State, Verb};
+use crate::fleet::life::{State, Verb};
 
 pub(super) struct Manager {
     shared: Shared,

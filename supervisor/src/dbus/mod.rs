@@ -25,8 +25,8 @@ use dbus_api::{BUS_NAME, MANAGER_PATH};
 use tokio::sync::mpsc;
 use zbus::{Connection, OwnedObjectPath, OwnedVariant};
 
+use crate::fleet::life::Verb;
 use crate::fleet::view::News;
-use crate::fleet::vm::Verb;
 use crate::fleet::{Fleet, FleetError};
 use access::Access;
 

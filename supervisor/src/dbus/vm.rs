@@ -9,8 +9,8 @@ use zbus::object_server::SignalEmitter;
 use zbus::{OwnedFd, OwnedObjectPath, fdo, interface};
 
 use super::{Options, Shared, Taken, named, no_options, shutdown_verb, start_verb};
+use crate::fleet::life::{Exit, Verb};
 use crate::fleet::view::View;
-use crate::fleet::vm::{Exit, Verb};
 
 pub(super) struct Vm {
     shared: Shared,

@@ -3,9 +3,7 @@
 //!
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -14,9 +12,11 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use super::inbox::{Answer, Handle, Internal, Request};
+use super::life::{Command, Effect, Exit, Input, Intent, State};
 use super::prepare::{Plan, prepare};
 use super::view::{News, View, now};
-use super::vm::{Command, Effect, Exit, Input, State, Verb, Vm};
+use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network, spec};
 use crate::launch::{Notice, Prepared};
 use crate::qmp::{Monitor, Proxy, QmpEvent};
@@ -24,41 +24,6 @@ use crate::store::{Definition, Process, Runtime};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
 const INBOX: usize = 64;
-
-type Answer<T> = oneshot::Sender<Result<T, FleetError>>;
-
-/// What people ask.
-pub(super) enum Request {
-    Job { verb: Verb, answer: Answer<u32> },
-    Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
-    Undefine { answer: Answer<()> },
-    HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
-    EndByUnit { answer: Answer<()> },
-    Monitor { answer: oneshot::Sender<Option<Monitor>> },
-    OpenQmp { answer: Answer<OwnedFd> },
-}
-
-/// What the host tells.
-pub(super) enum Internal {
-    Notice(Notice),
-    Planned { run: u64, generation: u64, command_line: Vec<String> },
-    Launched { run: u64, process: Process },
-    LaunchFailed { run: u64, error: FleetError },
-    Linked { run: u64, monitor: Monitor, paused: bool },
-    Silent { run: u64 },
-    Disconnected { run: u64 },
-    VcpusChanged { run: u64, paused: bool },
-    Event { run: u64, event: QmpEvent },
-    CommandDone { run: u64, command: Command, result: Result<(), FleetError> },
-}
-
-/// The way to an actor.
-#[derive(Clone)]
-pub(super) struct Handle {
-    pub(super) requests: mpsc::Sender<Request>,
-    pub(super) internal: mpsc::UnboundedSender<Internal>,
-    pub(super) view: watch::Receiver<Arc<View>>,
-}
 
 /// What an actor begins with.
 pub(super) struct Seed {
@@ -152,7 +117,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         if alive {
             actor.connect();
             if actor.vm.state() == State::Starting {
-                actor.deadline = Some(Instant::now() + super::vm::START_DEADLINE);
+                actor.deadline = Some(Instant::now() + START_DEADLINE);
             }
         }
         actor.run(request_inbox, internal_inbox).await;
@@ -446,7 +411,7 @@ impl Actor {
             let _ = answer.send(Err(FleetError::InvalidState(format!("it is {}", self.vm.state().word()))));
             return;
         }
-        let paused = self.vm.intent() == super::vm::Intent::Paused;
+        let paused = self.vm.intent() == Intent::Paused;
         let (context, plan, run, internal) =
             (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
         tokio::spawn(async move {
@@ -603,6 +568,3 @@ impl Actor {
 fn named(name: &str, error: FleetError) -> FleetError {
     error.map(|text| format!("VM \"{name}\": {text}"))
 }
-
-/// How long a request may take to be taken by the actor: it does nothing slow.
-pub(super) const TAKEN: Duration = Duration::from_secs(20);

@@ -12,10 +12,11 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::actor::{self, Seed};
+use super::life::{Exit, Input, Intent, State};
 use super::registry::Fleet;
 use super::spec as rules;
 use super::view::News;
-use super::vm::{Exit, Input, Intent, State, Vm};
+use super::vm::Vm;
 use crate::launch::{Found, LaunchError, Wanted};
 use crate::store::{Corrupt, Definition, Process, Runtime, StoreError};
 

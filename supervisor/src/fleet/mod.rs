@@ -4,12 +4,14 @@
 //! registry.rs   Fleet: names, uuids, rows for lists; define and undefine; reads never wait for a VM
 //! adopt.rs      what to do at start-up with what is found
 //! actor.rs      one task per VM: feeds the state machine, carries out its effects
+//! inbox.rs      what an actor can be told, and the way to it
 //! monitor.rs    the actor's connection to its VMM: tries, reports, forwards events
 //! prepare.rs    files, taps and command line for a start
 //! network.rs    bridges and taps of a definition
 //! jobs.rs       numbers, ends and waiters of jobs
 //! view.rs       what is told about a VM, and the news that go to D-Bus
 //! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
+//! life.rs       its words: states, requests, inputs, effects
 //! error.rs      what can go wrong
 //! ```
 
@@ -17,7 +19,9 @@ pub mod actor;
 pub mod adopt;
 pub mod command;
 mod error;
+mod inbox;
 pub mod jobs;
+pub mod life;
 mod monitor;
 pub mod network;
 mod prepare;

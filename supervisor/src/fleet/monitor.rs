@@ -9,8 +9,8 @@ use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
-use super::actor::Internal;
-use super::vm::Command;
+use super::inbox::Internal;
+use super::life::Command;
 use super::{Context, FleetError};
 use crate::qmp::{Monitor, QmpError, QmpEvent};
 

@@ -16,12 +16,14 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::actor::{self, Handle, Internal, Request, Seed, TAKEN};
+use super::actor::{self, Seed};
+use super::inbox::{Handle, Internal, Request, TAKEN};
 use super::jobs::Job;
+use super::life::{State, Verb};
 use super::monitor::map_error;
 use super::spec as rules;
 use super::view::{News, View};
-use super::vm::{State, Verb, Vm};
+use super::vm::Vm;
 use super::{Context, FleetError};
 use crate::launch::server::Source;
 use crate::launch::{Event, Prepared};

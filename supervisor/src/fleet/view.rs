@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::FleetError;
-use super::vm::{Exit, Intent, State};
+use super::life::{Exit, Intent, State};
 
 /// A VM as it is shown. Cheap to clone.
 #[derive(Debug, Clone, PartialEq)]

@@ -22,7 +22,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::fleet::vm::Exit;
+use crate::fleet::life::Exit;
 use crate::store::{Process, Runtime};
 
 /// Environment variable that tells the VMM which descriptor stands for which name on its command line.

@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use tracing::{debug, warn};
 
 use super::{Event, Events, FLOTILLA_FDS, Found, LaunchError, Launcher, Notice, Prepared, Wanted, watch};
-use crate::fleet::vm::Exit;
+use crate::fleet::life::Exit;
 use crate::store::Process;
 
 /// See the module.
@@ -215,7 +215,7 @@ fn uuids_of_processes() -> BTreeMap<String, u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::vm::{Intent, State};
+    use crate::fleet::life::{Intent, State};
     use crate::launch::Handed;
     use crate::store::Runtime;
     use tokio::sync::mpsc;

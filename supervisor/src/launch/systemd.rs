@@ -20,7 +20,7 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 use super::server::{Identify, Source, vm_of_process};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
 use super::{Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, signal_name};
-use crate::fleet::vm::Exit;
+use crate::fleet::life::Exit;
 use crate::store::Process;
 
 const PREFIX: &str = "flotilla-vm@";

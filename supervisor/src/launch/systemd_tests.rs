@@ -20,7 +20,7 @@ use uuid::Uuid;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, fdo, interface};
 
-use crate::fleet::vm::{Intent, State};
+use crate::fleet::life::{Intent, State};
 use crate::launch::test_bus::Bus;
 use crate::store::Runtime;
 

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::fleet::vm::{Exit, Intent, State};
+use crate::fleet::life::{Exit, Intent, State};
 
 /// A definition is text written by people; a megabyte is none.
 const MAX_RECORD: u64 = 1 << 20;

@@ -1,0 +1,54 @@
+//! What a VM's actor can be told, and the way to it: the registry asks, the monitor task and the launcher report. No rules here.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dbus_api::spec::VmSpec;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::FleetError;
+use super::life::{Command, Verb};
+use super::view::View;
+use crate::launch::{Notice, Prepared};
+use crate::qmp::{Monitor, QmpEvent};
+use crate::store::Process;
+
+/// How long a request may take to be taken by the actor: it does nothing slow.
+pub(super) const TAKEN: Duration = Duration::from_secs(20);
+
+/// Where a request's answer goes.
+pub(super) type Answer<T> = oneshot::Sender<Result<T, FleetError>>;
+
+/// What people ask.
+pub(super) enum Request {
+    Job { verb: Verb, answer: Answer<u32> },
+    Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
+    Undefine { answer: Answer<()> },
+    HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
+    EndByUnit { answer: Answer<()> },
+    Monitor { answer: oneshot::Sender<Option<Monitor>> },
+    OpenQmp { answer: Answer<OwnedFd> },
+}
+
+/// What the host tells.
+pub(super) enum Internal {
+    Notice(Notice),
+    Planned { run: u64, generation: u64, command_line: Vec<String> },
+    Launched { run: u64, process: Process },
+    LaunchFailed { run: u64, error: FleetError },
+    Linked { run: u64, monitor: Monitor, paused: bool },
+    Silent { run: u64 },
+    Disconnected { run: u64 },
+    VcpusChanged { run: u64, paused: bool },
+    Event { run: u64, event: QmpEvent },
+    CommandDone { run: u64, command: Command, result: Result<(), FleetError> },
+}
+
+/// The way to an actor.
+#[derive(Clone)]
+pub(super) struct Handle {
+    pub(super) requests: mpsc::Sender<Request>,
+    pub(super) internal: mpsc::UnboundedSender<Internal>,
+    pub(super) view: watch::Receiver<Arc<View>>,
+}

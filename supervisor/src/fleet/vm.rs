@@ -143,6 +143,10 @@ impl Vm {
         match (verb, self.state) {
             (Verb::Start { .. }, state) if state.idle() => Ok(()),
             (Verb::Start { .. }, _) => invalid(&format!("it is {} already", self.state.word())),
+            (Verb::Shutdown { .. } | Verb::PowerOff, State::Stopped) => invalid("it is stopped already"),
+            (Verb::Shutdown { .. } | Verb::PowerOff, state) if state.idle() => {
+                invalid(&format!("it is {}: there is nothing to stop", state.word()))
+            }
             (_, state) if state.idle() => invalid(&format!("it is {}: start it first", state.word())),
             (Verb::PowerOff, _) => Ok(()),
             (Verb::Shutdown { force: true, .. }, State::Running | State::Paused | State::Quarantined) => {

@@ -134,6 +134,20 @@ fn found_processes_go_on_as_they_were() {
     assert!(matches!(effects[..], [Effect::Send(Command::Quit), Effect::Arm(_)]));
 }
 
+#[test]
+fn what_does_not_run_cannot_be_stopped_and_says_what_it_is() {
+    for (state, verb, says) in [
+        (State::Stopped, SHUTDOWN, "it is stopped already"),
+        (State::Stopped, Verb::PowerOff, "it is stopped already"),
+        (State::Defined, SHUTDOWN, "it is defined: there is nothing to stop"),
+        (State::Failed, Verb::PowerOff, "it is failed: there is nothing to stop"),
+        (State::Stopped, Verb::Pause, "it is stopped: start it first"),
+    ] {
+        let refused = Vm::idle(state, "").admit(verb);
+        assert_eq!(refused, Err(FleetError::InvalidState(says.to_owned())));
+    }
+}
+
 fn any_verb() -> impl Strategy<Value = Verb> {
     prop_oneof![
         any::<bool>().prop_map(|paused| Verb::Start { paused }),

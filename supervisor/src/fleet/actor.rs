@@ -325,7 +325,7 @@ impl Actor {
         if self.vm.state().idle() {
             // A card that a newer definition dropped could not go while the VMM held its tap.
             let keep = network::taps(&self.name, &self.spec);
-            self.context.network.remove_taps(self.uuid, &keep).await;
+            self.context.network.remove_taps(&self.name, self.uuid, &keep).await;
         }
     }
 
@@ -502,7 +502,7 @@ impl Actor {
         self.generation = definition.generation;
         if self.vm.state().idle() {
             let keep = network::taps(&self.name, &self.spec);
-            self.context.network.remove_taps(self.uuid, &keep).await;
+            self.context.network.remove_taps(&self.name, self.uuid, &keep).await;
         }
         Ok(self.generation)
     }
@@ -518,7 +518,7 @@ impl Actor {
             return Err(FleetError::StoreFailed(error.to_string()));
         }
         self.unlink();
-        self.context.network.remove_taps(self.uuid, &[]).await;
+        self.context.network.remove_taps(&self.name, self.uuid, &[]).await;
         self.context.launcher.clean(&self.name).await;
         self.proxy = None;
         Ok(())

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::FleetError;
+use super::spec::MAX_NICS;
 
 /// The host's network, as far as definitions name it.
 #[derive(Debug, Clone)]
@@ -100,19 +101,11 @@ impl Network {
         self.net()?.open_tap(tap).await.map_err(|error| failed(&error))
     }
 
-    /// Removes a VM's taps but those in `keep`.
-    pub async fn remove_taps(&self, uuid: Uuid, keep: &[String]) {
-        let Some(net) = &self.net else { return };
+    /// Removes a VM's taps but those in `keep`. Their names are known: nothing is listed, whatever the size of the fleet.
+    pub async fn remove_taps(&self, name: &str, uuid: Uuid, keep: &[String]) {
         let tag = tag(uuid);
-        match net.tagged().await {
-            Ok(links) => {
-                for link in links.into_iter().filter(|link| link.tag.as_deref() == Some(&tag)) {
-                    if !keep.contains(&link.name) {
-                        self.remove(&link.name, &tag).await;
-                    }
-                }
-            }
-            Err(error) => warn!("taps of {uuid} cannot be listed: {error}"),
+        for tap in (0..MAX_NICS).map(|index| tap_name(name, index)).filter(|tap| !keep.contains(tap)) {
+            self.remove(&tap, &tag).await;
         }
     }
 
@@ -157,8 +150,10 @@ impl Network {
 
     async fn remove(&self, name: &str, tag: &str) {
         let Some(net) = &self.net else { return };
-        if let Err(error) = net.remove(name, tag).await {
-            warn!("link {name} is left behind: {error}");
+        match net.remove(name, tag).await {
+            // Somebody else's link of that name is none of ours.
+            Ok(()) | Err(NetError::Foreign { .. }) => {}
+            Err(error) => warn!("link {name} is left behind: {error}"),
         }
     }
 }

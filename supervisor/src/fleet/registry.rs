@@ -219,7 +219,7 @@ impl Fleet {
         })
         .await;
         if let Ok(Err(error)) = outcome {
-            context.network.remove_taps(uuid, &[]).await;
+            context.network.remove_taps(name, uuid, &[]).await;
             self.remove_unused_bridges(&definition.spec).await;
             return Err(FleetError::StoreFailed(error.to_string()));
         }

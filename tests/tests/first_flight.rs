@@ -121,29 +121,29 @@ fn kill_the_daemon(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome
              kill -9 $old
              for i in $(seq 500); do new=$(systemctl show -P ExecMainPID flotillad); [ $new != 0 ] && [ $new != $old ] && break; sleep 0.02; done
              began=$(systemctl show -P ExecMainStartTimestampMonotonic flotillad)
-             try=0; until flotilla list --json 2>/dev/null | jq -e 'length == 3 and all(.[]; .state == \"running\")' >/dev/null; do
-               try=$((try+1)); echo \"list, try $try: $(now)\" >&2; [ $try -lt 100 ]; sleep 0.05; done
-             echo list $(now)
-             for vm in web db mail; do
-               try=0; until flotilla qmp $vm query-status 2>/dev/null | grep -q running; do
-                 try=$((try+1)); echo \"qmp $vm, try $try: $(now)\" >&2; [ $try -lt 100 ]; sleep 0.05; done
-             done
-             echo qmp $(now)
-             busctl call org.flotilla.Flotilla1 $(busctl call org.flotilla.Flotilla1 /org/flotilla/Flotilla1 org.flotilla.Flotilla1.Manager GetVm s web | cut -d'\"' -f2) \
-               org.flotilla.Flotilla1.Vm OpenConsole 'sa{sv}' '' 0 >/dev/null
-             echo console $(now)
+             # Side by side: one after the other would measure how fast an emulated host starts programs.
+             back() { what=$1 try=0; shift; until \"$@\" >/dev/null 2>&1; do
+               try=$((try+1)); echo \"$what, try $try: $(now)\" >&2; [ $try -lt 100 ]; sleep 0.05; done; echo \"back $(now) $what\"; }
+             object() { busctl call org.flotilla.Flotilla1 /org/flotilla/Flotilla1 org.flotilla.Flotilla1.Manager GetVm s $1 | cut -d'\"' -f2; }
+             all_run() { flotilla list --json | jq -e 'length == 3 and all(.[]; .state == \"running\")'; }
+             qmp() { flotilla qmp $1 query-status | grep running; }
+             console() { busctl call org.flotilla.Flotilla1 $(object $1) org.flotilla.Flotilla1.Vm OpenConsole 'sa{sv}' '' 0; }
+             back list all_run & back qmp-web qmp web & back qmp-db qmp db & back qmp-mail qmp mail & back console-web console web &
+             wait
              echo began $began",
         )?;
+        let times = report
+            .lines()
+            .filter_map(|line| line.strip_prefix("back ")?.split(' ').next()?.parse::<f64>().ok());
+        let times: Vec<f64> = times.collect();
         let value = |key: &str| {
             report
                 .lines()
                 .find_map(|line| line.strip_prefix(key))
                 .and_then(|text| text.trim().parse::<f64>().ok())
         };
-        let (Some(began), Some(console)) = (value("began "), value("console ")) else {
-            return Err(report.into());
-        };
-        let took = console - began / 1e6;
+        let (Some(began), 5) = (value("began "), times.len()) else { return Err(report.into()) };
+        let took = times.into_iter().fold(0.0, f64::max) - began / 1e6;
         step(format!("{}; all back {took:.2} s after the daemon's start", report.replace('\n', ", ")));
         // The hosts are emulated and share this machine with others; the bound holds on them all the same.
         check(took < 2.0, || format!("list, QMP and console took {took:.2} s to come back: {report}"))

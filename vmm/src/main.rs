@@ -33,6 +33,11 @@ use vmm::sandbox::{self, Needs};
 /// How long the last output may take to reach a receiver that is slow.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
+// The unwinder, for what a panic prints, is linked in: the shared libgcc_s would be mapped and relocated at each start.
+#[cfg(target_env = "gnu")]
+#[link(name = "gcc_eh", kind = "static", modifiers = "-bundle")]
+unsafe extern "C" {}
+
 const SUCCESS: u8 = 0;
 const FAILURE: u8 = 1;
 

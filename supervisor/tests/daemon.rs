@@ -209,7 +209,9 @@ async fn a_vmm_that_never_listens_can_be_ended() {
         }
     };
     tokio::time::timeout(PATIENCE, launched).await.unwrap();
-    assert_eq!(lab.qmp("mute").await.ask("x").await["error"]["desc"], "VM \"mute\" is not running");
+    // There is a process, so a command waits for it, but not for ever.
+    let answer = lab.qmp("mute").await.ask("x").await;
+    assert_eq!(answer["error"]["desc"], "the VMM did not take \"x\" within 5000 ms");
     lab.job(lab.manager.power_off_vm("mute", none())).await.unwrap();
     assert_eq!(vm.main_pid().await.unwrap(), 0);
     lab.manager.undefine_vm("mute", none()).await.unwrap();
@@ -270,6 +272,12 @@ async fn a_corrupt_record_is_set_aside_and_the_others_come_up() {
     lab.until("web", "running").await;
     let names: Vec<String> = lab.manager.list_vms().await.unwrap().into_iter().map(|row| row.0).collect();
     assert_eq!(names, ["web"]);
+    let settled = async {
+        while lab.manager.state().await.unwrap() == "starting" {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, settled).await.unwrap();
     assert_eq!(lab.manager.state().await.unwrap(), "degraded");
     let corrupt = lab.manager.corrupt_records().await.unwrap();
     assert!(corrupt.len() == 1 && corrupt[0].0.contains("db"), "{corrupt:?}");

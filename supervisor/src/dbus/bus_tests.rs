@@ -400,6 +400,9 @@ async fn a_life_over_the_api() {
     // Others on the VM's QMP: a call, and a stream of their own.
     let status = vm.qmp_command(r#"{"execute":"query-status"}"#, none()).await.unwrap();
     assert!(status.contains("\"running\":true"), "{status}");
+    let answer = vm.qmp_command(r#"{"execute":"query-status","id":[7]}"#, none()).await.unwrap();
+    assert!(answer.starts_with("{\"return\":") && answer.ends_with(",\"id\":[7]}"), "{answer}");
+    assert!(vm.qmp_command("\"query-status\"", none()).await.is_ok());
     assert!(matches!(vm.qmp_command("{", none()).await, Err(Error::QmpError(_))));
     assert!(matches!(vm.qmp_command(r#"{"execute":"fly"}"#, none()).await, Err(Error::QmpError(_))));
     let stream = StdStream::from(OwnedFd::from(vm.open_qmp(none()).await.unwrap()));
@@ -587,7 +590,13 @@ async fn a_new_daemon_finds_everything_again() {
     assert_eq!(launcher.vmms.lock().unwrap().started, 4, "nothing was started anew");
     assert_eq!(second.job(async |m| m.resume_vm("paused", none()).await).await, done());
     // What thaws is taken back.
-    launcher.act("frozen", Act::Thaw);
+    // A command for a VM that has a process waits for its answer; for one that has none it does not.
+    let (frozen, idle) = (second.vm("frozen").await, second.vm("idle").await);
+    let (answer, ()) = tokio::join!(frozen.qmp_command("\"query-status\"", none()), async {
+        launcher.act("frozen", Act::Thaw);
+    });
+    assert!(answer.as_ref().is_ok_and(|answer| answer.contains("\"running\":true")), "{answer:?}");
+    assert!(matches!(idle.qmp_command("\"query-status\"", none()).await, Err(Error::InvalidState(_))));
     second.wait_state("frozen", "running").await;
     assert_eq!(second.fleet.list().len(), 5);
 }

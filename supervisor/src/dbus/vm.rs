@@ -99,7 +99,8 @@ impl Vm {
         self.shared.fleet.undefine(&self.name, force).await.map_err(named)
     }
 
-    /// Sends one QMP command (JSON, or just its name as a JSON string) and returns its answer (JSON).
+    /// Sends one QMP command (JSON, or just its name as a JSON string) and returns its answer (JSON:
+    /// `{"return":…}`, with the command's id if it has one), as a client of the socket gets it.
     #[zbus(out_args("answer"))]
     async fn qmp_command(
         &self,

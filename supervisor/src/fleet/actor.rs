@@ -67,6 +67,9 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
+    if let Some(proxy) = proxy.as_ref().filter(|_| alive) {
+        proxy.expect_monitor();
+    }
     let (view, _) = watch::channel(Arc::new(View {
         name: Arc::clone(&name),
         uuid: definition.uuid,
@@ -163,6 +166,11 @@ impl Actor {
         }
     }
 
+    fn proxy(&self) -> Result<&Proxy, FleetError> {
+        let missing = || FleetError::NotSupported("its QMP socket could not be made: see the log".to_owned());
+        self.proxy.as_ref().ok_or_else(missing)
+    }
+
     async fn serve(&mut self, request: Request) {
         match request {
             Request::Job { verb, answer } => {
@@ -179,20 +187,14 @@ impl Actor {
             }
             Request::HandOver { answer } => self.hand_over(answer).await,
             Request::EndByUnit { answer } => self.end_by_unit(answer).await,
-            Request::Monitor { answer } => {
-                let _ = answer.send(self.monitor.clone());
+            Request::Caller { answer } => {
+                let _ = answer.send(self.proxy().map(Proxy::caller));
             }
             Request::OpenQmp { answer } => {
                 let failed = |error: std::io::Error| {
                     FleetError::ResourceExhausted(format!("no stream to the QMP proxy: {error}"))
                 };
-                let opened = match &self.proxy {
-                    Some(proxy) => proxy.open().map_err(failed),
-                    None => Err(FleetError::NotSupported(
-                        "its QMP socket could not be made: see the log".to_owned(),
-                    )),
-                };
-                let _ = answer.send(opened);
+                let _ = answer.send(self.proxy().and_then(|proxy| proxy.open().map_err(failed)));
             }
             Request::Undefine { .. } => {}
         }
@@ -233,8 +235,8 @@ impl Actor {
             }
             Internal::Silent { run } => Input::Silent { run },
             Internal::Disconnected { run } => {
-                if run == self.vm.run() {
-                    self.forget_monitor();
+                if run == self.vm.run() && !self.vm.state().idle() {
+                    self.expect_monitor();
                 }
                 Input::Disconnected { run }
             }
@@ -435,24 +437,32 @@ impl Actor {
     }
 
     fn connect(&mut self) {
-        self.unlink();
+        self.end_link();
+        self.expect_monitor();
         let path = self.context.launcher.sockets(&self.name).join("qmp.sock");
         let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
         self.link = Some(tokio::spawn(task));
     }
 
     fn unlink(&mut self) {
+        self.end_link();
+        self.monitor = None;
+        if let Some(proxy) = &self.proxy {
+            proxy.set_monitor(None);
+        }
+    }
+
+    fn end_link(&mut self) {
         if let Some(task) = self.link.take() {
             task.abort();
         }
-        self.forget_monitor();
     }
 
-    fn forget_monitor(&mut self) {
-        if self.monitor.take().is_some()
-            && let Some(proxy) = &self.proxy
-        {
-            proxy.set_monitor(None);
+    /// There is a process, and no connection to it yet, or any more.
+    fn expect_monitor(&mut self) {
+        self.monitor = None;
+        if let Some(proxy) = &self.proxy {
+            proxy.expect_monitor();
         }
     }
 

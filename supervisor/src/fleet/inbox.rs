@@ -11,7 +11,7 @@ use super::FleetError;
 use super::life::{Command, Verb};
 use super::view::View;
 use crate::launch::{Notice, Prepared};
-use crate::qmp::{Monitor, QmpEvent};
+use crate::qmp::{Caller, Monitor, QmpEvent};
 use crate::store::Process;
 
 /// How long a request may take to be taken by the actor: it does nothing slow.
@@ -27,7 +27,7 @@ pub(super) enum Request {
     Undefine { answer: Answer<()> },
     HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
     EndByUnit { answer: Answer<()> },
-    Monitor { answer: oneshot::Sender<Option<Monitor>> },
+    Caller { answer: Answer<Caller> },
     OpenQmp { answer: Answer<OwnedFd> },
 }
 

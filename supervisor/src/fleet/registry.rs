@@ -1,5 +1,6 @@
 //! The registry: owns which VMs there are. Reads are served from memory and never wait for a VM's actor, its VMM, the store or systemd.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +10,7 @@ use std::time::Duration;
 use dbus_api::spec::VmSpec;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use serde_json::Value;
+use serde_json::json;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -27,13 +28,11 @@ use super::vm::Vm;
 use super::{Context, FleetError};
 use crate::launch::server::Source;
 use crate::launch::{Event, Prepared};
-use crate::qmp::Monitor;
+use crate::qmp::QmpError;
 use crate::store::{Corrupt, Definition};
 
 /// A forced undefine waits this long for the power-off before it; callers of D-Bus wait 25 s by default.
 const FORCED_END: Duration = Duration::from_secs(20);
-/// Deadline of a QMP command sent for a D-Bus caller.
-const QMP_COMMAND: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
 pub(super) struct Table {
@@ -292,41 +291,18 @@ impl Fleet {
         Ok(Reservation { fleet: self, name: name.to_owned(), uuid })
     }
 
-    /// The connection to the VM's VMM.
-    async fn monitor(&self, name: &str) -> Result<Monitor, FleetError> {
-        let monitor = self.request(name, |answer| Request::Monitor { answer }).await?;
-        let state = self.get(name)?.state.word();
-        monitor.ok_or_else(|| FleetError::InvalidState(format!("VM \"{name}\" is {state}: no VMM answers")))
-    }
-
-    /// Sends one QMP command (JSON) and returns what the VMM returned (JSON).
+    /// Sends one QMP command (JSON, or its name as a JSON string) and returns the VMM's answer (JSON), as a client of the socket gets it.
     pub async fn qmp_command(&self, name: &str, text: &str) -> Result<String, FleetError> {
-        let wrong = |text: String| FleetError::QmpError(format!("VM \"{name}\": {text}"));
-        let command: Value =
-            serde_json::from_str(text).map_err(|error| wrong(format!("the command is no JSON: {error}")))?;
-        let word = match &command {
-            Value::String(word) => word.as_str(),
-            Value::Object(fields) => {
-                if let Some(key) =
-                    fields.keys().find(|key| !matches!(key.as_str(), "execute" | "arguments" | "id"))
-                {
-                    return Err(wrong(format!(
-                        "unknown key {key:?}: a command has execute, arguments and id"
-                    )));
-                }
-                fields
-                    .get("execute")
-                    .and_then(Value::as_str)
-                    .ok_or_else(|| wrong(r#"a command looks like {"execute":"query-status"}"#.to_owned()))?
-            }
-            _ => return Err(wrong(r#"a command looks like {"execute":"query-status"}"#.to_owned())),
+        let named = match serde_json::from_str::<String>(text) {
+            Ok(word) => Cow::Owned(json!({ "execute": word }).to_string()),
+            Err(_) => Cow::Borrowed(text),
         };
-        let monitor = self.monitor(name).await?;
-        let arguments = command.get("arguments").cloned();
-        match monitor.execute(word, arguments, QMP_COMMAND).await {
-            Ok(value) => Ok(value.to_string()),
-            Err(error) => Err(map_error(&error).map(|text| format!("VM \"{name}\": {text}"))),
-        }
+        let caller = self.request(name, |answer| Request::Caller { answer }).await??;
+        let answer = caller.execute_raw(&named).await;
+        answer.map_err(|error| match error {
+            QmpError::NotRunning { .. } => map_error(&error),
+            error => map_error(&error).map(|text| format!("VM \"{name}\": {text}")),
+        })
     }
 
     /// A stream to the VM's QMP proxy.

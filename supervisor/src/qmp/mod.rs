@@ -38,7 +38,7 @@ mod wire;
 pub use error::QmpError;
 pub use message::QmpEvent;
 pub use monitor::Monitor;
-pub use proxy::Proxy;
+pub use proxy::{Caller, Proxy};
 pub use session::MAX_CLIENTS;
 
 #[cfg(test)]

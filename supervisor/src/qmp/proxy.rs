@@ -1,6 +1,7 @@
 //! The QMP socket of one VM. It is there as long as the VM is defined; the VMM behind it comes and goes.
 //!
-//! Clients that come while there is no VMM are greeted and told so, command by command; when one starts they have it.
+//! Clients that come while there is no VMM are greeted and told so, command by command; when one starts they have it. While a VMM that is
+//! there is being connected to (after its start, or the daemon's), commands wait for that, for a moment.
 //! Clients that saw a VMM end are disconnected, after everything it said.
 
 use std::io;
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::QmpError;
 use super::message::{Answer, Request};
 use super::monitor::Monitor;
-use super::session::{self, MAX_CLIENTS, Subject};
+use super::session::{self, Line, MAX_CLIENTS, Subject};
 
 /// Who may use the socket: its owner and its group, which is its directory's (packages make that `flotilla`).
 const MODE: u32 = 0o660;
@@ -39,7 +40,7 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Shared {
     vm: Arc<str>,
-    monitor: watch::Sender<Option<Monitor>>,
+    line: watch::Sender<Line>,
     /// What the newest VMM said of itself, for clients that come when there is none.
     greeting: Mutex<Arc<str>>,
     clients: Arc<Semaphore>,
@@ -59,7 +60,7 @@ impl Proxy {
         let greeting = format!("{}\r\n", default_greeting());
         let shared = Arc::new(Shared {
             vm,
-            monitor: watch::Sender::new(None),
+            line: watch::Sender::new(Line::Down),
             greeting: Mutex::new(greeting.into()),
             clients: Arc::new(Semaphore::new(MAX_CLIENTS)),
             stop: CancellationToken::new(),
@@ -74,7 +75,18 @@ impl Proxy {
             let mut greeting = self.shared.greeting.lock().unwrap_or_else(PoisonError::into_inner);
             *greeting = Arc::clone(monitor.greeting());
         }
-        self.shared.monitor.send_replace(monitor);
+        self.shared.line.send_replace(monitor.map_or(Line::Down, Line::Up));
+    }
+
+    /// The VM has a process, which is being connected to: commands wait for [`Proxy::set_monitor`] from now on, up to 5 s each.
+    pub fn expect_monitor(&self) {
+        self.shared.line.send_replace(Line::Connecting);
+    }
+
+    /// For single commands by whoever is no client; works as long as the proxy is there.
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        Caller { shared: Arc::clone(&self.shared) }
     }
 
     /// One end of a connection that is served like any client's; the other end, blocking, for somebody to be given.
@@ -92,6 +104,26 @@ impl Proxy {
         Ok(theirs.into())
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many clients are connected.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        MAX_CLIENTS.saturating_sub(self.shared.clients.available_permits())
+    }
+}
+
+/// Sends single commands through a proxy.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    shared: Arc<Shared>,
+}
+
+impl Caller {
     /// Runs one command that is given as JSON, under the same rules as a client's, and returns its answer as JSON:
     /// `{"return":…}`, with the command's id if it has one.
     ///
@@ -103,9 +135,8 @@ impl Proxy {
         let answer = match session::local_answer(&request) {
             Some(answer) => answer,
             None => {
-                let monitor = self.shared.monitor.borrow().clone();
-                let not_running = || QmpError::NotRunning { vm: self.shared.vm.to_string() };
-                let monitor = monitor.ok_or_else(not_running)?;
+                let line = self.shared.line.subscribe();
+                let monitor = session::monitor_for(&self.shared.vm, &request.execute, line).await?;
                 monitor.submit(&request, Vec::new(), session::patience(&request.execute)).await?.answer
             }
         };
@@ -113,18 +144,6 @@ impl Proxy {
             Answer::Return(_) => Ok(answer.line(request.id.as_deref()).trim_end().to_owned()),
             Answer::Error(_) => answer.into_value().map(|value| value.to_string()),
         }
-    }
-
-    /// Where it listens.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// How many clients are connected.
-    #[must_use]
-    pub fn clients(&self) -> usize {
-        MAX_CLIENTS.saturating_sub(self.shared.clients.available_permits())
     }
 }
 
@@ -146,7 +165,7 @@ impl Shared {
         let subject = Subject {
             vm: Arc::clone(&self.vm),
             greeting: Arc::clone(&self.greeting.lock().unwrap_or_else(PoisonError::into_inner)),
-            monitor: self.monitor.subscribe(),
+            line: self.line.subscribe(),
             stop: self.stop.clone(),
         };
         tokio::spawn(async move {

@@ -172,6 +172,53 @@ async fn without_a_vmm_every_command_says_so() {
 }
 
 #[tokio::test]
+async fn while_the_vmm_is_being_connected_to_commands_wait() {
+    let (fake, proxy, path) = setup();
+    proxy.expect_monitor();
+    let (mut client, _) = Peer::connect(&path).await;
+    client.send("{\"execute\":\"query-status\",\"id\":1}{\"execute\":\"stop\",\"id\":2}").await;
+    let caller = proxy.caller();
+    let raw = "{\"execute\":\"x\",\"id\":3}";
+    let mut asked = Box::pin(caller.execute_raw(raw));
+    // What the proxy knows itself needs no VMM.
+    assert!(futures_util::poll!(&mut asked).is_pending());
+    assert_eq!(caller.execute_raw("{\"execute\":\"qmp_capabilities\"}").await.unwrap(), "{\"return\":{}}");
+    let (mut other, _) = Peer::connect(&path).await;
+    assert_eq!(other.ask("{\"execute\":\"qmp_capabilities\"}").await, json!({"return": {}}));
+    // Told again, as when the connection failed once more: they wait on.
+    proxy.expect_monitor();
+    assert!(futures_util::poll!(&mut asked).is_pending());
+    proxy.set_monitor(Some(fake.echo().await));
+    for (word, id) in [("query-status", 1), ("stop", 2)] {
+        let answer = client.message().await;
+        assert_eq!((&answer["return"]["execute"], &answer["id"]), (&json!(word), &json!(id)));
+    }
+    let answer: Value = serde_json::from_str(&asked.await.unwrap()).unwrap();
+    assert_eq!((&answer["return"]["execute"], &answer["id"]), (&json!("x"), &json!(3)));
+
+    // Its process ends instead: nobody waits for what cannot come.
+    proxy.expect_monitor();
+    let (mut client, _) = Peer::connect(&path).await;
+    client.send("{\"execute\":\"x\",\"id\":4}").await;
+    let mut asked = Box::pin(caller.execute_raw(raw));
+    assert!(futures_util::poll!(&mut asked).is_pending());
+    proxy.set_monitor(None);
+    let expected = json!({"error": {"class": "GenericError", "desc": "VM \"web\" is not running"}, "id": 4});
+    assert_eq!(client.message().await, expected);
+    assert!(matches!(asked.await, Err(QmpError::NotRunning { .. })));
+
+    // It never answers: a deadline, and the connection stays.
+    proxy.expect_monitor();
+    client.send("{\"execute\":\"x\",\"id\":5}").await;
+    let (answer, asked) = tokio::join!(client.message(), caller.execute_raw(raw));
+    assert_eq!(answer["id"], 5);
+    assert!(answer["error"]["desc"].as_str().unwrap().contains("did not take \"x\""), "{answer}");
+    assert!(matches!(asked, Err(QmpError::Deadline { sent: false, .. })));
+    proxy.set_monitor(Some(fake.echo().await));
+    assert_eq!(client.ask("{\"execute\":\"y\"}").await["return"]["execute"], "y");
+}
+
+#[tokio::test]
 async fn a_vmm_that_dies_ends_its_clients_cleanly() {
     let (fake, proxy, path) = setup();
     let (monitor, mut vmm) = fake.monitor().await;
@@ -350,7 +397,8 @@ async fn an_opened_end_is_a_client_like_any() {
 #[tokio::test]
 async fn raw_commands_follow_the_same_rules() {
     let (fake, proxy, _) = setup();
-    let run = |text: &'static str| proxy.execute_raw(text);
+    let caller = proxy.caller();
+    let run = |text: &'static str| caller.execute_raw(text);
     assert!(matches!(run("{\"execute\":\"x\"}").await, Err(QmpError::NotRunning { vm }) if vm == "web"));
     assert!(matches!(run("nonsense").await, Err(QmpError::BadRequest { .. })));
     assert!(matches!(run("{\"execute\":\"x\"} {}").await, Err(QmpError::BadRequest { .. })));

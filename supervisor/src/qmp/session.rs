@@ -39,12 +39,57 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The same for commands that are answered only when gigabytes have been written.
 const LONG_PATIENCE: Duration = Duration::from_secs(3600);
 
+/// How long a command waits for the connection to a VMM that is there. A VMM that takes longer is not healthy.
+pub(crate) const CONNECTING: Duration = Duration::from_secs(5);
+
+/// What is behind a proxy.
+#[derive(Debug, Clone)]
+pub(crate) enum Line {
+    /// The VM has no process: commands fail at once.
+    Down,
+    /// It has one, which is being connected to: commands wait.
+    Connecting,
+    /// Commands go there.
+    Up(Monitor),
+}
+
+impl Line {
+    fn monitor(&self) -> Option<&Monitor> {
+        match self {
+            Line::Up(monitor) => Some(monitor),
+            Line::Down | Line::Connecting => None,
+        }
+    }
+
+    fn connecting(&self) -> bool {
+        matches!(self, Line::Connecting)
+    }
+}
+
+/// The monitor for one command that no session sends; waits for it as a session does.
+pub(crate) async fn monitor_for(
+    vm: &str,
+    command: &str,
+    mut line: watch::Receiver<Line>,
+) -> Result<Monitor, QmpError> {
+    let not_running = || QmpError::NotRunning { vm: vm.to_owned() };
+    match tokio::time::timeout(CONNECTING, line.wait_for(|line| !line.connecting())).await {
+        Ok(Ok(line)) => line.monitor().cloned().ok_or_else(not_running),
+        Ok(Err(_)) => Err(not_running()),
+        Err(_) => Err(not_connected(command)),
+    }
+}
+
+fn not_connected(command: &str) -> QmpError {
+    QmpError::Deadline { command: command.to_owned(), after: CONNECTING, sent: false }
+}
+
 /// What a client is told about its VM.
 #[derive(Debug, Clone)]
 pub(crate) struct Subject {
     pub(crate) vm: Arc<str>,
     pub(crate) greeting: Arc<str>,
-    pub(crate) monitor: watch::Receiver<Option<Monitor>>,
+    pub(crate) line: watch::Receiver<Line>,
     /// The proxy is gone.
     pub(crate) stop: CancellationToken,
 }
@@ -65,6 +110,8 @@ struct Session {
     /// When the client last read something, or had nothing to read.
     progress: Instant,
     pending: Option<Pending>,
+    /// A command that waits for the connection to the VMM, and until when.
+    waiting: Option<(Request, Instant)>,
     attached: Option<(Monitor, broadcast::Receiver<QmpEvent>)>,
     /// An event that came after the answer which is written first.
     held: Option<QmpEvent>,
@@ -118,7 +165,7 @@ pub(crate) fn patience(command: &str) -> Duration {
 
 impl Session {
     fn new(stream: UnixStream, mut subject: Subject) -> Session {
-        let attached = subject.monitor.borrow_and_update().clone().map(|monitor| {
+        let attached = subject.line.borrow_and_update().monitor().cloned().map(|monitor| {
             let events = monitor.events();
             (monitor, events)
         });
@@ -135,6 +182,7 @@ impl Session {
             written: 0,
             progress: Instant::now(),
             pending: None,
+            waiting: None,
             attached,
             held: None,
             eof: false,
@@ -155,14 +203,16 @@ impl Session {
                 continue;
             }
             let open = !self.ending;
-            let reading = open && !self.eof && self.pending.is_none() && self.unread() < ENOUGH;
+            let reading = open && !self.eof && !self.busy() && self.unread() < ENOUGH;
+            let patience = self.waiting.as_ref().map(|(_, until)| *until);
             tokio::select! {
                 // The answer first: what the VMM said after it must not overtake it.
                 biased;
                 reply = maybe(&mut self.pending), if open => self.answered(reply)?,
                 event = next_event(&mut self.attached), if open => self.told(event)?,
-                changed = self.subject.monitor.changed(), if open => self.monitor_changed(changed.is_err())?,
+                changed = self.subject.line.changed(), if open => self.line_changed(changed.is_err())?,
                 () = stop.cancelled(), if open => self.end(),
+                () = until(patience), if open => self.waited(),
                 ready = self.stream.writable(), if self.unread() > 0 => {
                     ready.map_err(|_| Hopeless("its connection broke"))?;
                 }
@@ -183,12 +233,17 @@ impl Session {
 
     /// Everything that the client asked for is answered, and it will ask no more.
     fn done(&self) -> bool {
-        self.eof && self.pending.is_none()
+        self.eof && !self.busy()
+    }
+
+    /// A command is under way.
+    fn busy(&self) -> bool {
+        self.pending.is_some() || self.waiting.is_some()
     }
 
     /// Handles at most one command; says whether there was one. After it, and after the end of input, `done` is exact.
     fn one_command(&mut self) -> bool {
-        if self.ending || self.pending.is_some() || self.unread() >= ENOUGH {
+        if self.ending || self.busy() || self.unread() >= ENOUGH {
             return false;
         }
         let frame = match self.framer.next() {
@@ -213,6 +268,11 @@ impl Session {
             return self.answer(&answer, request.id.as_deref());
         }
         let Some((monitor, _)) = &self.attached else {
+            // Up already, and not heard yet, is heard in the same way.
+            if !matches!(*self.subject.line.borrow(), Line::Down) {
+                self.waiting = Some((request, Instant::now() + CONNECTING));
+                return;
+            }
             let error = self.not_running();
             return self.answer(&error, request.id.as_deref());
         };
@@ -226,6 +286,14 @@ impl Session {
             monitor.submit(&request, descriptors, patience).await
         });
         self.pending = Some(Pending { id, reply });
+    }
+
+    /// The VMM was not connected in time.
+    fn waited(&mut self) {
+        if let Some((request, _)) = self.waiting.take() {
+            let error = not_connected(&request.execute);
+            self.answer(&Answer::error(error.class(), &error.to_string()), request.id.as_deref());
+        }
     }
 
     fn answered(&mut self, reply: Result<Reply, QmpError>) -> Result<(), Hopeless> {
@@ -278,22 +346,30 @@ impl Session {
     }
 
     /// The VM started, or ended. Who saw a VM end is disconnected, as by the VMM itself.
-    fn monitor_changed(&mut self, proxy_gone: bool) -> Result<(), Hopeless> {
-        let monitor = self.subject.monitor.borrow_and_update().clone();
+    fn line_changed(&mut self, proxy_gone: bool) -> Result<(), Hopeless> {
+        let line = self.subject.line.borrow_and_update().clone();
         if self.attached.is_some() || proxy_gone {
             self.events_until(u64::MAX)?;
             self.end();
-        } else if let Some(monitor) = monitor {
-            let events = monitor.events();
-            self.attached = Some((monitor, events));
+            return Ok(());
+        }
+        if let Some(monitor) = line.monitor() {
+            self.attached = Some((monitor.clone(), monitor.events()));
+        }
+        // What waited goes to the VMM, is told that there is none, or waits on until the same time.
+        if !line.connecting()
+            && let Some((request, _)) = self.waiting.take()
+        {
+            self.command(request);
         }
         Ok(())
     }
 
     fn end(&mut self) {
-        if let Some(pending) = self.pending.take() {
+        let pending = self.pending.take().map(|pending| pending.id);
+        if let Some(id) = pending.or_else(|| self.waiting.take().map(|(request, _)| request.id)) {
             let error = self.not_running();
-            self.answer(&error, pending.id.as_deref());
+            self.answer(&error, id.as_deref());
         }
         self.ending = true;
     }
@@ -371,6 +447,13 @@ impl Future for Pending {
         context: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Result<Reply, QmpError>> {
         self.reply.as_mut().poll(context)
+    }
+}
+
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -4,11 +4,12 @@
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -24,6 +25,8 @@ use crate::store::{Definition, Process, Runtime};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
 const INBOX: usize = 64;
+/// How long the connection to a process that ended is still read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What an actor begins with.
 pub(super) struct Seed {
@@ -233,6 +236,12 @@ impl Actor {
                 self.monitor = Some(monitor);
                 Input::Connected { run, paused }
             }
+            Internal::Ended { invocation, exit } => {
+                if self.process.as_ref().is_some_and(|process| process.invocation == invocation) {
+                    self.ended(exit).await;
+                }
+                return;
+            }
             Internal::Silent { run } => Input::Silent { run },
             Internal::Disconnected { run } => {
                 if run == self.vm.run() && !self.vm.state().idle() {
@@ -264,17 +273,7 @@ impl Actor {
         match &*event.name {
             "STOP" => Some(Input::VcpusChanged { run, paused: true }),
             "RESUME" => Some(Input::VcpusChanged { run, paused: false }),
-            "SHUTDOWN" => {
-                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or_default();
-                let guest = event.data.get("guest").and_then(serde_json::Value::as_bool) == Some(true);
-                let why = match (guest, reason) {
-                    (true, "guest-reset") => "the guest rebooted, which ends a microvm".to_owned(),
-                    (true, _) => "the guest powered off".to_owned(),
-                    (false, "host-qmp-quit") => "ended over QMP".to_owned(),
-                    (false, reason) => format!("ended: {reason}"),
-                };
-                Some(Input::ShutdownSeen { run, why })
-            }
+            "SHUTDOWN" => Some(Input::ShutdownSeen { run, why: monitor::ending(event) }),
             _ => None,
         }
     }
@@ -296,7 +295,7 @@ impl Actor {
                 self.feed(Input::StopSeen { run }).await;
             }
             Notice::Ended { invocation, exit } => match &self.process {
-                Some(process) if process.invocation == invocation => self.ended(exit).await,
+                Some(process) if process.invocation == invocation => self.last_words(invocation, exit).await,
                 // A start of ours is under way: this may be its end, or that of the process before.
                 None if self.own_start => self.early_end = Some((invocation, exit)),
                 None if !self.vm.state().idle() => self.ended(exit).await,
@@ -315,6 +314,20 @@ impl Actor {
         if let Some((_, exit)) = early {
             self.ended(exit).await;
         }
+    }
+
+    /// The kernel tells of a process's end at once; what it said last may still be unread. That says why it ended, so it goes first.
+    async fn last_words(&mut self, invocation: String, exit: Exit) {
+        let link = if self.monitor.is_some() { self.link.take() } else { None };
+        let Some(mut link) = link else { return self.ended(exit).await };
+        let internal = self.internal.clone();
+        tokio::spawn(async move {
+            // Its end of the connection is closed: reading ends by itself, unless somebody else holds the socket.
+            if timeout(LAST_WORDS, &mut link).await.is_err() {
+                link.abort();
+            }
+            let _ = internal.send(Internal::Ended { invocation, exit });
+        });
     }
 
     async fn ended(&mut self, exit: Exit) {

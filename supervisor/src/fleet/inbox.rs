@@ -8,7 +8,7 @@ use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::FleetError;
-use super::life::{Command, Verb};
+use super::life::{Command, Exit, Verb};
 use super::view::View;
 use crate::launch::{Notice, Prepared};
 use crate::qmp::{Caller, Monitor, QmpEvent};
@@ -34,15 +34,48 @@ pub(super) enum Request {
 /// What the host tells.
 pub(super) enum Internal {
     Notice(Notice),
-    Planned { run: u64, generation: u64, command_line: Vec<String> },
-    Launched { run: u64, process: Process },
-    LaunchFailed { run: u64, error: FleetError },
-    Linked { run: u64, monitor: Monitor, paused: bool },
-    Silent { run: u64 },
-    Disconnected { run: u64 },
-    VcpusChanged { run: u64, paused: bool },
-    Event { run: u64, event: QmpEvent },
-    CommandDone { run: u64, command: Command, result: Result<(), FleetError> },
+    Planned {
+        run: u64,
+        generation: u64,
+        command_line: Vec<String>,
+    },
+    Launched {
+        run: u64,
+        process: Process,
+    },
+    LaunchFailed {
+        run: u64,
+        error: FleetError,
+    },
+    Linked {
+        run: u64,
+        monitor: Monitor,
+        paused: bool,
+    },
+    /// The process ended, and the last words of its connection are heard.
+    Ended {
+        invocation: String,
+        exit: Exit,
+    },
+    Silent {
+        run: u64,
+    },
+    Disconnected {
+        run: u64,
+    },
+    VcpusChanged {
+        run: u64,
+        paused: bool,
+    },
+    Event {
+        run: u64,
+        event: QmpEvent,
+    },
+    CommandDone {
+        run: u64,
+        command: Command,
+        result: Result<(), FleetError>,
+    },
 }
 
 /// The way to an actor.

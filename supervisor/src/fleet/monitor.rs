@@ -93,6 +93,18 @@ async fn status(monitor: &Monitor) -> Result<bool, QmpError> {
     Ok(!answer.get("running").and_then(Value::as_bool).unwrap_or(false))
 }
 
+/// Why a VMM ends, in words, from its SHUTDOWN event.
+pub(super) fn ending(event: &QmpEvent) -> String {
+    let reason = event.data.get("reason").and_then(Value::as_str).unwrap_or_default();
+    let guest = event.data.get("guest").and_then(Value::as_bool) == Some(true);
+    match (guest, reason) {
+        (true, "guest-reset") => "the guest rebooted, which ends a microvm".to_owned(),
+        (true, _) => "the guest powered off".to_owned(),
+        (false, "host-qmp-quit") => "ended over QMP".to_owned(),
+        (false, reason) => format!("ended: {reason}"),
+    }
+}
+
 /// Sends a command of the state machine.
 pub(super) async fn send(monitor: Option<Monitor>, command: Command) -> Result<(), FleetError> {
     let monitor = monitor.ok_or_else(|| FleetError::QmpTimeout("the VMM does not answer".to_owned()))?;

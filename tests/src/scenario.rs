@@ -19,6 +19,9 @@ pub const BOOT: Duration = Duration::from_secs(240);
 /// How long anything else in a guest or in the fleet may take.
 pub const SOON: Duration = Duration::from_secs(30);
 
+/// How long apt may take on a host.
+const APT: Duration = Duration::from_secs(300);
+
 /// The bridge that fleets' guests are on, and the host's address there.
 pub const BRIDGE: &str = "br0";
 
@@ -91,10 +94,33 @@ pub fn host_with_package(name: &str) -> Outcome<Host> {
     step("start a host");
     let host = Host::start(name)?;
     step("apt install ./flotilla.deb");
-    host.push(&package()?, "/root/flotilla.deb")?;
-    host.ok("cd /root && DEBIAN_FRONTEND=noninteractive apt-get install -q -y ./flotilla.deb")?;
+    install(&host, &package()?)?;
     host.ok(&format!("ip link add {BRIDGE} type bridge && ip address add 10.9.0.1/24 dev {BRIDGE} && ip link set {BRIDGE} up"))?;
     Ok(host)
+}
+
+/// Installs a package, or upgrades to it, with apt.
+///
+/// # Errors
+/// When apt refuses.
+pub fn install(host: &Host, package: &Path) -> Outcome {
+    host.push(package, "/root/flotilla.deb")?;
+    host.ok_for(APT, "cd /root && DEBIAN_FRONTEND=noninteractive apt-get install -q -y ./flotilla.deb")?;
+    Ok(())
+}
+
+/// The package under test with a version that is one higher, in this folder. Packed here: a host would take minutes.
+///
+/// # Errors
+/// When dpkg-deb fails.
+pub fn next_package(folder: &Path) -> Outcome<PathBuf> {
+    let (old, new) = (package()?, folder.join("flotilla_next.deb"));
+    let script = "set -e; dpkg-deb -R \"$1\" \"$2/tree\"; sed -i 's/^Version: .*/&+1/' \"$2/tree/DEBIAN/control\"; \
+                  dpkg-deb -Zgzip -b \"$2/tree\" \"$3\"";
+    let arguments = [Path::new("sh"), &old, folder, &new];
+    let output = std::process::Command::new("sh").args(["-c", script]).args(arguments).output()?;
+    check(output.status.success(), || String::from_utf8_lossy(&output.stderr).into_owned())?;
+    Ok(new)
 }
 
 /// A Debian guest: own disk, on the fleet's bridge.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tests::fleet::Fleet;
 use tests::host::Host;
-use tests::scenario::{BOOT, Guest, Outcome, SOON, check, host_with_package, package, step};
+use tests::scenario::{BOOT, Guest, Outcome, SOON, check, host_with_package, install, next_package, step};
 
 #[test]
 fn three_debian_vms_from_an_installed_package() -> Outcome {
@@ -141,10 +141,8 @@ fn upgrade(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
     step("an upgrade of the package keeps them");
     runs_through(host, fleet, guests, || {
         let old = host.ok("systemctl show -P MainPID flotillad")?;
-        host.push(&package()?, "/root/flotilla.deb")?;
-        host.ok("set -e; cd /root; rm -rf repack; dpkg-deb -R flotilla.deb repack
-             sed -i 's/^Version: .*/&+1/' repack/DEBIAN/control; dpkg-deb -b repack flotilla+1.deb >/dev/null
-             DEBIAN_FRONTEND=noninteractive apt-get install -q -y ./flotilla+1.deb")?;
+        let folder = tempfile::tempdir()?;
+        install(host, &next_package(folder.path())?)?;
         let version = host.ok("dpkg-query -W -f '${Version}' flotilla")?;
         check(version.ends_with("+1"), || version.clone())?;
         host.eventually(SOON, "systemctl is-active flotillad && flotilla list")?;

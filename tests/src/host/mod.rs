@@ -267,7 +267,15 @@ impl Host {
     /// # Errors
     /// Also when it exits with another code than 0.
     pub fn ok(&self, command: &str) -> Result<String, HostError> {
-        let output = self.run(command)?;
+        self.ok_for(COMMAND, command)
+    }
+
+    /// As [`Host::ok`], with a deadline of its own.
+    ///
+    /// # Errors
+    /// As for [`Host::ok`].
+    pub fn ok_for(&self, limit: Duration, command: &str) -> Result<String, HostError> {
+        let output = self.run_for(limit, command)?;
         match output.code {
             0 => Ok(output.stdout.trim_end().to_owned()),
             _ => Err(self.failed(command, output)),

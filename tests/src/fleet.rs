@@ -116,6 +116,9 @@ impl<'a> Fleet<'a> {
         let mut console = self.console(name)?;
         console.enter("")?;
         let answer = console.shell("cat /proc/sys/kernel/hostname", SOON)?;
+        // A console has one client at a time: the next one must find it free.
+        drop(console);
+        self.host.eventually(SOON, &format!("! pgrep -f '[f]lotilla console {name} '"))?;
         check(&answer == name, || format!("the console of {name} is that of \"{answer}\""))
     }
 
@@ -124,7 +127,7 @@ impl<'a> Fleet<'a> {
     /// # Errors
     /// When the host has no room for it; a refusal is seen as the console's end.
     pub fn console(&self, name: &str) -> Outcome<Console> {
-        Ok(Console::new(self.host.talk(&format!("exec flotilla console {name} --linger 60s"))?))
+        Ok(Console::new(self.host.talk(&format!("exec flotilla console {name} --linger 1s"))?))
     }
 
     /// The VMM's process id.

@@ -9,6 +9,7 @@ mod board;
 mod devices;
 mod options;
 mod props;
+mod small_devices;
 
 use std::collections::HashMap;
 use std::ffi::OsString;

@@ -4,6 +4,7 @@
 //! (`cmdline`) and the validation (`validate`) live beside this file; every rule about values is in `validate`, once.
 
 pub mod cmdline;
+mod serial_ports;
 mod validate;
 
 use std::fmt;
@@ -11,6 +12,7 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+pub use serial_ports::SerialPort;
 pub use validate::InvalidConfig;
 
 /// Smallest guest RAM, in bytes.
@@ -23,6 +25,9 @@ pub const MAX_CPUS: u8 = 254;
 pub const MICROVM_BLOCK_SLOTS: usize = 6;
 /// Replaceable network slots of a microvm: `eth0` and `eth1`.
 pub const MICROVM_NET_SLOTS: usize = 2;
+
+/// Most ports of a virtio-serial device.
+pub const SERIAL_PORTS_MAX: u8 = 31;
 
 /// One virtual machine, as the command line describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +56,8 @@ pub struct VmConfig {
     pub devices: Vec<Device>,
     /// `-object iothread,id=…`.
     pub iothreads: Vec<String>,
+    /// `-object rng-random,…`.
+    pub rngs: Vec<RngSource>,
     /// `-qmp` and `-mon`: where QMP clients connect.
     pub monitors: Vec<Monitor>,
     /// `-S`: create the vCPUs paused.
@@ -67,7 +74,7 @@ impl Default for VmConfig {
             uuid: None,
             machine: MachineConfig { kind: MachineKind::Microvm, dump_guest_core: true, mem_share: false },
             smp: Smp { cpus: 1, max_cpus: 1, sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
-            memory: MemoryConfig { size: 256 << 20, path: None, prealloc: false },
+            memory: MemoryConfig { size: 256 << 20, path: None, prealloc: false, backends: Vec::new() },
             boot: BootConfig::default(),
             drives: Vec::new(),
             netdevs: Vec::new(),
@@ -75,6 +82,7 @@ impl Default for VmConfig {
             serial: None,
             devices: Vec::new(),
             iothreads: Vec::new(),
+            rngs: Vec::new(),
             monitors: Vec::new(),
             start_paused: false,
             process: ProcessConfig::default(),
@@ -86,6 +94,11 @@ impl VmConfig {
     /// Checks every rule that needs more than one value to be known, and every range. A machine is only built from what passes.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         validate::validate(self)
+    }
+
+    /// The ports of the virtio-serial device by number, which the command line may leave open.
+    pub fn serial_ports(&self) -> Result<Vec<SerialPort>, InvalidConfig> {
+        serial_ports::number(self)
     }
 
     /// The chardev that `kind` stands for: itself, or the one its [`ChardevKind::Ref`] names.
@@ -160,6 +173,45 @@ pub struct MemoryConfig {
     pub path: Option<PathBuf>,
     /// `-mem-prealloc`: touch every page before the guest starts.
     pub prealloc: bool,
+    /// `-object memory-backend-*`. Guest RAM comes from the first; a valid configuration has no second.
+    pub backends: Vec<MemoryBackend>,
+}
+
+/// `-object memory-backend-*`: where guest RAM comes from, said as an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryBackend {
+    /// Name of the object.
+    pub id: String,
+    /// What the pages belong to.
+    pub kind: MemoryBackendKind,
+    /// Bytes; the same as guest RAM.
+    pub size: u64,
+    /// `share=on`: writes reach the file or memfd.
+    pub share: bool,
+    /// `prealloc=on`: touch every page before the guest starts.
+    pub prealloc: bool,
+    /// `dump-guest-core`: include the pages in core dumps.
+    pub dump_guest_core: bool,
+}
+
+/// Kinds of memory object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MemoryBackendKind {
+    /// `memory-backend-ram`: anonymous memory.
+    Ram,
+    /// `memory-backend-file`: a file, or an unseen one in a directory.
+    File(PathBuf),
+    /// `memory-backend-memfd`.
+    Memfd,
+}
+
+/// `-object rng-random`: where a virtio-rng device gets its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngSource {
+    /// Name that devices refer to.
+    pub id: String,
+    /// A character device of the host.
+    pub filename: PathBuf,
 }
 
 /// What the guest starts with.
@@ -388,6 +440,73 @@ pub enum DeviceDriver {
         /// `queue-size=`, a power of two, 256 to 4096.
         queue_size: u16,
     },
+    /// `virtio-serial-*`: what virtconsole and virtserialport plug into.
+    VirtioSerial {
+        /// `max_ports=`, 1 to 31.
+        max_ports: u8,
+    },
+    /// `virtconsole`: a terminal (`hvc0` and on in Linux) on the virtio-serial device.
+    VirtConsole {
+        /// `chardev=`.
+        chardev: String,
+        /// `nr=`: port number.
+        nr: Option<u8>,
+    },
+    /// `virtserialport`: a stream of bytes (`/dev/vport0p1` and on in Linux) on the virtio-serial device.
+    VirtSerialPort {
+        /// `chardev=`.
+        chardev: String,
+        /// `nr=`: port number, not 0.
+        nr: Option<u8>,
+        /// `name=`: how the guest finds it (`/dev/virtio-ports/NAME`).
+        name: Option<String>,
+    },
+    /// `virtio-balloon-*`.
+    VirtioBalloon {
+        /// `deflate-on-oom=on`: the guest may take pages back when it runs out of memory.
+        deflate_on_oom: bool,
+        /// `free-page-reporting=on`: the guest tells which pages it does not use.
+        free_page_reporting: bool,
+    },
+    /// `virtio-rng-*`.
+    VirtioRng {
+        /// `rng=`.
+        rng: String,
+        /// `max-bytes=` and `period=`; `None` for no limit.
+        limit: Option<RngLimit>,
+    },
+    /// `vhost-vsock-*`.
+    VhostVsock {
+        /// `guest-cid=`, 3 to 0xffff_fffe.
+        guest_cid: u32,
+        /// `vhostfd=`: an inherited `/dev/vhost-vsock`.
+        vhost_fd: Option<RawFd>,
+    },
+}
+
+impl DeviceDriver {
+    /// What is written after `-device` for a microvm.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::VirtioBlk { .. } => "virtio-blk-device",
+            Self::VirtioNet { .. } => "virtio-net-device",
+            Self::VirtioSerial { .. } => "virtio-serial-device",
+            Self::VirtConsole { .. } => "virtconsole",
+            Self::VirtSerialPort { .. } => "virtserialport",
+            Self::VirtioBalloon { .. } => "virtio-balloon-device",
+            Self::VirtioRng { .. } => "virtio-rng-device",
+            Self::VhostVsock { .. } => "vhost-vsock-device",
+        }
+    }
+}
+
+/// How fast a guest may draw random bytes: from 64 bytes to 10^9 bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RngLimit {
+    /// Bytes in each period; not 0.
+    pub max_bytes: u64,
+    /// Length of a period in milliseconds; not 0.
+    pub period_ms: u64,
 }
 
 /// How the process presents itself to the host.

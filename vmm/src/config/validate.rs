@@ -20,12 +20,13 @@ const IFNAME_MAX: usize = 15;
 #[error("{0}")]
 pub struct InvalidConfig(String);
 
-fn bad<T>(message: impl Into<String>) -> Result<T, InvalidConfig> {
+pub(super) fn bad<T>(message: impl Into<String>) -> Result<T, InvalidConfig> {
     Err(InvalidConfig(message.into()))
 }
 
 pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     board(config)?;
+    memory(config)?;
     drives(config)?;
     netdevs(config)?;
     chardevs(config)?;
@@ -86,6 +87,30 @@ fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
         ));
     }
     unique("iothread", config.iothreads.iter().map(String::as_str))
+}
+
+fn memory(config: &VmConfig) -> Result<(), InvalidConfig> {
+    let memory = &config.memory;
+    let Some(backend) = memory.backends.first() else { return Ok(()) };
+    let id = &backend.id;
+    if let Some(second) = memory.backends.get(1) {
+        return bad(format!(
+            "memory object \"{}\": guest memory comes from \"{id}\" already: leave one of them out",
+            second.id
+        ));
+    }
+    if memory.path.is_some() {
+        return bad(format!(
+            "memory object \"{id}\" and -mem-path exclude each other: leave out -mem-path, or the object"
+        ));
+    }
+    if backend.size != memory.size {
+        return bad(format!(
+            "memory object \"{id}\": its size of {} bytes must be that of the guest memory (-m), {} bytes",
+            backend.size, memory.size
+        ));
+    }
+    Ok(())
 }
 
 fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
@@ -189,6 +214,13 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
             claim(id, "-mon")?;
         }
     }
+    for Device { id, driver, .. } in &config.devices {
+        if let DeviceDriver::VirtConsole { chardev, .. } | DeviceDriver::VirtSerialPort { chardev, .. } =
+            driver
+        {
+            claim(chardev, &format!("device \"{id}\""))?;
+        }
+    }
     let all = || config.chardevs.iter().map(|c| &c.kind).chain(&config.serial);
     if all().filter(|kind| **kind == ChardevKind::Stdio).count() > 1 {
         return bad("stdio can be used by one chardev or serial port only");
@@ -228,6 +260,9 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
 
 fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
     unique("device", config.devices.iter().map(|d| d.id.as_str()))?;
+    unique("rng object", config.rngs.iter().map(|r| r.id.as_str()))?;
+    config.serial_ports()?;
+    let mut balloon = false;
     let (mut drives, mut netdevs) = (BTreeSet::new(), BTreeSet::new());
     for device in &config.devices {
         let Device { id, driver, .. } = device;
@@ -266,6 +301,24 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                 }
                 iothread
             }
+            DeviceDriver::VirtioRng { rng, .. } => {
+                if !config.rngs.iter().any(|r| r.id == *rng) {
+                    return bad(format!(
+                        "device \"{id}\": rng \"{rng}\" not found: add -object rng-random,id={rng},filename=/dev/urandom"
+                    ));
+                }
+                &None
+            }
+            DeviceDriver::VirtioBalloon { .. } => {
+                if std::mem::replace(&mut balloon, true) {
+                    return bad(format!("device \"{id}\": a VM has one balloon only"));
+                }
+                &None
+            }
+            DeviceDriver::VirtioSerial { .. }
+            | DeviceDriver::VirtConsole { .. }
+            | DeviceDriver::VirtSerialPort { .. }
+            | DeviceDriver::VhostVsock { .. } => &None,
         };
         if let Some(name) = iothread
             && !config.iothreads.contains(name)

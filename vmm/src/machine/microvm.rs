@@ -90,7 +90,7 @@ impl Microvm {
                 reset: ACPI_BASE + AcpiRegisters::RESET,
                 claim: ACPI_BASE + AcpiRegisters::CLAIM,
             },
-            dirty_memory: config.memory.path.is_some(),
+            dirty_memory: memory::may_be_dirty(&config.memory),
         };
         let state = boot::load(&memory, &config.boot, &platform, &inherited)?;
         if let Some(first) = vcpus.first() {

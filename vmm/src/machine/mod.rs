@@ -77,6 +77,14 @@ pub enum MachineError {
     /// A board that does not exist yet.
     #[error("-machine {0}: not supported in this version; use -machine microvm")]
     Unsupported(MachineKind),
+    /// A device that does not exist yet.
+    #[error("device \"{device}\": {driver} is not supported in this version")]
+    UnsupportedDevice {
+        /// Which device.
+        device: String,
+        /// Its driver.
+        driver: &'static str,
+    },
     /// KVM or a vCPU.
     #[error(transparent)]
     Cpu(#[from] CpuError),

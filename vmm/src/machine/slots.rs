@@ -1,7 +1,7 @@
 //! The virtio slots of a microvm: which device of the command line comes to lie in which slot, and where each slot is.
 //!
 //! There are always six block slots and two network slots, in this order, used or not: a guest sees `vda` to `vdf`, `eth0` and `eth1` from boot
-//! on, and a slot that is filled later needs no new device in the guest.
+//! on, and a slot that is filled later needs no new device in the guest. Other devices follow in command-line order, one slot each.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::boot::MmioSlot;
 use crate::bus::Bus;
 use crate::config::{Device, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
 use crate::inherit::Inherited;
-use crate::irq::Line;
+use crate::irq::{IOAPIC_PINS, Line};
 use crate::memory::GuestMemory;
 use crate::net::{self, Tap};
 use crate::virtio::blk::{Blk, BlkOptions};
@@ -23,6 +23,9 @@ const CMDLINE_WINDOWS: u64 = 0xf010_0000;
 const ACPI_WINDOWS: u64 = 0xf020_0000;
 /// GSIs 0 to 4 belong to the PIT and the serial ports.
 const FIRST_IRQ: u32 = 5;
+/// Slots for other devices: each has a pin of the IOAPIC of its own.
+const OTHER_SLOTS: usize =
+    IOAPIC_PINS as usize - FIRST_IRQ as usize - MICROVM_BLOCK_SLOTS - MICROVM_NET_SLOTS;
 /// Of a queue in an empty slot.
 const QUEUE_SIZE: u16 = 256;
 /// The I/O thread of devices that name none: `io-default`.
@@ -71,7 +74,7 @@ impl Workers {
 /// Opens the host ends of all devices and puts each device into the next free slot of its kind.
 pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occupant>, MachineError> {
     let workers = Workers::new(config);
-    let (mut blocks, mut nets) = (Vec::new(), Vec::new());
+    let (mut blocks, mut nets, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Device { id, driver, .. } in &config.devices {
         match driver {
             DeviceDriver::VirtioBlk { drive, serial, iothread, queue_size, .. } => {
@@ -101,6 +104,13 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                 });
                 nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
             }
+            // Ports of the virtio-serial device have no slot of their own.
+            DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
+            driver => {
+                check_room(id, "devices besides disks and NICs", others.len(), OTHER_SLOTS)?;
+                let device = other(id, driver)?;
+                others.push(Occupant { id: Some(id.clone()), device });
+            }
         }
     }
     while blocks.len() < MICROVM_BLOCK_SLOTS {
@@ -115,7 +125,13 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
         nets.push(Occupant { id: None, device: Box::new(Net::new(empty)) });
     }
     blocks.append(&mut nets);
+    blocks.append(&mut others);
     Ok(blocks)
+}
+
+/// A device that takes the next slot after those for disks and NICs.
+fn other(id: &str, driver: &DeviceDriver) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() })
 }
 
 fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Result<(), MachineError> {
@@ -163,7 +179,6 @@ pub(super) fn connect(
 mod tests {
     use super::*;
     use crate::config::{Aio, DetectZeroes, Drive, ImageFormat};
-    use crate::irq::IOAPIC_PINS;
 
     fn with_disks(count: usize) -> (VmConfig, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
@@ -218,6 +233,14 @@ mod tests {
         assert_eq!(sectors, [1, 2, 0, 0, 0, 0]);
         assert_eq!(slots[1].id.as_deref(), Some("blk1"));
         assert!(place(slots.len() - 1).irq < IOAPIC_PINS);
+    }
+
+    #[test]
+    fn the_last_slot_has_the_last_pin() {
+        assert_eq!(OTHER_SLOTS, 11);
+        let last = MICROVM_BLOCK_SLOTS + MICROVM_NET_SLOTS + OTHER_SLOTS - 1;
+        assert_eq!(place(last).irq, IOAPIC_PINS - 1);
+        assert!(place(last).cmdline_base + WINDOW_SIZE <= ACPI_WINDOWS);
     }
 
     #[test]

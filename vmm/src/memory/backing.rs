@@ -10,8 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use vm_memory::FileOffset;
 
-use super::MemoryError;
-use crate::config::MemoryConfig;
+use super::{MemoryError, Wish};
 
 pub(super) struct Backing {
     file: Option<Arc<File>>,
@@ -19,16 +18,16 @@ pub(super) struct Backing {
 }
 
 impl Backing {
-    pub(super) fn open(memory: &MemoryConfig, shared: bool) -> Result<Self, MemoryError> {
-        let file = match &memory.path {
-            Some(path) => Some(open_path(path, memory.size)?),
+    pub(super) fn open(wish: &Wish<'_>) -> Result<Self, MemoryError> {
+        let file = match wish.path {
+            Some(path) => Some(open_path(path, wish.size)?),
             // Private anonymous pages cost half as much to touch as those of a memfd: no file unless somebody wants to share.
-            None if shared => Some(
-                memfd(memory.size).map_err(|source| MemoryError::File { path: "memfd".into(), source })?,
-            ),
+            None if wish.shared || wish.memfd => {
+                Some(memfd(wish.size).map_err(|source| MemoryError::File { path: "memfd".into(), source })?)
+            }
             None => None,
         };
-        Ok(Self { file: file.map(Arc::new), shared })
+        Ok(Self { file: file.map(Arc::new), shared: wish.shared })
     }
 
     /// File, offset and flags for a mapping that starts `offset` bytes into guest RAM.

@@ -7,7 +7,7 @@ mod backing;
 pub mod layout;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -15,7 +15,7 @@ use rustix::mm::Advice;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion};
 
-use crate::config::{MachineConfig, MemoryConfig};
+use crate::config::{MachineConfig, MemoryBackendKind, MemoryConfig};
 use backing::Backing;
 
 /// Guest RAM as every device sees it. Built once, before the vCPUs start.
@@ -76,14 +76,56 @@ pub enum MemoryError {
     },
 }
 
+/// What `-mem-*`, `-machine` and a memory object together ask for.
+struct Wish<'a> {
+    size: u64,
+    path: Option<&'a Path>,
+    /// Wanted even where nothing is shared.
+    memfd: bool,
+    shared: bool,
+    prealloc: bool,
+    dump_guest_core: bool,
+}
+
+impl<'a> Wish<'a> {
+    fn new(memory: &'a MemoryConfig, machine: &MachineConfig) -> Self {
+        let mut wish = Self {
+            size: memory.size,
+            path: memory.path.as_deref(),
+            memfd: false,
+            shared: machine.mem_share,
+            prealloc: memory.prealloc,
+            dump_guest_core: machine.dump_guest_core,
+        };
+        if let Some(backend) = memory.backends.first() {
+            match &backend.kind {
+                MemoryBackendKind::Ram => {}
+                MemoryBackendKind::File(path) => wish.path = Some(path),
+                MemoryBackendKind::Memfd => wish.memfd = true,
+            }
+            wish.shared |= backend.share;
+            wish.prealloc |= backend.prealloc;
+            wish.dump_guest_core &= backend.dump_guest_core;
+        }
+        wish
+    }
+}
+
+/// Whether guest RAM may hold something else than zeroes when it is mapped: that of a file with a name may.
+pub fn may_be_dirty(memory: &MemoryConfig) -> bool {
+    let object = memory.backends.first().map(|b| &b.kind);
+    memory.path.is_some() || matches!(object, Some(MemoryBackendKind::File(_)))
+}
+
 /// Maps guest RAM as the configuration asks. No page is touched unless `-mem-prealloc` says so.
 pub fn build(memory: &MemoryConfig, machine: &MachineConfig) -> Result<GuestMemory, MemoryError> {
-    let backing = Backing::open(memory, machine.mem_share)?;
+    let wish = Wish::new(memory, machine);
+    let backing = Backing::open(&wish)?;
     let mut regions = Vec::with_capacity(2);
     for range in layout::ram(memory.size) {
-        regions.push(map(range, &backing, machine)?);
+        regions.push(map(range, &backing, &wish)?);
     }
-    if memory.prealloc {
+    if wish.prealloc {
         for region in &regions {
             prealloc(region)?;
         }
@@ -92,11 +134,7 @@ pub fn build(memory: &MemoryConfig, machine: &MachineConfig) -> Result<GuestMemo
         .map_err(|e| MemoryError::Map { size: memory.size, source: io::Error::other(e) })
 }
 
-fn map(
-    range: layout::Range,
-    backing: &Backing,
-    machine: &MachineConfig,
-) -> Result<GuestRegionMmap, MemoryError> {
+fn map(range: layout::Range, backing: &Backing, wish: &Wish<'_>) -> Result<GuestRegionMmap, MemoryError> {
     let failed = |source| MemoryError::Map { size: range.size, source };
     let size = usize::try_from(range.size).map_err(|e| failed(io::Error::other(e)))?;
     // The second range continues in the file where the first ended, so the file holds RAM without the hole.
@@ -106,7 +144,7 @@ fn map(
     let region =
         MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE)
             .map_err(|e| failed(mmap_error(e)))?;
-    if !machine.dump_guest_core {
+    if !wish.dump_guest_core {
         // SAFETY: the range is the mapping made above, and the advice changes core dumps only.
         unsafe { rustix::mm::madvise(region.as_ptr().cast(), size, Advice::LinuxDontDump) }
             .map_err(|e| failed(e.into()))?;
@@ -197,7 +235,7 @@ mod tests {
             (Some(file.clone()), true),
             (Some(dir.path().to_owned()), true),
         ] {
-            let config = MemoryConfig { size: 16 << 20, path, prealloc: share };
+            let config = MemoryConfig { size: 16 << 20, path, prealloc: share, backends: Vec::new() };
             let memory = build(&config, &machine(share)).unwrap();
             memory.write_obj(0x55u8, GuestAddress((16 << 20) - 1)).unwrap();
             assert!(memory.write_obj(0u8, GuestAddress(16 << 20)).is_err());
@@ -209,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_part_above_the_hole_is_memory_too() {
-        let config = MemoryConfig { size: 5 << 30, path: None, prealloc: false };
+        let config = MemoryConfig { size: 5 << 30, path: None, prealloc: false, backends: Vec::new() };
         let memory = build(&config, &machine(false)).unwrap();
         memory.write_obj(1u8, GuestAddress(6 << 30)).unwrap_err();
         memory.write_obj(1u8, GuestAddress((6 << 30) - 1)).unwrap();
@@ -218,7 +256,12 @@ mod tests {
 
     #[test]
     fn says_what_is_wrong_with_a_backing_file() {
-        let config = MemoryConfig { size: 16 << 20, path: Some("/nonexistent/ram".into()), prealloc: false };
+        let config = MemoryConfig {
+            size: 16 << 20,
+            path: Some("/nonexistent/ram".into()),
+            prealloc: false,
+            backends: Vec::new(),
+        };
         let error = build(&config, &machine(false)).unwrap_err().to_string();
         assert!(error.starts_with("-mem-path /nonexistent/ram: No such file"), "{error}");
     }

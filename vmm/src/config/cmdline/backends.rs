@@ -42,7 +42,7 @@ pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), Cmdli
         });
     }
     for text in given.many("-object") {
-        config.iothreads.push(object(&text)?);
+        super::small_devices::object(&text, config)?;
     }
     if let Some(text) = given.one("-qmp") {
         config.monitors.push(qmp(&text)?);
@@ -205,25 +205,6 @@ fn socket(props: &mut Props) -> Result<ChardevKind, CmdlineError> {
         }
         _ => Err(props.bad("a socket needs either path=PATH or port=N with an optional host=IP")),
     }
-}
-
-fn object(text: &str) -> Result<String, CmdlineError> {
-    let mut props = Props::parse("-object", text, Some("type"))?;
-    match props.word("type")?.as_deref() {
-        Some("iothread") => {}
-        Some(
-            known @ ("rng-random"
-            | "memory-backend-ram"
-            | "memory-backend-file"
-            | "memory-backend-memfd"
-            | "tls-creds-x509"
-            | "authz-simple"),
-        ) => return Err(props.unsupported(known)),
-        other => return Err(props.bad(format!("unknown object '{}': use iothread", other.unwrap_or("")))),
-    }
-    let id = props.required_id()?;
-    props.finish()?;
-    Ok(id)
 }
 
 fn qmp(text: &str) -> Result<Monitor, CmdlineError> {

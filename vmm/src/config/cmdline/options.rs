@@ -82,7 +82,11 @@ pub(super) const OPTIONS: &[Spec] = &[
         "-device",
         Arity::Many,
         "virtio-blk-device,drive=ID[,id=ID][,serial=TEXT][,iothread=ID]\n\
-         virtio-net-device,netdev=ID[,id=ID][,mac=MAC][,iothread=ID]\ta device of the guest",
+         virtio-net-device,netdev=ID[,id=ID][,mac=MAC][,iothread=ID]\n\
+         virtio-serial-device[,max_ports=N], then virtconsole|virtserialport,chardev=ID[,nr=N][,name=TEXT]\n\
+         virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on]\n\
+         virtio-rng-device,rng=ID[,max-bytes=N,period=MILLISECONDS]\n\
+         vhost-vsock-device,guest-cid=N[,vhostfd=N]\ta device of the guest",
     ),
     used(
         "-chardev",
@@ -95,7 +99,14 @@ pub(super) const OPTIONS: &[Spec] = &[
         Arity::One,
         "stdio|pty|file,path=PATH|socket,path=PATH,server,nowait|chardev:ID\tthe serial port",
     ),
-    used("-object", Arity::Many, "iothread,id=ID\ta thread for devices to run on, at most 8"),
+    used(
+        "-object",
+        Arity::Many,
+        "iothread,id=ID\n\
+         rng-random,id=ID,filename=PATH\n\
+         memory-backend-ram|memory-backend-file|memory-backend-memfd,id=ID,size=N[,mem-path=PATH][,share=on|off][,prealloc=on|off]\t\
+         a thread for devices to run on (at most 8), a source of random bytes, or guest memory",
+    ),
     used("-qmp", Arity::One, "unix:PATH,server,nowait|tcp:IP:PORT,server,nowait\twhere QMP clients connect"),
     used("-mon", Arity::One, "chardev=ID[,id=ID],mode=control\tQMP on a character back end"),
     used("-S", Arity::Flag, "\tcreate the VM paused; `cont` over QMP starts it (also -freeze)"),

@@ -235,12 +235,18 @@ fn each_bad_line_gets_one_clear_line() {
         ("-numa node,nodeid=0 -kernel /k", "-numa is not supported in this version"),
         (
             "-kernel /k -device virtio-rng-device,rng=r",
-            "-device: device virtio-rng-device is not supported in this version",
+            "device \"virtio-rng-device.0\": rng \"r\" not found: add -object rng-random,id=r,filename=/dev/urandom",
         ),
-        ("-kernel /k -object rng-random,id=r", "-object: rng-random is not supported in this version"),
+        ("-kernel /k -device pvpanic,id=x", "-device: device pvpanic is not supported in this version"),
+        (
+            "-kernel /k -device virtio-rng-pci,rng=r",
+            "-device: device virtio-rng-pci (no machine of this version has PCI; use virtio-rng-device) \
+             is not supported in this version",
+        ),
         (
             "-kernel /k -device nonsense,id=x",
-            "-device: unknown driver 'nonsense': use virtio-blk-device or virtio-net-device",
+            "-device: unknown driver 'nonsense': use virtio-blk-device, virtio-net-device, virtio-serial-device, \
+             virtconsole, virtserialport, virtio-balloon-device, virtio-rng-device, vhost-vsock-device",
         ),
         (
             "-kernel /k -device virtio-blk-pci,drive=d",
@@ -340,5 +346,108 @@ proptest! {
         tail in "(,(id|file|cores|sockets|drive|netdev|mac|fds|queues|port|host|addr|queue-size|maxmem)=[0-9a-fx:.KMG-]{0,10}){0,4}",
     ) {
         let _ = parse(["-kernel", "/k", option, &format!("{head}{tail}")].map(OsString::from));
+    }
+}
+
+#[test]
+fn the_whole_lines_of_a_test_client_and_of_kata() {
+    let config = run(
+        "-name microvm -qmp unix:/s,server,nowait -machine microvm,dump-guest-core=on,mem-share=on -S \
+         -device virtio-serial-device -chardev socket,path=/c,id=virtioconsole0,server,nowait \
+         -device virtconsole,chardev=virtioconsole0,id=console_0 \
+         -object rng-random,id=objrng0,filename=/dev/urandom -device virtio-rng-device,rng=objrng0,max-bytes=1234,period=1000 \
+         -device vhost-vsock-device,id=vsock-1,guest-cid=5 \
+         -device virtio-balloon-device,deflate-on-oom=true,free-page-reporting=true \
+         -object iothread,id=iothread1 -kernel /k -smp 4 -m 2048",
+    );
+    let drivers: Vec<&DeviceDriver> = config.devices.iter().map(|d| &d.driver).collect();
+    assert_eq!(
+        drivers,
+        [
+            &DeviceDriver::VirtioSerial { max_ports: 31 },
+            &DeviceDriver::VirtConsole { chardev: "virtioconsole0".into(), nr: None },
+            &DeviceDriver::VirtioRng {
+                rng: "objrng0".into(),
+                limit: Some(crate::config::RngLimit { max_bytes: 1234, period_ms: 1000 })
+            },
+            &DeviceDriver::VhostVsock { guest_cid: 5, vhost_fd: None },
+            &DeviceDriver::VirtioBalloon { deflate_on_oom: true, free_page_reporting: true },
+        ]
+    );
+    assert_eq!(config.rngs[0].filename, std::path::Path::new("/dev/urandom"));
+    assert_eq!(config.devices[2].id, "virtio-rng-device.1");
+
+    let config = run("-kernel /k -chardev socket,id=charconsole0,path=/c,server,nowait \
+         -chardev socket,id=agent,path=/a,server,nowait -device virtio-serial-device,id=virtio-serial0,max_ports=2 \
+         -device virtserialport,chardev=agent,id=channel0,name=agent.channel.0 \
+         -device virtconsole,chardev=charconsole0,id=console0,nr=0 -object rng-random,id=rng0,filename=/dev/urandom \
+         -device virtio-rng-device,id=virtio-rng0,rng=rng0 -device vhost-vsock-device,id=v,guest-cid=0x10,vhostfd=7");
+    let ports = config.serial_ports().unwrap();
+    assert_eq!((ports[0].nr, ports[0].chardev.as_str(), ports[0].console), (0, "charconsole0", true));
+    assert_eq!((ports[1].nr, ports[1].name.as_deref()), (1, Some("agent.channel.0")));
+    assert_eq!(config.devices[4].driver, DeviceDriver::VhostVsock { guest_cid: 16, vhost_fd: Some(7) });
+}
+
+#[test]
+fn memory_objects() {
+    use crate::config::MemoryBackendKind;
+    let object = |text: &str| {
+        run(&format!("-kernel /k -m 512M -object {text},id=m,size=512M")).memory.backends.remove(0)
+    };
+    assert_eq!(object("memory-backend-ram").kind, MemoryBackendKind::Ram);
+    let file =
+        object("memory-backend-file,mem-path=/dev/hugepages,share=on,mem-prealloc=on,dump-guest-core=off");
+    assert_eq!(file.kind, MemoryBackendKind::File("/dev/hugepages".into()));
+    assert!(file.share && file.prealloc && !file.dump_guest_core);
+    assert!(object("memory-backend-memfd").share && !object("memory-backend-memfd,share=off").share);
+}
+
+#[test]
+fn small_devices_that_make_no_sense() {
+    for (line, want) in [
+        ("-device virtio-rng-device,rng=r,max-bytes=1", "'max-bytes' and 'period' belong together"),
+        (
+            "-device virtio-rng-device,rng=r,max-bytes=63,period=1000",
+            "is 63 bytes per second: it must be from 64",
+        ),
+        ("-device virtio-rng-device,rng=r,max-bytes=1000001,period=1", "is 1000001000 bytes per second"),
+        ("-device virtio-balloon-device,auto-balloon=on", "auto-balloon=on is not supported"),
+        ("-device virtio-balloon-device -device virtio-balloon-device", "a VM has one balloon only"),
+        ("-device virtio-serial-device -device virtio-serial-device", "one virtio-serial device only"),
+        ("-device virtio-serial-device,max_ports=32", "max-ports=32: write a whole number from 1 to 31"),
+        ("-chardev pty,id=c -device virtconsole,chardev=c", "add -device virtio-serial-device"),
+        ("-device virtio-serial-device -device virtconsole,chardev=c", "chardev \"c\" not found"),
+        (
+            "-chardev pty,id=c -serial chardev:c -device virtio-serial-device -device virtconsole,chardev=c",
+            "chardev \"c\" is used by something else already",
+        ),
+        ("-device vhost-vsock-device", "'guest-cid' is missing"),
+        ("-device vhost-vsock-device,guest-cid=2", "guest-cid=2: write a whole number from 3"),
+        ("-device vhost-vsock-device,guest-cid=4294967295", "write a whole number from 3 to 4294967294"),
+        ("-device virtio-balloon-device,addr=0x1", "'bus', 'addr' and 'multifunction' belong to PCI devices"),
+        ("-object rng-random", "'id' is missing"),
+        ("-object rng-random,id=a -object rng-random,id=a", "rng object \"a\" has been added already"),
+        (
+            "-object memory-backend-ram,id=m,size=128M",
+            "must be that of the guest memory (-m), 268435456 bytes",
+        ),
+        ("-object memory-backend-ram,id=m", "'size' is missing"),
+        ("-object memory-backend-file,id=m,size=256M", "'mem-path' is missing"),
+        (
+            "-object memory-backend-ram,id=m,size=256M,mem-path=/x",
+            "'mem-path' belongs to memory-backend-file",
+        ),
+        ("-object memory-backend-ram,id=m,size=256M -mem-path /x", "and -mem-path exclude each other"),
+        (
+            "-object memory-backend-ram,id=m,size=256M -object memory-backend-ram,id=n,size=256M",
+            "comes from \"m\" already",
+        ),
+        (
+            "-object memory-backend-ram,id=m,size=256M,host-nodes=0-1,policy=bind",
+            "is not supported in this version",
+        ),
+    ] {
+        let error = error(&format!("-kernel /k {line}"));
+        assert!(error.contains(want), "{line}: {error}");
     }
 }

@@ -13,7 +13,7 @@ use crate::config::{Device, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS
 use crate::inherit::Inherited;
 use crate::irq::{IOAPIC_PINS, Line};
 use crate::memory::GuestMemory;
-use crate::net::{self, Tap};
+use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
@@ -97,7 +97,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                 let wanted = config.netdevs.iter().find(|n| n.id == *netdev);
                 let netdev = wanted.ok_or_else(|| no_such(id, "netdev", netdev, "-netdev"))?;
                 let device = Net::new(NetOptions {
-                    backend: Some(Tap::open(netdev, inherited)?),
+                    backend: Some(net::Backend::open(netdev, inherited)?),
                     mac: mac.unwrap_or_else(|| net::default_mac(nets.len() as u8)),
                     queue_size: *queue_size,
                     worker,

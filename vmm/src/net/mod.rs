@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -73,9 +74,41 @@ pub struct Tap {
     id: String,
 }
 
+/// The host end of one NIC: what a netdev becomes when it is opened. One tap descriptor for each pair of queues.
+#[derive(Debug)]
+pub struct Backend {
+    id: String,
+    taps: Vec<Arc<Tap>>,
+}
+
+impl Backend {
+    /// Opens what `netdev` describes: at start and at hot-plug alike.
+    pub fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
+        let tap = Tap::open(netdev, inherited)?;
+        Ok(Self { id: netdev.id.clone(), taps: vec![Arc::new(tap)] })
+    }
+
+    /// `id=` of the netdev.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// One for each pair of queues, at least one.
+    pub fn taps(&self) -> &[Arc<Tap>] {
+        &self.taps
+    }
+
+    /// See [`Tap::fake`].
+    #[cfg(test)]
+    pub(crate) fn fake() -> (Self, OwnedFd) {
+        let (tap, peer) = Tap::fake();
+        (Self { id: "fake".into(), taps: vec![Arc::new(tap)] }, peer)
+    }
+}
+
 impl Tap {
     /// Opens the tap of `netdev`: by its descriptor, its inherited descriptor, or its name.
-    pub fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
+    fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
         Self::try_open(netdev, inherited).map_err(|problem| NetError { netdev: netdev.id.clone(), problem })
     }
 

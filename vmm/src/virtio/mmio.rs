@@ -111,6 +111,24 @@ struct Running {
     notify: Vec<Option<Arc<EventFd>>>,
     /// Where doorbells are attached, by queue number.
     bells: Vec<(u64, u16, Arc<EventFd>)>,
+    /// Doorbells have been asked for: not a second time, also where that failed.
+    has_bells: bool,
+}
+
+impl Running {
+    /// Attaches a doorbell to every enabled queue.
+    fn attach(&mut self, doorbell: &dyn Doorbell, base: u64) {
+        self.has_bells = true;
+        let addr = base + reg::QUEUE_NOTIFY;
+        for (queue, fd) in (0u16..).zip(&self.notify) {
+            let Some(fd) = fd else { continue };
+            match doorbell.attach(addr, queue, fd) {
+                Ok(()) => self.bells.push((addr, queue, Arc::clone(fd))),
+                // Slower, but it works: the driver's writes come to `notify` below.
+                Err(error) => tracing::warn!("no virtio doorbell at {addr:#x}/{queue}: {error}"),
+            }
+        }
+    }
 }
 
 struct Registers {
@@ -233,7 +251,7 @@ impl MmioTransport {
     fn activate(&self, r: &mut Registers, base: u64) -> Result<(), ActivateError> {
         let features = r.driver_features;
         let mut queues = Vec::new();
-        let mut running = Running { notify: Vec::new(), bells: Vec::new() };
+        let mut running = Running { notify: Vec::new(), bells: Vec::new(), has_bells: false };
         let sizes = r.device.queue_sizes();
         for (index, (registers, max)) in (0u16..).zip(r.queues.iter().zip(sizes)) {
             if !registers.ready {
@@ -246,17 +264,11 @@ impl MmioTransport {
             running.notify.push(Some(Arc::clone(&notify)));
             queues.push(ActiveQueue { index, queue, notify });
         }
-        let bells: Vec<_> = queues.iter().map(|q| (q.index, Arc::clone(&q.notify))).collect();
         let interrupt = Arc::clone(&self.signals) as Arc<dyn Interrupt>;
         let memory = Arc::clone(&self.memory);
         r.device.activate(Activation { memory, features, queues, interrupt })?;
-        let addr = base + reg::QUEUE_NOTIFY;
-        for (queue, fd) in bells.into_iter().filter(|_| r.device.wants_doorbell()) {
-            match self.doorbell.attach(addr, queue, &fd) {
-                Ok(()) => running.bells.push((addr, queue, fd)),
-                // Slower, but it works: the driver's writes come to `notify` below.
-                Err(error) => tracing::warn!("no virtio doorbell at {addr:#x}/{queue}: {error}"),
-            }
+        if r.device.wants_doorbell() {
+            running.attach(&*self.doorbell, base);
         }
         r.running = Some(running);
         Ok(())
@@ -281,10 +293,15 @@ impl MmioTransport {
         }
     }
 
-    fn notify(&self, queue: u32) {
-        let guard = self.lock();
-        let running = guard.running.as_ref();
-        let fd = usize::try_from(queue).ok().and_then(|q| running?.notify.get(q)?.clone());
+    fn notify(&self, queue: u32, base: u64) {
+        let mut guard = self.lock();
+        let r = &mut *guard;
+        let Some(running) = &mut r.running else { return };
+        // A slot that was empty at DRIVER_OK has been filled since.
+        if !running.has_bells && r.device.wants_doorbell() {
+            running.attach(&*self.doorbell, base);
+        }
+        let fd = usize::try_from(queue).ok().and_then(|q| running.notify.get(q)?.clone());
         drop(guard);
         if let Some(fd) = fd {
             // Fails only when the counter is full; the device has more than enough notifications then.
@@ -325,7 +342,7 @@ impl MmioTransport {
 
     fn write_register(&self, offset: u64, value: u32, base: u64) {
         match offset {
-            reg::QUEUE_NOTIFY => return self.notify(value),
+            reg::QUEUE_NOTIFY => return self.notify(value, base),
             reg::INTERRUPT_ACK => {
                 self.signals.pending.fetch_and(!value, Ordering::AcqRel);
                 return;

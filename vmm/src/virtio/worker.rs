@@ -119,14 +119,14 @@ impl<T: Send + 'static> Gate<T> {
         Some(result)
     }
 
-    /// Watches `fd` on the I/O thread until the gate is closed.
+    /// Watches `fd` on the I/O thread until the gate is closed or [`unwatch`](Self::unwatch) says so.
     pub(crate) fn watch(
         &self,
         ops: &mut Ops<'_>,
         fd: impl AsFd,
         interest: EventFlags,
         handler: impl Handler + 'static,
-    ) -> io::Result<()> {
+    ) -> io::Result<Token> {
         let token = ops.add(fd, interest, handler)?;
         let mut inner = lock(&self.inner);
         if inner.closed {
@@ -135,7 +135,13 @@ impl<T: Send + 'static> Gate<T> {
         } else {
             inner.tokens.push(token);
         }
-        Ok(())
+        Ok(token)
+    }
+
+    /// Ends a watch; the loop's duplicate of the descriptor is closed when this returns. On the I/O thread.
+    pub(crate) fn unwatch(&self, ops: &mut Ops<'_>, token: Token) {
+        lock(&self.inner).tokens.retain(|t| *t != token);
+        ops.remove(token);
     }
 
     /// Shuts the gate: no handler enters again. Waits for the one inside, then runs `drain`, which returns true when nothing of

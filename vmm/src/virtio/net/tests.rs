@@ -19,13 +19,13 @@ struct Nic {
     tx: Ring,
 }
 
-fn device(tap: Option<Tap>) -> Net {
-    Net::new(NetOptions { backend: tap, mac: MAC, queue_size: 256, worker: Worker::new("t") })
+fn device(backend: Option<Backend>) -> Net {
+    Net::new(NetOptions { backend, mac: MAC, queue_size: 256, worker: Worker::new("t") })
 }
 
 fn start(features: u64) -> Nic {
-    let (tap, peer) = Tap::fake();
-    let rig = Rig::new(device(Some(tap)));
+    let (backend, peer) = Backend::fake();
+    let rig = Rig::new(device(Some(backend)));
     let mut rings = rig.start(features, 2, 256).into_iter();
     let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
     Nic { rig, peer, rx, tx }
@@ -65,6 +65,9 @@ impl Nic {
         assert_eq!(rustix::io::write(&self.peer, bytes).unwrap(), bytes.len());
     }
 }
+
+#[path = "port_tests.rs"]
+mod port_tests;
 
 #[test]
 fn packets_go_out_as_they_are() {
@@ -246,7 +249,7 @@ fn an_empty_slot_is_a_nic_without_link() {
     );
     let mut rings = rig.start(!0, 2, 256).into_iter();
     let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
-    let mut nic = Nic { rig, peer: Tap::fake().1, rx, tx };
+    let mut nic = Nic { rig, peer: Backend::fake().1, rx, tx };
     nic.rx.add(&[(DATA, 2000, true)]);
     nic.rig.kick(&nic.rx);
     nic.transmit(&[(DATA, 72, false)]);
@@ -303,10 +306,10 @@ fn a_deleted_tap_takes_the_link_down_and_the_device_goes_on() {
     in_a_namespace(|| {
         assert!(ip("tuntap add dev t0 mode tap"));
         assert!(ip("link set t0 up"));
-        let rig = Rig::new(device(Some(Tap::open(&named("t0"), &Inherited::default()).unwrap())));
+        let rig = Rig::new(device(Some(Backend::open(&named("t0"), &Inherited::default()).unwrap())));
         let mut rings = rig.start(!0, 2, 256).into_iter();
         let (rx, tx) = (rings.next().unwrap(), rings.next().unwrap());
-        let mut nic = Nic { rig, peer: Tap::fake().1, rx, tx };
+        let mut nic = Nic { rig, peer: Backend::fake().1, rx, tx };
         nic.put(DATA, &packet(60, 1));
         nic.transmit(&[(DATA, 72, false)]);
         // Something to read into, so that the end of the tap is what the device meets next.

@@ -1,0 +1,195 @@
+//! The way from the machine's owner to a NIC that is boxed in its transport: owns what is in the slot, and the session if there is one.
+//!
+//! ```text
+//!            insert                       activate                   insert / eject: on the I/O thread, which answers
+//!   empty ◀────────▶ filled      idle ◀──────────▶ session
+//!            eject                         reset
+//! ```
+//!
+//! Locks: the transport's registers, then `state`. It is held over a wait for the I/O thread, which therefore never takes
+//! it: what the guest reads meanwhile is in `Face`, which has no lock.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::session::{Session, SessionError, settle};
+use crate::event::LoopHandle;
+use crate::net::Backend;
+
+/// How long the I/O thread may take to let a tap go. Others use it too: a disk on it may be slow.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a NIC did not come or go.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// There is a NIC in the slot.
+    #[error("the slot is in use by netdev \"{0}\"; remove that device first")]
+    Occupied(String),
+    /// There is none.
+    #[error("the slot is empty")]
+    Empty,
+    /// More queue pairs than the guest's driver was told of.
+    #[error(
+        "netdev \"{netdev}\" has {queues} queue pairs, and the slot has {slot}: the guest's driver learns the number at boot; use queues={slot}, or give the NIC on the command line"
+    )]
+    TooManyQueues {
+        /// `id=` of the netdev.
+        netdev: String,
+        /// What it has.
+        queues: usize,
+        /// What the slot has had from boot on.
+        slot: usize,
+    },
+    /// The thread that serves the device hangs in the host's kernel.
+    #[error("the I/O thread of the device hangs; the host's log may say why")]
+    Hangs,
+    /// A host resource ran out.
+    #[error("cannot use netdev \"{netdev}\": {source}")]
+    Host {
+        /// `id=` of the netdev.
+        netdev: String,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What the guest sees in configuration space.
+pub(super) struct Face {
+    mac: AtomicU64,
+    link: AtomicBool,
+}
+
+impl Face {
+    pub(super) fn mac(&self) -> [u8; 6] {
+        let [mac @ .., _, _] = self.mac.load(Ordering::Acquire).to_le_bytes();
+        mac
+    }
+
+    pub(super) fn set_mac(&self, [a, b, c, d, e, f]: [u8; 6]) {
+        self.mac.store(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]), Ordering::Release);
+    }
+
+    pub(super) fn link(&self) -> bool {
+        self.link.load(Ordering::Acquire)
+    }
+
+    /// Returns what it was.
+    pub(super) fn set_link(&self, up: bool) -> bool {
+        self.link.swap(up, Ordering::AcqRel)
+    }
+}
+
+pub(super) struct State {
+    pub(super) backend: Option<Arc<Backend>>,
+    pub(super) session: Option<Session>,
+    /// The thread of this session or the last one, which may still hold watches.
+    pub(super) io_thread: Option<LoopHandle>,
+    /// The NIC's own address: what it has again after a reset.
+    pub(super) mac: [u8; 6],
+}
+
+/// Fills and empties the slot of a NIC, at any time of the device's life, from any thread.
+pub struct Port {
+    pub(super) face: Arc<Face>,
+    pairs: usize,
+    /// Without a lock, for the transport on the driver's notifications.
+    occupied: AtomicBool,
+    state: Mutex<State>,
+}
+
+impl Port {
+    pub(super) fn new(backend: Option<Backend>, pairs: usize, mac: [u8; 6]) -> Arc<Self> {
+        let face = Face { mac: AtomicU64::new(0), link: AtomicBool::new(backend.is_some()) };
+        face.set_mac(mac);
+        let occupied = AtomicBool::new(backend.is_some());
+        let state = Mutex::new(State { backend: backend.map(Arc::new), session: None, io_thread: None, mac });
+        Arc::new(Self { face: Arc::new(face), pairs, occupied, state })
+    }
+
+    /// Only the device and the methods here; after the transport's registers.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn occupied(&self) -> bool {
+        self.occupied.load(Ordering::Acquire)
+    }
+
+    /// Pairs of queues, from the device's making on.
+    pub fn pairs(&self) -> usize {
+        self.pairs
+    }
+
+    /// `id=` of the netdev in the slot.
+    pub fn netdev_id(&self) -> Option<String> {
+        self.lock().backend.as_ref().map(|b| b.id().to_owned())
+    }
+
+    /// The address that the guest sees.
+    pub fn mac(&self) -> [u8; 6] {
+        self.face.mac()
+    }
+
+    /// Puts a NIC into the empty slot: the guest sees the link come up, and `mac` if it reads it again (Linux does so when its
+    /// driver binds). `None` keeps the slot's address. After an error the slot is empty and `backend` is closed.
+    pub fn insert(&self, backend: Backend, mac: Option<[u8; 6]>) -> Result<(), PortError> {
+        let mut state = self.lock();
+        if let Some(there) = &state.backend {
+            return Err(PortError::Occupied(there.id().to_owned()));
+        }
+        let queues = backend.taps().len();
+        if queues > self.pairs {
+            return Err(PortError::TooManyQueues { netdev: backend.id().into(), queues, slot: self.pairs });
+        }
+        let netdev = backend.id().to_owned();
+        let backend = Arc::new(backend);
+        let before = state.mac;
+        if let Some(mac) = mac {
+            state.mac = mac;
+            self.face.set_mac(mac);
+        }
+        let result = match &state.session {
+            None => {
+                self.face.set_link(true);
+                Ok(())
+            }
+            Some(session) => session.attach(Arc::clone(&backend), Instant::now() + DEADLINE),
+        };
+        match result {
+            Ok(()) => {
+                state.backend = Some(backend);
+                self.occupied.store(true, Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                state.mac = before;
+                self.face.set_mac(before);
+                Err(match error {
+                    SessionError::Hangs => PortError::Hangs,
+                    SessionError::Host(source) => PortError::Host { netdev, source },
+                })
+            }
+        }
+    }
+
+    /// Empties the slot: the guest sees the link go down. No packet moves and the tap's descriptor is closed when this returns.
+    pub fn eject(&self) -> Result<(), PortError> {
+        let mut state = self.lock();
+        // Kept until the I/O thread has let it go: a failed call may be repeated.
+        if state.backend.is_none() {
+            return Err(PortError::Empty);
+        }
+        let deadline = Instant::now() + DEADLINE;
+        match (&state.session, &state.io_thread) {
+            (Some(session), _) => session.detach(deadline).map_err(|_| PortError::Hangs)?,
+            (None, Some(io_thread)) => settle(io_thread, deadline).map_err(|_| PortError::Hangs)?,
+            (None, None) => {}
+        }
+        self.face.set_link(false);
+        state.backend = None;
+        self.occupied.store(false, Ordering::Release);
+        Ok(())
+    }
+}

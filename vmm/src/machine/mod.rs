@@ -27,6 +27,7 @@ use crate::inherit::Inherited;
 use crate::irq::IrqError;
 use crate::memory::MemoryError;
 use crate::net::NetError;
+use crate::virtio::rng::RngError;
 use microvm::Microvm;
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
@@ -103,6 +104,9 @@ pub enum MachineError {
     /// A tap.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A source of random bytes.
+    #[error(transparent)]
+    Rng(#[from] RngError),
     /// More devices than slots.
     #[error("device \"{device}\": too many {what}: a microvm has {slots} slots for them")]
     TooMany {

@@ -17,6 +17,7 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
+use crate::virtio::rng::{Rng, RngOptions, Source};
 use crate::virtio::{Doorbell, VirtioDevice, Worker};
 
 const CMDLINE_WINDOWS: u64 = 0xf010_0000;
@@ -108,7 +109,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
             driver => {
                 check_room(id, "devices besides disks and NICs", others.len(), OTHER_SLOTS)?;
-                let device = other(id, driver)?;
+                let device = other(id, driver, config, inherited, &workers)?;
                 others.push(Occupant { id: Some(id.clone()), device });
             }
         }
@@ -130,8 +131,22 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
 }
 
 /// A device that takes the next slot after those for disks and NICs.
-fn other(id: &str, driver: &DeviceDriver) -> Result<Box<dyn VirtioDevice>, MachineError> {
-    Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() })
+fn other(
+    id: &str,
+    driver: &DeviceDriver,
+    config: &VmConfig,
+    inherited: &Inherited,
+    workers: &Workers,
+) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    match driver {
+        DeviceDriver::VirtioRng { rng, limit } => {
+            let wanted = config.rngs.iter().find(|r| r.id == *rng);
+            let rng = wanted.ok_or_else(|| no_such(id, "rng", rng, "-object rng-random"))?;
+            let source = Source::open(rng, inherited)?;
+            Ok(Box::new(Rng::new(RngOptions { source, limit: *limit, worker: workers.default.clone() })))
+        }
+        driver => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
+    }
 }
 
 fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Result<(), MachineError> {
@@ -233,6 +248,23 @@ mod tests {
         assert_eq!(sectors, [1, 2, 0, 0, 0, 0]);
         assert_eq!(slots[1].id.as_deref(), Some("blk1"));
         assert!(place(slots.len() - 1).irq < IOAPIC_PINS);
+    }
+
+    #[test]
+    fn other_devices_follow_disks_and_nics() {
+        let mut config = VmConfig::default();
+        config.rngs.push(crate::config::RngSource { id: "r".into(), filename: "/dev/urandom".into() });
+        let driver = DeviceDriver::VirtioRng { rng: "r".into(), limit: None };
+        for i in 0..=OTHER_SLOTS {
+            let (id, driver) = (format!("rng{i}"), driver.clone());
+            config.devices.push(Device { id, bus: None, addr: None, multifunction: false, driver });
+        }
+        let text = |config: &VmConfig| fill(config, &Inherited::default()).err().unwrap().to_string();
+        assert!(text(&config).starts_with("device \"rng11\": too many devices besides disks and NICs"));
+        config.devices.truncate(2);
+        let slots = fill(&config, &Inherited::default()).unwrap();
+        let ids: Vec<_> = slots[8..].iter().map(|s| s.id.as_deref().unwrap()).collect();
+        assert_eq!((ids, slots[8].device.device_type()), (vec!["rng0", "rng1"], 4));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! ```text
 //! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
+//! rng        small devices
 //! worker     I/O threads and the gate that reset waits at
 //! ```
 
@@ -24,6 +25,7 @@ mod chain;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rng;
 pub mod status;
 pub mod worker;
 

@@ -156,3 +156,51 @@ pub unsafe fn write8(address: u64, value: u8) {
         asm!("mov byte ptr [{1}], {0}", in(reg_byte) value, in(reg) address, options(nostack, preserves_flags))
     };
 }
+
+/// Reads a 16-bit device register.
+///
+/// # Safety
+/// As [`read32`].
+pub unsafe fn read16(address: u64) -> u16 {
+    let value;
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov {0:x}, word ptr [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Reads a 64-bit device register.
+///
+/// # Safety
+/// As [`read32`].
+pub unsafe fn read64(address: u64) -> u64 {
+    let value;
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov {0}, qword ptr [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes a 16-bit device register.
+///
+/// # Safety
+/// As [`write32`].
+pub unsafe fn write16(address: u64, value: u16) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov word ptr [{1}], {0:x}", in(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+}
+
+/// Writes a 64-bit device register.
+///
+/// # Safety
+/// As [`write32`].
+pub unsafe fn write64(address: u64, value: u64) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("mov qword ptr [{1}], {0}", in(reg) value, in(reg) address, options(nostack, preserves_flags))
+    };
+}

@@ -20,6 +20,7 @@ mod clock;
 mod console;
 mod cpu;
 mod entry;
+mod hostile;
 mod irq;
 mod memory;
 mod net;

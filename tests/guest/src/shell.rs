@@ -6,7 +6,7 @@ use crate::net::{self, Card};
 use crate::text::{Interface, Ipv4, Size, number};
 use crate::virtio::{self, Window};
 use crate::work::{self, Crc32};
-use crate::{acpi, clock, console, cpu, irq, memory, power, put, say};
+use crate::{acpi, clock, console, cpu, hostile, irq, memory, power, put, say};
 
 const MAX_DISKS: usize = 16;
 const HELP: &str = "\
@@ -27,6 +27,7 @@ disk [vdX] flush                       make writes durable
 net                        the network card
 net up ADDR/LEN            give it an address
 net ping ADDR [COUNT]      ping
+hostile [PREFIX]           misuse the devices, case by case; takes them over for good
 halt                       stop the processor for good
 poweroff, reboot, fault    end the VM: ACPI, keyboard controller, triple fault";
 
@@ -218,6 +219,7 @@ impl Shell {
             }
             "disk" => shell.disk(arguments),
             "net" => shell.net(arguments),
+            "hostile" => Ok(hostile::run(shell.boot, arguments.first().copied().unwrap_or(""))?),
             "halt" => {
                 say!("halted");
                 cpu::hold()

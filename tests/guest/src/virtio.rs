@@ -16,8 +16,8 @@ const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_FAILED: u32 = 128;
 
-/// Register offsets.
-mod reg {
+/// Register offsets, named as in virtio 1.2 §4.2.2.
+pub mod reg {
     pub const MAGIC: u64 = 0x00;
     pub const VERSION: u64 = 0x04;
     pub const DEVICE_ID: u64 = 0x08;
@@ -62,12 +62,14 @@ pub fn windows(boot: &BootInfo) -> impl Iterator<Item = Window> {
 }
 
 impl Window {
-    fn read(self, register: u64) -> u32 {
+    /// Reads a register.
+    pub fn read(self, register: u64) -> u32 {
         // SAFETY: in the device window, which `paging` maps; reads of these registers change nothing of ours.
         unsafe { cpu::read32(self.address + register) }
     }
 
-    fn write(self, register: u64, value: u32) {
+    /// Writes a register.
+    pub fn write(self, register: u64, value: u32) {
         // SAFETY: as above; the device only ever learns addresses of pages that drivers own.
         unsafe { cpu::write32(self.address + register, value) };
     }

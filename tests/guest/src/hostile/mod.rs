@@ -1,0 +1,167 @@
+//! The hostile driver: misuses devices one case after the other in one VM, and proves after each case that it did no harm.
+//!
+//! ```text
+//! a case:  misuse ─▶ outcome ─▶ reset ─▶ a good request to the same device ─▶ a read from another disk ─▶ one line on the console
+//! ```
+//!
+//! `registers` and `rings` hold the cases that fit any device; `blk` and `net` those of one. The line tells the outcome and those
+//! that are allowed, so the table has one place: here. `rig` is what cases are made with. To add a device: a row in
+//! [`TARGETS`], its good request in `rig`, and a file with its own cases.
+
+use crate::blk::{self, Disk};
+use crate::boot::BootInfo;
+use crate::virtio::{self, Problem};
+use crate::{net, put, say};
+
+mod blk_cases;
+mod net_cases;
+mod registers;
+mod rig;
+mod rings;
+
+use rig::{Rig, Space};
+
+/// How a case ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The device did what it was asked, or what a good request asked after the misuse.
+    Served,
+    /// The device said no: to features, or in its answer to a request.
+    Refused,
+    /// DEVICE_NEEDS_RESET.
+    NeedsReset,
+    /// A register write had no effect.
+    Ignored,
+    /// No answer of any kind. Never allowed.
+    Stuck,
+    /// Something happened that must not. Never allowed.
+    Wrong(&'static str),
+}
+
+use Outcome::{Ignored, NeedsReset, Refused, Served};
+
+impl Outcome {
+    fn name(self) -> &'static str {
+        match self {
+            Served => "served",
+            Refused => "refused",
+            NeedsReset => "needs-reset",
+            Ignored => "ignored",
+            Self::Stuck => "stuck",
+            Self::Wrong(what) => what,
+        }
+    }
+}
+
+/// Outcomes that a case may have.
+pub type Allowed = &'static [Outcome];
+
+/// The device must not take it.
+pub const NO: Allowed = &[NeedsReset, Refused];
+/// The device must not care.
+pub const YES: Allowed = &[Served];
+/// The specification leaves it open; only harm is forbidden.
+pub const ANY: Allowed = &[Served, Refused, NeedsReset];
+/// The request fails, and the device goes on.
+pub const ERROR: Allowed = &[Refused];
+/// The register stays as it is.
+pub const NOTHING: Allowed = &[Ignored];
+
+/// One misuse.
+pub struct Case {
+    /// `group/words`.
+    pub name: &'static str,
+    /// How it may end.
+    pub allowed: Allowed,
+    /// Does it. The rig is reset before and after.
+    pub run: fn(&mut Rig) -> Outcome,
+}
+
+/// A queue under attack.
+pub struct Target {
+    /// Starts the names of its cases.
+    pub name: &'static str,
+    /// Device type.
+    pub kind: u32,
+    /// Queues that its driver sets up.
+    pub queues: u16,
+    /// The one that is misused.
+    pub queue: u16,
+    /// Requests of this queue are for the device to write to.
+    pub writable: bool,
+    /// The cases of `registers` run here too: once for each device.
+    pub registers: bool,
+    /// Cases of its own.
+    pub cases: &'static [&'static [Case]],
+}
+
+/// Virtio device types.
+pub const NET: u32 = net::KIND;
+/// As above.
+pub const BLK: u32 = blk::KIND;
+/// As above.
+pub const CONSOLE: u32 = 3;
+/// As above.
+pub const RNG: u32 = 4;
+/// As above.
+pub const BALLOON: u32 = 5;
+
+#[rustfmt::skip]
+const TARGETS: &[Target] = &[
+    Target { name: "blk", kind: BLK, queues: 1, queue: 0, writable: false, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS] },
+    Target { name: "net-tx", kind: NET, queues: 2, queue: 1, writable: false, registers: true, cases: &[net_cases::TRANSMIT] },
+    Target { name: "net-rx", kind: NET, queues: 2, queue: 0, writable: true, registers: false, cases: &[net_cases::RECEIVE] },
+    Target { name: "console-tx", kind: CONSOLE, queues: 2, queue: 1, writable: false, registers: true, cases: &[] },
+    Target { name: "rng", kind: RNG, queues: 1, queue: 0, writable: true, registers: true, cases: &[] },
+    Target { name: "balloon-inflate", kind: BALLOON, queues: 2, queue: 0, writable: false, registers: true, cases: &[] },
+    Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, writable: false, registers: false, cases: &[] },
+];
+
+/// Runs the cases whose full name (`TARGET/GROUP/WORDS`) starts with `prefix`, on the first device of each kind. The second disk
+/// is the other device that must go on working.
+pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
+    let of_kind = |kind| virtio::windows(boot).filter(move |w| w.kind() == Some(kind));
+    let mut other = of_kind(BLK).nth(1).map(Disk::open).ok_or("it needs a second disk")??;
+    let before = other.read(0, 1)?[..16].try_into().unwrap_or([0u8; 16]);
+    let space = Space::new(boot)?;
+    let (mut count, mut bad) = (0, 0);
+    for target in TARGETS {
+        let Some(window) = of_kind(target.kind).next() else {
+            say!("hostile: there is no {}", target.name);
+            continue;
+        };
+        let mut rig = Rig::new(space, window, target);
+        let own = target.cases.iter().copied();
+        let all = target.registers.then_some(registers::CASES).into_iter();
+        for case in all.chain([rings::CASES, rings::INDIRECT_CASES]).chain(own).flatten() {
+            if !starts_with(target.name, case.name, prefix) {
+                continue;
+            }
+            count += 1;
+            // Told before it runs: if the VM does not survive it, this is the last line.
+            put!("case {}/{}: ", target.name, case.name);
+            let outcome = rig.attempt(case.run);
+            let fine = case.allowed.contains(&outcome);
+            put!("{}; allowed:", outcome.name());
+            for allowed in case.allowed {
+                put!(" {}", allowed.name());
+            }
+            let again = rig.recover();
+            let others = other.read(0, 1).is_ok_and(|sector| sector[..16] == before);
+            put!("; again: {}; others: {}", again.name(), if others { "work" } else { "broken" });
+            say!("{}", if fine && again == Served && others { "" } else { " BAD" });
+            bad += u32::from(!(fine && again == Served && others));
+        }
+        rig.reset();
+    }
+    say!("hostile: {count} cases, {bad} bad");
+    Ok(())
+}
+
+fn starts_with(target: &str, case: &str, prefix: &str) -> bool {
+    match prefix.strip_prefix(target) {
+        Some("") => true,
+        Some(rest) => rest.strip_prefix('/').is_some_and(|rest| case.starts_with(rest)),
+        None => target.starts_with(prefix),
+    }
+}

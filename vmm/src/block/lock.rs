@@ -33,14 +33,31 @@ pub(super) fn lock(file: &File, write: bool) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Returns the kind of lock that the kernel answers with.
+/// Gives up all locks now: the kernel may close the description a little later than we do (io_uring), or never (a launcher that
+/// has kept its copy of an inherited descriptor).
+pub(super) fn unlock(file: &File) {
+    // From the first of our bytes to the last. Closing would do the same, so a failure changes nothing.
+    let _ = control_range(file, libc::F_OFD_SETLK, libc::F_UNLCK, USES, DENIES + RESIZE + 1 - USES);
+}
+
 fn control(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> Result<libc::c_int, Problem> {
+    control_range(file, command, kind, byte, 1)
+}
+
+/// Returns the kind of lock that the kernel answers with.
+fn control_range(
+    file: &File,
+    command: libc::c_int,
+    kind: libc::c_int,
+    byte: i64,
+    len: i64,
+) -> Result<libc::c_int, Problem> {
     // SAFETY: all zeroes is a valid `flock`.
     let mut flock: libc::flock = unsafe { std::mem::zeroed() };
     flock.l_type = kind as libc::c_short;
     flock.l_whence = libc::SEEK_SET as libc::c_short;
     flock.l_start = byte;
-    flock.l_len = 1;
+    flock.l_len = len;
     // SAFETY: the descriptor is open and `flock` is a valid argument of these commands.
     if unsafe { libc::fcntl(raw(file), command, &raw mut flock) } == 0 {
         return Ok(libc::c_int::from(flock.l_type));

@@ -54,7 +54,7 @@ pub enum Problem {
     },
     /// Somebody else has locked the image.
     #[error(
-        "the image is in use by another process; stop that process, or give both of them the drive with readonly=on"
+        "the image is in use by another process, or by another drive of this one; stop that process, or give both of them the image with readonly=on"
     )]
     InUse,
     /// The host itself uses the block device.
@@ -198,6 +198,12 @@ impl Disk {
     /// A new way around misaligned buffers.
     pub(crate) fn bounce(&self) -> io::Result<Bounce> {
         Bounce::new(&self.alignment)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
     }
 }
 

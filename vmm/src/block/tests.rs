@@ -7,18 +7,7 @@ use std::path::Path;
 use super::*;
 
 fn drive(path: &Path) -> Drive {
-    Drive {
-        id: "rootfs".into(),
-        file: path.into(),
-        readonly: false,
-        direct: false,
-        aio: None,
-        format: ImageFormat::Raw,
-        iops_total: None,
-        discard: false,
-        detect_zeroes: DetectZeroes::Off,
-        pflash_unit: None,
-    }
+    Drive { direct: false, ..Drive::new("rootfs", path) }
 }
 
 fn open(drive: &Drive) -> Result<Disk, BlockError> {

@@ -248,6 +248,45 @@ pub struct Drive {
     pub detect_zeroes: DetectZeroes,
     /// `if=pflash,unit=N`.
     pub pflash_unit: Option<u8>,
+    /// `cache.no-flush` of QMP: the guest's flushes are answered and not carried out (default off).
+    pub no_flush: bool,
+    /// `backing`: what lies under a qcow2 image, nearest first; opened read-only. The name in an image's header is never opened.
+    pub backing: Vec<BackingImage>,
+    /// `l2-cache-size` in bytes, at most 32 MiB; `None` leaves it to the block room.
+    pub l2_cache_size: Option<u64>,
+    /// `refcount-cache-size` in bytes, at most 32 MiB; `None` leaves it to the block room.
+    pub refcount_cache_size: Option<u64>,
+}
+
+impl Drive {
+    /// A raw, writable drive with every other option at its default.
+    pub fn new(id: impl Into<String>, file: impl Into<PathBuf>) -> Self {
+        Self {
+            id: id.into(),
+            file: file.into(),
+            readonly: false,
+            direct: true,
+            aio: None,
+            format: ImageFormat::Raw,
+            iops_total: None,
+            discard: false,
+            detect_zeroes: DetectZeroes::Off,
+            pflash_unit: None,
+            no_flush: false,
+            backing: Vec::new(),
+            l2_cache_size: None,
+            refcount_cache_size: None,
+        }
+    }
+}
+
+/// One image under a qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingImage {
+    /// Image file or block device.
+    pub file: PathBuf,
+    /// Its format (never guessed).
+    pub format: ImageFormat,
 }
 
 /// How block requests reach the kernel.

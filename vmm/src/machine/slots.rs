@@ -193,7 +193,8 @@ pub(super) fn connect(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Aio, DetectZeroes, Drive, ImageFormat};
+    use crate::config::{Aio, Drive};
+    use crate::irq::IOAPIC_PINS;
 
     fn with_disks(count: usize) -> (VmConfig, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
@@ -201,18 +202,8 @@ mod tests {
         for i in 0..count {
             let file = dir.path().join(i.to_string());
             std::fs::File::create(&file).unwrap().set_len(512 * (i as u64 + 1)).unwrap();
-            config.drives.push(Drive {
-                id: format!("d{i}"),
-                file,
-                readonly: false,
-                direct: false,
-                aio: Some(Aio::Off),
-                format: ImageFormat::Raw,
-                iops_total: None,
-                discard: false,
-                detect_zeroes: DetectZeroes::Off,
-                pflash_unit: None,
-            });
+            let drive = Drive::new(format!("d{i}"), file);
+            config.drives.push(Drive { direct: false, aio: Some(Aio::Off), ..drive });
             config.devices.push(Device {
                 id: format!("blk{i}"),
                 bus: None,

@@ -145,7 +145,8 @@ impl<T: Send + 'static> Gate<T> {
     }
 
     /// Shuts the gate: no handler enters again. Waits for the one inside, then runs `drain`, which returns true when nothing of
-    /// the device is in flight any more. True: the state has been dropped. False: it is kept; call again later.
+    /// the device is in flight any more. True: the state has been dropped. False: it is kept; call again later. When two
+    /// threads close at once, the second waits for the first.
     pub(crate) fn close(
         &self,
         worker: &LoopHandle,
@@ -165,11 +166,19 @@ impl<T: Send + 'static> Gate<T> {
             inner = self.left.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         let Some(mut state) = inner.state.take() else { return true };
+        inner.taken = true;
         drop(inner);
-        if drain(&mut state) {
-            return true;
-        }
-        lock(&self.inner).state = Some(state);
-        false
+        let kept = if drain(&mut state) {
+            drop(state);
+            None
+        } else {
+            Some(state)
+        };
+        let drained = kept.is_none();
+        let mut inner = lock(&self.inner);
+        inner.state = kept;
+        inner.taken = false;
+        self.left.notify_all();
+        drained
     }
 }

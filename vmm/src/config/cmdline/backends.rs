@@ -95,18 +95,7 @@ fn drive(text: &str) -> Result<Drive, CmdlineError> {
         props.refuse(key)?;
     }
     props.finish()?;
-    Ok(Drive {
-        id,
-        file,
-        readonly,
-        direct,
-        aio,
-        format,
-        iops_total,
-        discard,
-        detect_zeroes,
-        pflash_unit: None,
-    })
+    Ok(Drive { readonly, direct, aio, format, iops_total, discard, detect_zeroes, ..Drive::new(id, file) })
 }
 
 fn netdev(text: &str) -> Result<Netdev, CmdlineError> {

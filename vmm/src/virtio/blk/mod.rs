@@ -1,26 +1,28 @@
 //! virtio-blk (virtio 1.2 §5.2): owns the device's features, its configuration space, and its starts and stops.
 //!
-//! A device without a disk is an empty slot: the guest sees capacity 0, and every request fails. Requests are parsed in `request`
-//! and carried out in `serve`, on the I/O thread.
+//! A device without a disk is an empty slot: the guest sees capacity 0, and every request fails. Disks come and go through the
+//! device's [`Port`], at any time. Requests are parsed in `request` and carried out in `serve`, on the I/O thread.
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::worker::{Gate, RESET_DEADLINE, Worker};
-use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
-    read_config_bytes,
-};
-use crate::block::{Disk, SECTOR};
-use crate::event::{EventFlags, LoopHandle, Ops};
+use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
+use crate::block::Disk;
+use crate::event::Ops;
 
+mod port;
 mod request;
 mod serve;
 
 #[cfg(test)]
+mod port_tests;
+#[cfg(test)]
 mod tests;
 
+use port::{Medium, Session};
+pub use port::{Port, PortError, Stats};
 use serve::Server;
 
 const DEVICE_TYPE: u32 = 2;
@@ -66,82 +68,30 @@ pub struct BlkOptions {
 
 /// The device.
 pub struct Blk {
-    disk: Option<Arc<Disk>>,
-    serial: [u8; request::ID_BYTES],
-    features: u64,
-    config: [u8; config::SIZE],
+    port: Arc<Port>,
     queue_sizes: [u16; 1],
     worker: Worker,
-    session: Option<Session>,
-}
-
-/// From DRIVER_OK to reset; longer if the host's kernel does not let go.
-struct Session {
-    gate: Arc<Gate<Server>>,
-    io_thread: LoopHandle,
 }
 
 impl Blk {
     /// A device that nobody drives yet: opens nothing and starts no thread.
     pub fn new(options: BlkOptions) -> Self {
         let BlkOptions { backend, serial, read_only, queue_size, worker } = options;
-        let mut id = [0; request::ID_BYTES];
-        for (to, from) in id.iter_mut().zip(serial.unwrap_or_default().bytes()) {
-            *to = from;
-        }
-        let disk = backend.map(Arc::new);
-        let mut features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
-        features |= feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
-        if read_only || disk.as_ref().is_some_and(|d| d.read_only()) {
-            features |= feature::RO;
-        } else if disk.as_ref().is_some_and(|d| d.discard()) {
-            features |= feature::DISCARD | feature::WRITE_ZEROES;
-        }
-        let config = config_space(disk.as_deref(), queue_size);
-        Self { disk, serial: id, features, config, queue_sizes: [queue_size], worker, session: None }
+        let medium = backend.map(|disk| Medium::new(disk, serial, read_only));
+        Self { port: Port::new(medium, queue_size), queue_sizes: [queue_size], worker }
     }
 
-    /// Ends the session. False: requests are still with the host's kernel, and so is guest memory.
-    fn stop(&mut self, wait: Duration) -> bool {
-        let Some(session) = &self.session else { return true };
-        let deadline = Instant::now() + wait;
-        let stopped = session.gate.close(&session.io_thread, deadline, |server| server.drain(deadline));
-        if stopped {
-            self.session = None;
-        }
-        stopped
+    /// The slot as the thread that owns the machine reaches it, once the device is behind its transport.
+    pub fn port(&self) -> Arc<Port> {
+        Arc::clone(&self.port)
     }
-
-    fn name(&self) -> &str {
-        self.disk.as_ref().map_or("(empty slot)", |d| d.id())
-    }
-}
-
-fn config_space(disk: Option<&Disk>, queue_size: u16) -> [u8; config::SIZE] {
-    let mut space = [0; config::SIZE];
-    let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-    put(config::CAPACITY, &(disk.map_or(0, Disk::size) / SECTOR).to_le_bytes());
-    // Two descriptors of a chain hold header and status (§5.2.6.1 wants at least one segment).
-    put(config::SEG_MAX, &u32::from(queue_size.saturating_sub(2).max(1)).to_le_bytes());
-    put(config::BLK_SIZE, &disk.map_or(SECTOR as u32, Disk::block_size).to_le_bytes());
-    put(config::NUM_QUEUES, &1u16.to_le_bytes());
-    if let Some(disk) = disk.filter(|d| d.discard()) {
-        let alignment = disk.block_size() / SECTOR as u32;
-        put(config::MAX_DISCARD_SECTORS, &request::MAX_DISCARD_SECTORS.to_le_bytes());
-        put(config::MAX_DISCARD_SEG, &1u32.to_le_bytes());
-        put(config::DISCARD_SECTOR_ALIGNMENT, &alignment.to_le_bytes());
-        put(config::MAX_WRITE_ZEROES_SECTORS, &request::MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
-        put(config::MAX_WRITE_ZEROES_SEG, &1u32.to_le_bytes());
-        put(config::WRITE_ZEROES_MAY_UNMAP, &[1]);
-    }
-    space
 }
 
 impl Drop for Blk {
     fn drop(&mut self) {
-        if !self.stop(RESET_DEADLINE) {
+        if !self.port.stop(RESET_DEADLINE) {
             // The host's kernel may still write to its buffers: they must never be freed.
-            std::mem::forget(self.session.take());
+            std::mem::forget(self.port.lock().session.take());
         }
     }
 }
@@ -152,7 +102,7 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        self.features
+        self.port.lock().features
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -160,7 +110,7 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
+        read_config_bytes(&self.port.lock().config, offset, data);
     }
 
     fn write_config(&mut self, _: u64, _: &[u8]) {
@@ -168,74 +118,46 @@ impl VirtioDevice for Blk {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if !self.stop(Duration::ZERO) {
+        if !self.port.stop(Duration::ZERO) {
             return Err(ActivateError::StillBusy);
         }
         let Activation { memory: _, features, queues, interrupt } = activation;
         let ActiveQueue { index: _, queue, notify } =
             queues.into_iter().find(|q| q.index == 0).ok_or(ActivateError::MissingQueue(0))?;
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
+        // Held until the session is there: a disk that comes now comes either with the server or through its gate.
+        let mut state = self.port.lock();
         let server = Server::new(serve::Parts {
-            disk: self.disk.clone(),
-            serial: self.serial,
-            read_only: self.features & feature::RO != 0,
             // §5.2.6.2: a driver that does not know FLUSH gets a write-through disk.
             durable_writes: features & feature::FLUSH == 0,
             unmap: features & feature::DISCARD != 0,
             zero: features & feature::WRITE_ZEROES != 0,
+            read_only: state.features & feature::RO != 0,
             queue,
-            notify: Arc::clone(&notify),
+            notify,
             interrupt: Arc::clone(&interrupt),
         });
         let gate = Gate::new(server);
-        let on_thread = Arc::clone(&gate);
-        io_thread.post(move |ops: &mut Ops<'_>| {
-            let started = on_thread.enter(|server| -> io::Result<()> {
-                let notified = Arc::clone(&on_thread);
-                on_thread.watch(
-                    ops,
-                    fd_of(&notify),
-                    EventFlags::IN | EventFlags::ET,
-                    move |_, _: &mut Ops<'_>| {
-                        notified.enter(Server::run);
-                    },
-                )?;
-                if let Some(fd) = server.open_engine() {
-                    let done = Arc::clone(&on_thread);
-                    on_thread.watch(ops, fd, EventFlags::IN, move |_, _: &mut Ops<'_>| {
-                        done.enter(Server::run);
-                    })?;
-                }
-                server.run();
-                Ok(())
-            });
-            if let Some(Err(error)) = started {
-                tracing::error!("virtio-blk: cannot watch descriptors: {error}");
-                interrupt.needs_reset();
-            }
-        });
-        self.session = Some(Session { gate, io_thread });
+        let (on_thread, medium, signal) = (Arc::clone(&gate), state.medium.clone(), Arc::clone(&interrupt));
+        io_thread.post(move |ops: &mut Ops<'_>| serve::start(&on_thread, ops, medium, &*signal));
+        state.session = Some(Session { gate, io_thread, interrupt });
         Ok(())
     }
 
     fn reset(&mut self) {
-        if !self.stop(RESET_DEADLINE) {
-            tracing::error!(
-                drive = self.name(),
-                "requests do not finish; the device stays down until they do"
-            );
+        if !self.port.stop(RESET_DEADLINE) {
+            let drive = self.port.name();
+            tracing::error!(drive, "requests do not finish; the device stays down until they do");
         }
+        self.port.lock().renew();
     }
 
     fn wants_doorbell(&self) -> bool {
-        self.disk.is_some()
+        self.port.lock().medium.is_some()
     }
 
     fn shut_down(&mut self) -> io::Result<()> {
         self.reset();
-        match &self.disk {
-            Some(disk) if !disk.read_only() => disk.flush(),
-            _ => Ok(()),
-        }
+        self.port.flush()
     }
 }

@@ -56,13 +56,27 @@ pub(super) struct Request {
     pub(super) written: u32,
     /// Times that the kernel has asked to try again.
     pub(super) tries: u32,
+    /// What it turned out to be, and how many bytes of the disk it covers; for statistics.
+    pub(super) counted: Option<(Kind, u64)>,
 }
 
 impl Request {
     /// Reads the header and takes the status byte off. `Err`: answer with that status (if there is room for one).
     pub(super) fn parse(&mut self, rules: Rules) -> Result<Kind, Status> {
         (self.offset, self.written, self.tries) = (0, 0, 0);
+        self.counted = None;
         self.status = self.chain.writable.split_last_byte();
+        let kind = self.parse_kind(rules)?;
+        let bytes = match kind {
+            Kind::Read | Kind::Write => self.buffers(kind).len(),
+            Kind::Discard { len } | Kind::WriteZeroes { len, .. } => len,
+            Kind::Flush | Kind::GetId => 0,
+        };
+        self.counted = Some((kind, bytes));
+        Ok(kind)
+    }
+
+    fn parse_kind(&mut self, rules: Rules) -> Result<Kind, Status> {
         let mut header = [0; HEADER_BYTES];
         if self.chain.readable.take(&mut header) < HEADER_BYTES {
             return Err(Status::IoErr);

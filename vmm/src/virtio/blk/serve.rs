@@ -4,17 +4,20 @@
 //! (the number of its head) back; no path drops one earlier.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
-use crate::block::{Bounce, Disk, Engine, Op};
+use crate::block::{Bounce, Engine, Op};
+use crate::event::{EventFlags, Ops, Token};
 use crate::virtio::queue::{Queue, QueueError};
-use crate::virtio::{Interrupt, complain};
+use crate::virtio::worker::Gate;
+use crate::virtio::{Interrupt, complain, fd_of};
 
 /// Requests taken per wake-up, so that one busy device does not starve the others on its thread.
 const BATCH: u32 = 256;
@@ -25,12 +28,13 @@ const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
 /// What a session is made from.
 pub(super) struct Parts {
-    pub(super) disk: Option<Arc<Disk>>,
-    pub(super) serial: [u8; ID_BYTES],
-    pub(super) read_only: bool,
     pub(super) durable_writes: bool,
+    /// DISCARD was negotiated.
     pub(super) unmap: bool,
+    /// WRITE_ZEROES was negotiated.
     pub(super) zero: bool,
+    /// RO was offered.
+    pub(super) read_only: bool,
     pub(super) queue: Queue,
     pub(super) notify: Arc<EventFd>,
     pub(super) interrupt: Arc<dyn Interrupt>,
@@ -39,7 +43,10 @@ pub(super) struct Parts {
 pub(super) struct Server {
     /// Dropped before the disk, whose descriptor it uses.
     engine: Option<Box<dyn Engine>>,
+    /// The watch of the engine's descriptor.
+    watch: Option<Token>,
     bounce: Option<Bounce>,
+    medium: Option<Arc<Medium>>,
     rules: Rules,
     /// By head; as long as the largest head so far needs, so that a disk that is hardly used takes hardly any memory.
     in_flight: Vec<Option<(Kind, Request)>>,
@@ -50,28 +57,113 @@ pub(super) struct Server {
     /// The ring made no sense, or the engine failed: only wait for what is in flight.
     broken: bool,
     parts: Parts,
+    /// Told when nothing is in flight and the disk is let go. Dropped last: its other end takes that for the same.
+    leaving: Option<Sender<()>>,
+}
+
+/// The first thing of a session, on the I/O thread.
+pub(super) fn start(
+    gate: &Arc<Gate<Server>>,
+    ops: &mut Ops<'_>,
+    medium: Option<Arc<Medium>>,
+    interrupt: &dyn Interrupt,
+) {
+    let started = gate.enter(|server| -> io::Result<()> {
+        let notified = Arc::clone(gate);
+        let edge = EventFlags::IN | EventFlags::ET;
+        gate.watch(ops, fd_of(&server.parts.notify), edge, move |_, ops: &mut Ops<'_>| turn(&notified, ops))?;
+        if let Some(medium) = medium {
+            server.load(gate, ops, medium)?;
+        }
+        server.run();
+        Ok(())
+    });
+    give_up_on_error(started, interrupt);
+}
+
+/// A disk has come.
+pub(super) fn insert(
+    gate: &Arc<Gate<Server>>,
+    ops: &mut Ops<'_>,
+    medium: Arc<Medium>,
+    interrupt: &dyn Interrupt,
+) {
+    let inserted = gate.enter(|server| {
+        server.load(gate, ops, medium)?;
+        interrupt.config();
+        Ok(())
+    });
+    give_up_on_error(inserted, interrupt);
+}
+
+fn give_up_on_error(result: Option<io::Result<()>>, interrupt: &dyn Interrupt) {
+    if let Some(Err(error)) = result {
+        tracing::error!("virtio-blk: cannot watch descriptors: {error}");
+        interrupt.needs_reset();
+    }
+}
+
+/// The disk has to go: from now on no request reaches it. `gone` is told, or dropped, when the server has let it go.
+pub(super) fn eject(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>, gone: Sender<()>) {
+    gate.enter(|server| {
+        server.rules.size = 0;
+        server.leaving = Some(gone);
+        server.run();
+        server.let_go_when_idle(gate, ops);
+    });
+}
+
+/// The driver has notified, or the engine has something to give back.
+fn turn(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) {
+    gate.enter(|server| {
+        server.run();
+        server.let_go_when_idle(gate, ops);
+    });
 }
 
 impl Server {
     pub(super) fn new(parts: Parts) -> Self {
-        let size = parts.disk.as_ref().map_or(0, |d| d.size());
-        let rules = Rules { size, read_only: parts.read_only, unmap: parts.unmap, zero: parts.zero };
         Self {
             engine: None,
+            watch: None,
             bounce: None,
-            rules,
+            medium: None,
+            rules: Rules::default(),
             in_flight: Vec::new(),
             busy: 0,
             spare: Vec::new(),
             broken: false,
             parts,
+            leaving: None,
         }
     }
 
-    /// Makes the engine. Returns the descriptor to watch, if it has one.
-    pub(super) fn open_engine(&mut self) -> Option<BorrowedFd<'_>> {
-        let disk = self.parts.disk.as_ref()?;
-        self.engine.insert(disk.engine(self.parts.queue.size())).ready()
+    /// Takes a disk, and makes its engine.
+    fn load(&mut self, gate: &Arc<Gate<Self>>, ops: &mut Ops<'_>, medium: Arc<Medium>) -> io::Result<()> {
+        let Parts { unmap, zero, read_only, .. } = self.parts;
+        self.rules =
+            Rules { size: medium.disk.size(), read_only: read_only || medium.read_only, unmap, zero };
+        let engine = self.engine.insert(medium.disk.engine(self.parts.queue.size()));
+        self.medium = Some(medium);
+        if let Some(fd) = engine.ready() {
+            let done = Arc::clone(gate);
+            let handler = move |_, ops: &mut Ops<'_>| turn(&done, ops);
+            self.watch = Some(gate.watch(ops, fd, EventFlags::IN, handler)?);
+        }
+        Ok(())
+    }
+
+    fn let_go_when_idle(&mut self, gate: &Gate<Self>, ops: &mut Ops<'_>) {
+        if self.busy > 0 {
+            return;
+        }
+        let Some(gone) = self.leaving.take() else { return };
+        // The watch has a duplicate of the engine's descriptor.
+        if let Some(token) = self.watch.take() {
+            gate.unwatch(ops, token);
+        }
+        (self.engine, self.bounce, self.medium) = (None, None, None);
+        let _ = gone.send(());
     }
 
     /// The driver has notified, or something is done: does what there is to do.
@@ -134,14 +226,15 @@ impl Server {
     }
 
     fn name(&self) -> &str {
-        self.parts.disk.as_ref().map_or("(empty slot)", |d| d.id())
+        self.medium.as_ref().map_or("(empty slot)", |m| m.disk.id())
     }
 
     fn start(&mut self, mut request: Request) {
         match request.parse(self.rules) {
             Err(status) => self.finish(request, status),
             Ok(Kind::GetId) => {
-                request.written = request.chain.writable.fill(&self.parts.serial) as u32;
+                let serial = self.medium.as_ref().map_or([0; ID_BYTES], |m| m.serial);
+                request.written = request.chain.writable.fill(&serial) as u32;
                 self.finish(request, Status::Ok);
             }
             Ok(kind) => self.push(kind, request),
@@ -150,9 +243,10 @@ impl Server {
 
     /// Gives the request, or the rest of it, to the engine.
     fn push(&mut self, kind: Kind, mut request: Request) {
-        let (Some(engine), Some(disk)) = (&mut self.engine, &self.parts.disk) else {
+        let (Some(engine), Some(medium)) = (&mut self.engine, &self.medium) else {
             return self.finish(request, Status::IoErr);
         };
+        let disk = &medium.disk;
         let (head, offset) = (request.chain.head, request.offset);
         let op = match kind {
             Kind::Read | Kind::Write => {
@@ -169,9 +263,11 @@ impl Server {
                 }
             }
             Kind::Flush => Op::Flush,
+            // §5.2.6.2 lets the device do nothing: a disk that came into a slot which had offered discards need not support them.
+            Kind::Discard { .. } if !disk.discard() => return self.finish(request, Status::Ok),
             Kind::Discard { len } => Op::Allocate { mode: PUNCH, len },
-            Kind::WriteZeroes { len, unmap: true } => Op::Allocate { mode: PUNCH, len },
-            Kind::WriteZeroes { len, unmap: false } => Op::Allocate { mode: ZERO, len },
+            Kind::WriteZeroes { len, unmap: true } if disk.discard() => Op::Allocate { mode: PUNCH, len },
+            Kind::WriteZeroes { len, .. } => Op::Allocate { mode: ZERO, len },
             Kind::GetId => return self.finish(request, Status::Unsupported),
         };
         if let Kind::Discard { len: 0 } | Kind::WriteZeroes { len: 0, .. } = kind {
@@ -245,6 +341,11 @@ impl Server {
                 self.finish(request, Status::IoErr);
                 false
             }
+            // §5.2.6.2: what a write-through disk has answered is on the medium, zeroes too.
+            (Kind::Discard { .. } | Kind::WriteZeroes { .. }, Ok(_)) if self.parts.durable_writes => {
+                self.push(Kind::Flush, request);
+                true
+            }
             (_, Ok(_)) => {
                 self.finish(request, Status::Ok);
                 false
@@ -289,7 +390,8 @@ impl Server {
     }
 
     fn bounce(&mut self, kind: Kind, request: &mut Request) -> io::Result<()> {
-        let Some(disk) = self.parts.disk.clone() else { return Err(io::ErrorKind::NotFound.into()) };
+        let Some(medium) = self.medium.clone() else { return Err(io::ErrorKind::NotFound.into()) };
+        let disk = &medium.disk;
         let mut bounce = match self.bounce.take() {
             Some(bounce) => bounce,
             None => disk.bounce()?,
@@ -335,6 +437,7 @@ impl Server {
     /// Gives the request back to the driver. The status byte is the last that is written to its buffers.
     fn finish(&mut self, mut request: Request, status: Status) {
         let head = request.chain.head;
+        self.count(&request, status);
         let written = match request.status.take() {
             Some(place) => {
                 place.write(status as u8);
@@ -346,6 +449,22 @@ impl Server {
         };
         self.parts.queue.complete(head, written);
         self.spare.push(request);
+    }
+
+    fn count(&self, request: &Request, status: Status) {
+        let Some(Medium { counters, .. }) = self.medium.as_deref() else { return };
+        if status != Status::Ok {
+            return Counters::add(&counters.failed, 0);
+        }
+        let Some((kind, bytes)) = request.counted else { return };
+        let counter = match kind {
+            Kind::Read => &counters.read,
+            Kind::Write => &counters.write,
+            Kind::Flush => &counters.flush,
+            Kind::Discard { .. } | Kind::WriteZeroes { .. } => &counters.unmap,
+            Kind::GetId => return,
+        };
+        Counters::add(counter, bytes);
     }
 
     /// Waits until nothing is in flight. What comes back is not told to the guest. False: the deadline has passed.

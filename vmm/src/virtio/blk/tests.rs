@@ -5,45 +5,34 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::config::{Aio, DetectZeroes, Drive, ImageFormat};
+use crate::config::{Aio, Drive};
 use crate::inherit::Inherited;
 use crate::virtio::testing::{DATA, HIGH, INDIRECT, NEXT, PLAIN, RAM, Rig, Ring, WRITE};
 
-const HEADER: u64 = DATA;
-const STATUS: u64 = DATA + 0x800;
-const BUFFER: u64 = DATA + 0x1000;
+pub(super) const HEADER: u64 = DATA;
+pub(super) const STATUS: u64 = DATA + 0x800;
+pub(super) const BUFFER: u64 = DATA + 0x1000;
 const UNTOUCHED: u8 = 0x77;
 const SEGMENT: u64 = DATA + 0x3000;
-const SECTORS: u64 = 64;
+pub(super) const SECTORS: u64 = 64;
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
+pub(super) const IN: u32 = 0;
+pub(super) const OUT: u32 = 1;
+pub(super) const FLUSH: u32 = 4;
+pub(super) const GET_ID: u32 = 8;
+pub(super) const DISCARD: u32 = 11;
+pub(super) const WRITE_ZEROES: u32 = 13;
 
-const OK: u8 = 0;
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
+pub(super) const OK: u8 = 0;
+pub(super) const IOERR: u8 = 1;
+pub(super) const UNSUPP: u8 = 2;
 
-pub(crate) fn drive(path: &std::path::Path, aio: Aio) -> Drive {
-    Drive {
-        id: "d".into(),
-        file: path.into(),
-        readonly: false,
-        direct: false,
-        aio: Some(aio),
-        format: ImageFormat::Raw,
-        iops_total: None,
-        discard: true,
-        detect_zeroes: DetectZeroes::Off,
-        pflash_unit: None,
-    }
+pub(super) fn drive(path: &std::path::Path, aio: Aio) -> Drive {
+    Drive { direct: false, aio: Some(aio), discard: true, ..Drive::new("d", path) }
 }
 
 /// An image whose sector N is filled with N.
-fn image() -> tempfile::NamedTempFile {
+pub(super) fn image() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     for sector in 0..SECTORS {
         file.as_file().write_all_at(&[sector as u8; 512], sector * 512).unwrap();
@@ -51,13 +40,13 @@ fn image() -> tempfile::NamedTempFile {
     file
 }
 
-struct Disked {
-    rig: Rig,
-    ring: Ring,
-    image: tempfile::NamedTempFile,
+pub(super) struct Disked {
+    pub(super) rig: Rig,
+    pub(super) ring: Ring,
+    pub(super) image: tempfile::NamedTempFile,
 }
 
-fn device(disk: Option<Disk>) -> Blk {
+pub(super) fn device(disk: Option<Disk>) -> Blk {
     Blk::new(BlkOptions {
         backend: disk,
         serial: Some("SERIAL".into()),
@@ -76,7 +65,7 @@ fn start(change: impl FnOnce(&mut Drive), features: u64) -> Disked {
     Disked { rig, ring, image }
 }
 
-fn write_header(rig: &Rig, at: u64, kind: u32, sector: u64) {
+pub(super) fn write_header(rig: &Rig, at: u64, kind: u32, sector: u64) {
     rig.memory.write_obj(kind, GuestAddress(at)).unwrap();
     rig.memory.write_obj(0u32, GuestAddress(at + 4)).unwrap();
     rig.memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
@@ -85,7 +74,7 @@ fn write_header(rig: &Rig, at: u64, kind: u32, sector: u64) {
 
 impl Disked {
     /// One request with a header, `parts` and a status byte; returns status and used length.
-    fn ask(&mut self, kind: u32, sector: u64, parts: &[(u64, u32, bool)]) -> (u8, u32) {
+    pub(super) fn ask(&mut self, kind: u32, sector: u64, parts: &[(u64, u32, bool)]) -> (u8, u32) {
         write_header(&self.rig, HEADER, kind, sector);
         let chain = [&[(HEADER, 16, false)], parts, &[(STATUS, 1, true)]].concat();
         self.ask_raw(&chain)
@@ -99,7 +88,7 @@ impl Disked {
         (self.rig.memory.read_obj(GuestAddress(STATUS)).unwrap(), len)
     }
 
-    fn guest(&self, at: u64, len: usize) -> Vec<u8> {
+    pub(super) fn guest(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.rig.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes

@@ -1,0 +1,340 @@
+//! A block slot from outside the guest: owns the disk that is in it, and puts disks in and takes them out while a driver runs.
+//!
+//! The thread that owns the machine calls [`Port`]; the device model behind the transport reaches the same state. What is in
+//! the slot:
+//!
+//! ```text
+//!            insert                       eject: capacity 0, new requests fail, those in flight finish
+//!   empty ────────────▶ full ─────────────────────────────────────────────────────────▶ leaving
+//!     ▲                                                                                    │
+//!     └──────── nothing in flight, written data flushed, file closed and unlocked ─────────┘ (deadline: stays, ask again)
+//! ```
+//!
+//! Beside it, and independent of it, a session exists from the driver's DRIVER_OK to its reset. Lock order: the transport's
+//! registers, then the port's state. The state is never locked while something is waited for, so a vCPU that reads the
+//! configuration space does not wait for a slow disk.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use super::request::ID_BYTES;
+use super::serve::{self, Server};
+use super::{config, feature};
+use crate::block::{Disk, SECTOR};
+use crate::event::{LoopHandle, Ops};
+use crate::virtio::worker::Gate;
+use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt};
+
+/// How long [`Port::eject`] waits for what is in flight and for the flush.
+const EJECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a slot does not do as it is told.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// There is a disk in it, or one that has not left yet.
+    #[error("the slot is occupied already")]
+    Occupied,
+    /// There is none.
+    #[error("the slot is empty")]
+    Empty,
+    /// The host does not finish what was asked of the disk. It stays in the slot, out of the guest's reach; try again.
+    #[error("drive \"{0}\": requests do not finish within {seconds} seconds; try again", seconds = EJECT_DEADLINE.as_secs())]
+    Busy(String),
+    /// The disk has left the slot, but the host could not make durable what the guest had written.
+    #[error("drive \"{0}\": data that the guest has written may be lost: {1}")]
+    Flush(String, #[source] io::Error),
+    /// No thread for the flush.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// What has been done with the disk in a slot since it was inserted. Requests that failed count only as such.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Reads that succeeded.
+    pub read_ops: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes that succeeded.
+    pub write_ops: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flushes that succeeded.
+    pub flush_ops: u64,
+    /// Discards and writes of zeroes that succeeded.
+    pub unmap_ops: u64,
+    /// Bytes that they covered.
+    pub unmap_bytes: u64,
+    /// Requests of any kind that failed.
+    pub failed_ops: u64,
+}
+
+/// Counted by the I/O thread alone, read by any.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) read: [AtomicU64; 2],
+    pub(super) write: [AtomicU64; 2],
+    pub(super) flush: [AtomicU64; 2],
+    pub(super) unmap: [AtomicU64; 2],
+    pub(super) failed: [AtomicU64; 2],
+}
+
+impl Counters {
+    /// One more operation, of this many bytes. Not an atomic addition, which one writer does not need.
+    pub(super) fn add(counter: &[AtomicU64; 2], bytes: u64) {
+        for (word, n) in counter.iter().zip([1, bytes]) {
+            word.store(word.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        }
+    }
+
+    fn read_out(&self) -> Stats {
+        let get = |counter: &[AtomicU64; 2], at: usize| counter[at].load(Ordering::Relaxed);
+        Stats {
+            read_ops: get(&self.read, 0),
+            read_bytes: get(&self.read, 1),
+            write_ops: get(&self.write, 0),
+            write_bytes: get(&self.write, 1),
+            flush_ops: get(&self.flush, 0),
+            unmap_ops: get(&self.unmap, 0),
+            unmap_bytes: get(&self.unmap, 1),
+            failed_ops: get(&self.failed, 0),
+        }
+    }
+}
+
+/// A disk as the guest has it.
+pub(super) struct Medium {
+    pub(super) disk: Disk,
+    pub(super) serial: [u8; ID_BYTES],
+    pub(super) read_only: bool,
+    pub(super) counters: Counters,
+}
+
+impl Medium {
+    pub(super) fn new(disk: Disk, serial: Option<String>, read_only: bool) -> Self {
+        let mut id = [0; ID_BYTES];
+        for (to, from) in id.iter_mut().zip(serial.unwrap_or_default().into_bytes()) {
+            *to = from;
+        }
+        let read_only = read_only || disk.read_only();
+        Self { disk, serial: id, read_only, counters: Counters::default() }
+    }
+}
+
+/// From DRIVER_OK to reset; longer if the host's kernel does not let go.
+#[derive(Clone)]
+pub(super) struct Session {
+    pub(super) gate: Arc<Gate<Server>>,
+    pub(super) io_thread: LoopHandle,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+}
+
+pub(super) struct State {
+    pub(super) medium: Option<Arc<Medium>>,
+    leaving: Option<Arc<Medium>>,
+    pub(super) session: Option<Session>,
+    pub(super) config: [u8; config::SIZE],
+    pub(super) features: u64,
+    queue_size: u16,
+}
+
+/// A block slot, reached from outside its transport. Works before, during and after the driver's use of the device.
+pub struct Port {
+    state: Mutex<State>,
+}
+
+impl Port {
+    pub(super) fn new(medium: Option<Medium>, queue_size: u16) -> Arc<Self> {
+        let medium = medium.map(Arc::new);
+        let mut state = State {
+            medium,
+            leaving: None,
+            session: None,
+            config: [0; config::SIZE],
+            features: 0,
+            queue_size,
+        };
+        state.offer();
+        state.describe();
+        Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a disk into an empty slot. A driver that runs is told by a configuration interrupt, once it can use the disk.
+    ///
+    /// What the driver has negotiated stays: it finds out that a disk is read-only, or cannot discard, from requests that fail.
+    pub fn insert(&self, disk: Disk, serial: Option<String>) -> Result<(), PortError> {
+        let mut state = self.lock();
+        if state.medium.is_some() || state.leaving.is_some() {
+            return Err(PortError::Occupied);
+        }
+        let medium = Arc::new(Medium::new(disk, serial, false));
+        state.medium = Some(Arc::clone(&medium));
+        state.describe();
+        if let Some(Session { gate, io_thread, interrupt }) = state.session.clone() {
+            // The interrupt comes from there, so that the driver's first request finds the disk.
+            io_thread.post(move |ops: &mut Ops<'_>| serve::insert(&gate, ops, medium, &*interrupt));
+        }
+        Ok(())
+    }
+
+    /// Takes the disk out. When this returns, no request of the guest reaches it any more, what was written is durable, and the
+    /// file is closed and unlocked. Waits ten seconds at most.
+    pub fn eject(&self) -> Result<(), PortError> {
+        let deadline = Instant::now() + EJECT_DEADLINE;
+        let (session, name) = {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            if state.leaving.is_none() {
+                state.leaving = Some(state.medium.take().ok_or(PortError::Empty)?);
+            }
+            state.describe();
+            let name = state.leaving.as_ref().map_or_else(String::new, |m| m.disk.id().to_owned());
+            (state.session.clone(), name)
+        };
+        if let Some(session) = session
+            && !session.let_go(deadline)
+        {
+            return Err(PortError::Busy(name));
+        }
+        let Some(medium) = self.lock().leaving.clone() else { return Err(PortError::Empty) };
+        let flushed = flush(medium, deadline)?;
+        let mut state = self.lock();
+        match state.leaving.take().map(Arc::try_unwrap) {
+            Some(Err(medium)) => {
+                state.leaving = Some(medium);
+                return Err(PortError::Busy(name));
+            }
+            Some(Ok(medium)) => drop(medium),
+            None => {}
+        }
+        flushed.map_err(|e| PortError::Flush(name, e))
+    }
+
+    /// `id=` of the drive in the slot.
+    pub fn disk_id(&self) -> Option<String> {
+        self.lock().medium.as_ref().map(|m| m.disk.id().to_owned())
+    }
+
+    /// What has been done with the disk in the slot; zeroes for an empty one.
+    pub fn stats(&self) -> Stats {
+        self.lock().medium.as_ref().map_or_else(Stats::default, |m| m.counters.read_out())
+    }
+
+    /// Ends the session. False: requests are still with the host's kernel, and so is guest memory.
+    pub(super) fn stop(&self, wait: Duration) -> bool {
+        let Some(session) = self.lock().session.clone() else { return true };
+        let deadline = Instant::now() + wait;
+        if !session.close(deadline) {
+            return false;
+        }
+        let mut state = self.lock();
+        if state.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.gate, &session.gate)) {
+            state.session = None;
+        }
+        true
+    }
+
+    /// Makes durable what the guest has written, before the machine goes.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let medium = self.lock().medium.clone();
+        medium.filter(|m| !m.read_only).map_or(Ok(()), |m| m.disk.flush())
+    }
+
+    pub(super) fn name(&self) -> String {
+        let state = self.lock();
+        let medium = state.medium.as_ref().or(state.leaving.as_ref());
+        medium.map_or_else(|| "(empty slot)".to_owned(), |m| m.disk.id().to_owned())
+    }
+}
+
+impl Session {
+    fn close(&self, deadline: Instant) -> bool {
+        self.gate.close(&self.io_thread, deadline, |server| server.drain(deadline))
+    }
+
+    /// Makes the server forget its disk, once nothing is in flight. False: not before the deadline.
+    fn let_go(&self, deadline: Instant) -> bool {
+        self.interrupt.config();
+        let (gone, wait): (Sender<()>, _) = channel();
+        let gate = Arc::clone(&self.gate);
+        self.io_thread.post(move |ops: &mut Ops<'_>| serve::eject(&gate, ops, gone));
+        let left = deadline.saturating_duration_since(Instant::now());
+        match wait.recv_timeout(left) {
+            Ok(()) => true,
+            Err(RecvTimeoutError::Timeout) => false,
+            // The driver has reset the device meanwhile: nothing of the session is left when it has drained.
+            Err(RecvTimeoutError::Disconnected) => self.close(deadline),
+        }
+    }
+}
+
+/// Flushes on a thread of its own: a host's storage that hangs must not take the caller with it.
+fn flush(medium: Arc<Medium>, deadline: Instant) -> Result<io::Result<()>, PortError> {
+    if medium.disk.read_only() {
+        return Ok(Ok(()));
+    }
+    let name = medium.disk.id().to_owned();
+    let (done, wait) = channel();
+    let work = move || {
+        let result = medium.disk.flush();
+        drop(medium);
+        let _ = done.send(result);
+    };
+    thread::Builder::new().name("eject".to_owned()).spawn(work).map_err(PortError::Thread)?;
+    wait.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|_| PortError::Busy(name))
+}
+
+impl State {
+    /// Decides the features anew; only while no driver has them.
+    pub(super) fn offer(&mut self) {
+        let medium = self.medium.as_deref();
+        self.features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+        self.features |= feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        if medium.is_some_and(|m| m.read_only) {
+            self.features |= feature::RO;
+        } else {
+            self.features |= feature::WRITE_ZEROES;
+            // An empty slot offers it for the disk that may come.
+            if medium.is_none_or(|m| m.disk.discard()) {
+                self.features |= feature::DISCARD;
+            }
+        }
+    }
+
+    /// Writes the configuration space anew.
+    fn describe(&mut self) {
+        let medium = self.medium.as_deref();
+        let mut space = [0; config::SIZE];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        let block_size = medium.map_or(SECTOR as u32, |m| m.disk.block_size());
+        put(config::CAPACITY, &(medium.map_or(0, |m| m.disk.size()) / SECTOR).to_le_bytes());
+        // Two descriptors of a chain hold header and status (§5.2.6.1 wants at least one segment).
+        put(config::SEG_MAX, &u32::from(self.queue_size.saturating_sub(2).max(1)).to_le_bytes());
+        put(config::BLK_SIZE, &block_size.to_le_bytes());
+        put(config::NUM_QUEUES, &1u16.to_le_bytes());
+        if self.features & feature::DISCARD != 0 {
+            put(config::MAX_DISCARD_SECTORS, &super::request::MAX_DISCARD_SECTORS.to_le_bytes());
+            put(config::MAX_DISCARD_SEG, &1u32.to_le_bytes());
+            put(config::DISCARD_SECTOR_ALIGNMENT, &(block_size / SECTOR as u32).to_le_bytes());
+        }
+        if self.features & feature::WRITE_ZEROES != 0 {
+            put(config::MAX_WRITE_ZEROES_SECTORS, &super::request::MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
+            put(config::MAX_WRITE_ZEROES_SEG, &1u32.to_le_bytes());
+            put(config::WRITE_ZEROES_MAY_UNMAP, &[u8::from(self.features & feature::DISCARD != 0)]);
+        }
+        self.config = space;
+    }
+
+    /// The driver is gone: what is offered may change again.
+    pub(super) fn renew(&mut self) {
+        self.offer();
+        self.describe();
+    }
+}

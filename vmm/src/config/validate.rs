@@ -149,7 +149,7 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     let mut names = BTreeSet::new();
     for netdev in &config.netdevs {
         let id = &netdev.id;
-        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
+        let NetBackend::Tap { source, queues: _, vhost, vhost_fds } = &netdev.backend else {
             return bad(format!("netdev \"{id}\": vhost-user is not supported in this version"));
         };
         if *vhost {
@@ -158,11 +158,6 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
         if !vhost_fds.is_empty() {
             return bad(format!(
                 "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device"
-            ));
-        }
-        if *queues != 1 {
-            return bad(format!(
-                "netdev \"{id}\": more than one queue pair is not supported in this version"
             ));
         }
         match source {

@@ -92,7 +92,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                 });
                 blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
             }
-            DeviceDriver::VirtioNet { netdev, mac, iothread, queue_size, .. } => {
+            DeviceDriver::VirtioNet { netdev, mac, iothread, multi_queue, queue_size } => {
                 check_room(id, "network devices", nets.len(), MICROVM_NET_SLOTS)?;
                 let worker = workers.get(id, iothread.as_ref())?;
                 let wanted = config.netdevs.iter().find(|n| n.id == *netdev);
@@ -100,6 +100,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                 let device = Net::new(NetOptions {
                     backend: Some(net::Backend::open(netdev, inherited)?),
                     mac: mac.unwrap_or_else(|| net::default_mac(nets.len() as u8)),
+                    multi_queue: *multi_queue,
                     queue_size: *queue_size,
                     worker,
                 });
@@ -122,7 +123,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
     }
     while nets.len() < MICROVM_NET_SLOTS {
         let (worker, mac) = (workers.default.clone(), net::default_mac(nets.len() as u8));
-        let empty = NetOptions { backend: None, mac, queue_size: QUEUE_SIZE, worker };
+        let empty = NetOptions { backend: None, mac, multi_queue: false, queue_size: QUEUE_SIZE, worker };
         nets.push(Occupant { id: None, device: Box::new(Net::new(empty)) });
     }
     blocks.append(&mut nets);

@@ -8,10 +8,14 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 
 const IFF_TAP: i32 = 0x0002;
 const IFF_NO_PI: i32 = 0x1000;
 const IFF_VNET_HDR: i32 = 0x4000;
+const IFF_MULTI_QUEUE: i32 = 0x0100;
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 
 const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
@@ -58,25 +62,48 @@ pub(super) fn interface_exists(name: &str) -> io::Result<bool> {
     }
 }
 
-/// Connects a fresh `/dev/net/tun` descriptor to the tap `name`.
-pub(super) fn attach(fd: &OwnedFd, name: &str) -> io::Result<()> {
+/// Connects a fresh `/dev/net/tun` descriptor to the tap `name`, as its only queue or as one of several.
+pub(super) fn attach(fd: &OwnedFd, name: &str, several: bool) -> io::Result<()> {
     let mut request = request(name)?;
-    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as libc::c_short;
+    let queues = if several { IFF_MULTI_QUEUE } else { 0 };
+    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | queues) as libc::c_short;
     // SAFETY: an open descriptor and the argument that the call takes.
     result(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF, &raw mut request) })
 }
 
-/// Whether the descriptor is connected to a tap in the mode that we use.
-pub(super) fn is_usable_tap(fd: &OwnedFd) -> bool {
+/// What a tap's descriptor is connected to.
+pub(super) struct Attached {
+    /// Interface name, padded with zeroes.
+    pub(super) name: [libc::c_char; libc::IFNAMSIZ],
+    /// In the mode that we use.
+    pub(super) usable: bool,
+    /// The interface can have several queues.
+    pub(super) several: bool,
+}
+
+/// Fails when the descriptor is no tap's.
+pub(super) fn attached(fd: &OwnedFd) -> io::Result<Attached> {
     // SAFETY: all zeroes is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: an open descriptor and the argument that the call takes.
-    if unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, &raw mut request) } < 0 {
-        return false;
-    }
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
     let wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
     // SAFETY: the call has just filled this member in.
-    i32::from(unsafe { request.ifr_ifru.ifru_flags }) & wanted == wanted
+    let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
+    Ok(Attached {
+        name: request.ifr_name,
+        usable: flags & wanted == wanted,
+        several: flags & IFF_MULTI_QUEUE != 0,
+    })
+}
+
+/// Lets the interface use a queue, or not; an error if that is so already.
+pub(super) fn set_queue(fd: &OwnedFd, on: bool) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = if on { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+    // SAFETY: an open descriptor and the argument that the call takes.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETQUEUE, &raw mut request) })
 }
 
 pub(super) fn set_header_size(fd: &OwnedFd, bytes: usize) -> io::Result<()> {

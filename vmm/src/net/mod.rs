@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -42,6 +43,19 @@ pub enum Problem {
     /// An interface that is not a tap, or one with several queues.
     #[error("interface {0} is not a tap with one queue; make one with `ip tuntap add dev NAME mode tap`")]
     NotATap(String),
+    /// An interface that is not a tap, or one with one queue, where several were asked for.
+    #[error(
+        "interface {0} is not a tap with several queues; make one with `ip tuntap add dev NAME mode tap multi_queue`"
+    )]
+    NotMultiQueue(String),
+    /// The kernel allows no more queues on it.
+    #[error("tap {0} has no room for more queues; ask for fewer with queues=")]
+    TooManyQueues(String),
+    /// Descriptors that do not make one NIC.
+    #[error(
+        "descriptors {0} and {1} are not queues of one tap: open one interface several times with IFF_MULTI_QUEUE"
+    )]
+    NotOneTap(RawFd, RawFd),
     /// Another process has it.
     #[error("tap {0} is in use by another process; stop that process, or use another tap")]
     Busy(String),
@@ -72,6 +86,9 @@ pub enum Problem {
 pub struct Tap {
     fd: OwnedFd,
     id: String,
+    /// One of several queues, which can be told apart from the interface for a while.
+    several: bool,
+    enabled: AtomicBool,
 }
 
 /// The host end of one NIC: what a netdev becomes when it is opened. One tap descriptor for each pair of queues.
@@ -82,10 +99,18 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Opens what `netdev` describes: at start and at hot-plug alike.
+    /// Opens what `netdev` describes: at start and at hot-plug alike. Descriptors that it names are ours from here on, also
+    /// when this fails.
     pub fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
-        let tap = Tap::open(netdev, inherited)?;
-        Ok(Self { id: netdev.id.clone(), taps: vec![Arc::new(tap)] })
+        let failed = |problem| NetError { netdev: netdev.id.clone(), problem };
+        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
+            return Err(failed(Problem::Unsupported("vhost-user")));
+        };
+        if *vhost || !vhost_fds.is_empty() {
+            return Err(failed(Problem::Unsupported("vhost")));
+        }
+        let taps = open_taps(&netdev.id, source, usize::from(*queues), inherited).map_err(failed)?;
+        Ok(Self { id: netdev.id.clone(), taps: taps.into_iter().map(Arc::new).collect() })
     }
 
     /// `id=` of the netdev.
@@ -101,38 +126,29 @@ impl Backend {
     /// See [`Tap::fake`].
     #[cfg(test)]
     pub(crate) fn fake() -> (Self, OwnedFd) {
-        let (tap, peer) = Tap::fake();
-        (Self { id: "fake".into(), taps: vec![Arc::new(tap)] }, peer)
+        let (backend, mut peers) = Self::fakes(1);
+        (backend, peers.remove(0))
+    }
+
+    /// The same with several queues.
+    #[cfg(test)]
+    pub(crate) fn fakes(queues: usize) -> (Self, Vec<OwnedFd>) {
+        let (taps, peers) = (0..queues)
+            .map(|_| {
+                let (tap, peer) = Tap::fake();
+                (Arc::new(tap), peer)
+            })
+            .unzip();
+        (Self { id: "fake".into(), taps }, peers)
     }
 }
 
 impl Tap {
-    /// Opens the tap of `netdev`: by its descriptor, its inherited descriptor, or its name.
-    fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
-        Self::try_open(netdev, inherited).map_err(|problem| NetError { netdev: netdev.id.clone(), problem })
-    }
-
-    fn try_open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, Problem> {
-        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
-            return Err(Problem::Unsupported("vhost-user"));
-        };
-        if *vhost || !vhost_fds.is_empty() {
-            return Err(Problem::Unsupported("vhost"));
-        }
-        let fd = match source {
-            TapSource::Name(name) if *queues <= 1 => match inherited.take_tap(name) {
-                Some(fd) => adopt(fd)?,
-                None => open_name(name)?,
-            },
-            TapSource::Fds(fds) if fds.len() <= 1 && *queues <= 1 => {
-                adopt(take_descriptor(fds.first().copied().unwrap_or(-1))?)?
-            }
-            _ => return Err(Problem::Unsupported("queues above 1")),
-        };
+    fn new(fd: OwnedFd, id: &str, several: bool) -> Result<Self, Problem> {
         let host = |what| move |e: io::Error| Problem::Host(what, e);
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| Problem::Host("use the tap", e.into()))?;
         ioctl::set_header_size(&fd, HEADER_BYTES).map_err(host("set the tap's header size"))?;
-        Ok(Self { fd, id: netdev.id.clone() })
+        Ok(Self { fd, id: id.to_owned(), several, enabled: AtomicBool::new(true) })
     }
 
     /// One end of a pair of packet sockets instead of a tap; the other end sees headers and packets as the kernel would.
@@ -141,7 +157,7 @@ impl Tap {
         use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (fd, peer) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        (Self { fd, id: "fake".into() }, peer)
+        (Self { fd, id: "fake".into(), several: false, enabled: AtomicBool::new(true) }, peer)
     }
 
     /// `id=` of the netdev.
@@ -152,6 +168,15 @@ impl Tap {
     /// Tells the kernel what the guest can take, so that it sends nothing else. Before that the tap has whatever its last user set.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         ioctl::set_offloads(&self.fd, offloads)
+    }
+
+    /// Lets the interface deliver packets to this queue, or not. A tap with one queue always does.
+    pub fn set_enabled(&self, on: bool) -> io::Result<()> {
+        if self.several && self.enabled.load(Ordering::Acquire) != on {
+            ioctl::set_queue(&self.fd, on)?;
+            self.enabled.store(on, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Reads one packet, header first. `WouldBlock`: there is none.
@@ -193,20 +218,61 @@ pub fn default_mac(index: u8) -> [u8; 6] {
     [0x52, 0x54, 0x00, 0x12, 0x34, 0x56u8.wrapping_add(index)]
 }
 
-fn open_name(name: &str) -> Result<OwnedFd, Problem> {
+/// One tap for each pair of queues.
+fn open_taps(
+    id: &str,
+    source: &TapSource,
+    queues: usize,
+    inherited: &Inherited,
+) -> Result<Vec<Tap>, Problem> {
+    let several = queues > 1;
+    let fds: Vec<OwnedFd> = match source {
+        TapSource::Name(name) => (0..queues.max(1))
+            .map(|_| match inherited.take_tap(name) {
+                Some(fd) => Ok(fd),
+                None => open_name(name, several),
+            })
+            .collect::<Result<_, _>>()?,
+        TapSource::Fds(numbers) => take_descriptors(numbers)?,
+    };
+    let mut first = None;
+    for fd in &fds {
+        let number = fd.as_raw_fd();
+        let attached = ioctl::attached(fd).ok().filter(|a| a.usable);
+        let attached = attached.ok_or(Problem::NotATapDescriptor(number))?;
+        let (first_number, name) = *first.get_or_insert((number, attached.name));
+        if several && !(attached.several && attached.name == name) {
+            return Err(Problem::NotOneTap(first_number, number));
+        }
+    }
+    fds.into_iter().map(|fd| Tap::new(fd, id, several)).collect()
+}
+
+fn open_name(name: &str, several: bool) -> Result<OwnedFd, Problem> {
     // TUNSETIFF would make a tap that does not exist, and it would be gone when we end: look first.
     if !ioctl::interface_exists(name).map_err(|e| Problem::Host("look for the interface", e))? {
         return Err(Problem::Missing(name.to_owned()));
     }
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|e| Problem::NoTun(e.into()))?;
-    ioctl::attach(&fd, name).map_err(|e| match e.raw_os_error() {
+    ioctl::attach(&fd, name, several).map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY) => Problem::Busy(name.to_owned()),
         Some(libc::EPERM) => Problem::Denied(name.to_owned()),
+        Some(libc::EINVAL) if several => Problem::NotMultiQueue(name.to_owned()),
         Some(libc::EINVAL) => Problem::NotATap(name.to_owned()),
+        Some(libc::E2BIG) => Problem::TooManyQueues(name.to_owned()),
         _ => Problem::Host("attach to the tap", e),
     })?;
     Ok(fd)
+}
+
+/// All of them, before any is looked at: what is refused is closed, too.
+fn take_descriptors(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, Problem> {
+    let taken: Vec<_> = numbers.iter().map(|n| take_descriptor(*n)).collect();
+    if taken.is_empty() {
+        return Err(Problem::BadDescriptor(-1));
+    }
+    taken.into_iter().collect()
 }
 
 fn take_descriptor(number: RawFd) -> Result<OwnedFd, Problem> {
@@ -220,8 +286,4 @@ fn take_descriptor(number: RawFd) -> Result<OwnedFd, Problem> {
     open.map_err(|_| bad())?;
     // SAFETY: open, and passed to us on the command line for this netdev alone: validation refuses a number given twice.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-fn adopt(fd: OwnedFd) -> Result<OwnedFd, Problem> {
-    if ioctl::is_usable_tap(&fd) { Ok(fd) } else { Err(Problem::NotATapDescriptor(fd.as_raw_fd())) }
 }

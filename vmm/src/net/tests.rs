@@ -6,10 +6,12 @@ use std::process::Command;
 use super::*;
 
 fn netdev(source: TapSource) -> Netdev {
-    Netdev {
-        id: "nic0".into(),
-        backend: NetBackend::Tap { source, queues: 1, vhost: false, vhost_fds: vec![] },
-    }
+    let queues = if let TapSource::Fds(fds) = &source { fds.len().max(1) as u16 } else { 1 };
+    with_queues(source, queues)
+}
+
+fn with_queues(source: TapSource, queues: u16) -> Netdev {
+    Netdev { id: "nic0".into(), backend: NetBackend::Tap { source, queues, vhost: false, vhost_fds: vec![] } }
 }
 
 pub(crate) fn named(name: &str) -> Netdev {
@@ -17,7 +19,9 @@ pub(crate) fn named(name: &str) -> Netdev {
 }
 
 fn open(netdev: &Netdev) -> Result<Tap, NetError> {
-    Tap::open(netdev, &Inherited::default())
+    let mut taps = Backend::open(netdev, &Inherited::default())?.taps;
+    assert_eq!(taps.len(), 1);
+    Ok(Arc::try_unwrap(taps.remove(0)).unwrap())
 }
 
 pub(crate) fn ip(arguments: &str) -> bool {
@@ -42,13 +46,15 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
 fn what_is_no_tap_is_refused_in_words() {
     in_a_namespace(|| {
         assert!(ip("tuntap add dev mq0 mode tap multi_queue"));
+        assert!(ip("tuntap add dev t1 mode tap"));
         let cases = [
             (named("none0"), "there is no interface none0"),
             (named("lo"), "lo is not a tap"),
             (named("mq0"), "mq0 is not a tap with one queue"),
             (netdev(TapSource::Fds(vec![1])), "descriptor 1 is not open, or is a standard stream"),
             (netdev(TapSource::Fds(vec![9999])), "descriptor 9999 is not open"),
-            (netdev(TapSource::Fds(vec![5, 6])), "not supported"),
+            (netdev(TapSource::Fds(vec![9998, 9999])), "is not open"),
+            (with_queues(TapSource::Name("t1".into()), 2), "t1 is not a tap with several queues"),
             (netdev(TapSource::Fds(vec![])), "is not open"),
         ];
         for (netdev, problem) in cases {
@@ -83,7 +89,7 @@ fn a_tap_is_opened_by_name_or_descriptor_and_by_one_only() {
         let Tap { fd, .. } = tap;
         let table = format!(r#"[{{"fd":{},"tap":"other"}}]"#, fd.into_raw_fd());
         let inherited = Inherited::parse(&table).unwrap();
-        Tap::open(&named("other"), &inherited).unwrap();
+        Backend::open(&named("other"), &inherited).unwrap();
     });
 }
 
@@ -114,4 +120,34 @@ fn packets_cross_and_a_deleted_tap_is_noticed() {
 fn default_addresses_count_up() {
     assert_eq!(default_mac(0), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
     assert_eq!(default_mac(2)[5], 0x58);
+}
+
+#[test]
+fn a_tap_has_several_queues_by_name_or_by_descriptors() {
+    in_a_namespace(|| {
+        for name in ["mq0", "mq1"] {
+            assert!(ip(&format!("tuntap add dev {name} mode tap multi_queue")));
+        }
+        let by_name = |name: &str| with_queues(TapSource::Name(name.into()), 3);
+        let numbers = |name| -> Vec<RawFd> {
+            let backend = Backend::open(&by_name(name), &Inherited::default()).unwrap();
+            backend.taps.into_iter().map(|tap| Arc::try_unwrap(tap).unwrap().fd.into_raw_fd()).collect()
+        };
+        let (zero, one) = (numbers("mq0"), numbers("mq1"));
+        let mixed = netdev(TapSource::Fds(vec![zero[2], one[2]]));
+        let text = Backend::open(&mixed, &Inherited::default()).unwrap_err().to_string();
+        assert!(text.contains("are not queues of one tap"), "{text}");
+        // What was refused was closed.
+        let text = Backend::open(&mixed, &Inherited::default()).unwrap_err().to_string();
+        assert!(text.contains("is not open"), "{text}");
+        let backend =
+            Backend::open(&netdev(TapSource::Fds(zero[..2].to_vec())), &Inherited::default()).unwrap();
+        for on in [false, false, true, true] {
+            backend.taps()[1].set_enabled(on).unwrap();
+        }
+        let table = format!(r#"[{{"fd":{},"tap":"x"}},{{"fd":{},"tap":"x"}}]"#, one[0], one[1]);
+        let inherited = Inherited::parse(&table).unwrap();
+        let two = with_queues(TapSource::Name("x".into()), 2);
+        assert_eq!(Backend::open(&two, &inherited).unwrap().taps().len(), 2);
+    });
 }

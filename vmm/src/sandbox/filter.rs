@@ -120,6 +120,7 @@ const IOCTLS: &[u32] = &[
     0x402c_542b, // TCSETS2
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
+    0x4004_54d9, // TUNSETQUEUE
 ];
 
 /// What a number leads to.

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! port     what is in the slot          session   the way to the I/O thread and back
-//! serve    all rings of one session     rx tx     packets, on the I/O thread
+//! serve    all rings of one session     rx tx control     packets and commands, on the I/O thread
 //! ```
 
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use super::{
 };
 use crate::net::Backend;
 
+mod control;
 mod port;
 mod rx;
 mod serve;
@@ -30,7 +31,7 @@ mod tests;
 pub use port::{Port, PortError};
 
 use port::State;
-use serve::{Pair, Server};
+use serve::{Rings, Server};
 use session::Session;
 
 const DEVICE_TYPE: u32 = 1;
@@ -41,6 +42,7 @@ const TX: u16 = 1;
 mod feature {
     pub(super) const CSUM: u64 = 1 << 0;
     pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
     pub(super) const MAC: u64 = 1 << 5;
     pub(super) const GUEST_TSO4: u64 = 1 << 7;
     pub(super) const GUEST_TSO6: u64 = 1 << 8;
@@ -48,6 +50,11 @@ mod feature {
     pub(super) const HOST_TSO6: u64 = 1 << 12;
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
     pub(super) const STATUS: u64 = 1 << 16;
+    pub(super) const CTRL_VQ: u64 = 1 << 17;
+    pub(super) const CTRL_RX: u64 = 1 << 18;
+    pub(super) const CTRL_RX_EXTRA: u64 = 1 << 20;
+    pub(super) const MQ: u64 = 1 << 22;
+    pub(super) const CTRL_MAC_ADDR: u64 = 1 << 23;
 }
 
 /// `struct virtio_net_config`: mac, status, max_virtqueue_pairs.
@@ -60,6 +67,8 @@ pub struct NetOptions {
     pub backend: Option<Backend>,
     /// The NIC's address.
     pub mac: [u8; 6],
+    /// Offer the guest as many pairs of queues as the host end has; else one.
+    pub multi_queue: bool,
     /// Entries of each queue: a power of two, at most 1024.
     pub queue_size: u16,
     /// The thread that serves it.
@@ -76,11 +85,13 @@ pub struct Net {
 impl Net {
     /// A device that nobody drives yet: opens nothing and starts no thread.
     pub fn new(options: NetOptions) -> Self {
-        let NetOptions { backend, mac, queue_size, worker } = options;
+        let NetOptions { backend, mac, multi_queue, queue_size, worker } = options;
         // Chains of more parts than this could not be read in one call.
         let size = queue_size.min(super::queue::MAX_SIZE);
-        let port = Port::new(backend, 1, mac);
-        Self { port, queue_sizes: vec![size; 2], worker }
+        let pairs = backend.as_ref().filter(|_| multi_queue).map_or(1, |b| b.taps().len().max(1));
+        let port = Port::new(backend, pairs, mac);
+        // The control queue comes last.
+        Self { port, queue_sizes: vec![size; 2 * pairs + 1], worker }
     }
 
     /// The way to the device once it is in its transport.
@@ -105,10 +116,14 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         use feature::{
-            CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6, MAC, MRG_RXBUF, STATUS,
+            CSUM, CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VQ, GUEST_CSUM,
+            GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6, MAC, MQ, MRG_RXBUF, STATUS,
         };
         let offloads = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6;
-        F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | MAC | STATUS | MRG_RXBUF | offloads
+        let control = CTRL_VQ | CTRL_RX | CTRL_RX_EXTRA | CTRL_MAC_ADDR | CTRL_GUEST_OFFLOADS;
+        let several = if self.port.pairs() > 1 { MQ } else { 0 };
+        let basic = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | MAC | STATUS | MRG_RXBUF;
+        basic | offloads | control | several
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -134,13 +149,10 @@ impl VirtioDevice for Net {
             return Err(ActivateError::StillBusy);
         }
         let Activation { memory: _, features, queues, interrupt } = activation;
-        let mut queues = queues.into_iter();
-        let rx = queues.next().filter(|q| q.index == RX).ok_or(ActivateError::MissingQueue(RX))?;
-        let tx = queues.next().filter(|q| q.index == TX).ok_or(ActivateError::MissingQueue(TX))?;
+        let rings = Rings::sort(queues, features, self.port.pairs())?;
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
         state.io_thread = Some(io_thread.clone());
-        let pairs = vec![Pair::new(rx, tx, features)];
-        let server = Server::new(pairs, features, Arc::clone(&self.port.face), Arc::clone(&interrupt));
+        let server = Server::new(rings, features, Arc::clone(&self.port.face), Arc::clone(&interrupt));
         state.session = Some(Session::start(server, state.backend.clone(), io_thread, interrupt));
         Ok(())
     }

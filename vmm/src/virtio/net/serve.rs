@@ -1,10 +1,12 @@
 //! One session of a network device: owns its rings and what they share. `rx` and `tx` hold the two directions.
 
 use std::fmt::Display;
+use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::control::{self, Command};
 use super::feature;
 use super::port::Face;
 use super::rx::Receiver;
@@ -12,18 +14,61 @@ use super::turn::Ended;
 use super::tx::Sender;
 use crate::event::Token;
 use crate::net::{Offloads, Tap};
-use crate::virtio::{ActiveQueue, Interrupt, complain};
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::{ActivateError, ActiveQueue, Interrupt, complain};
+
+/// Commands per wake-up.
+const COMMANDS: u32 = 32;
 
 /// The two rings of one pair.
-pub(super) struct Pair {
+struct Pair {
     rx: Receiver,
     tx: Sender,
 }
 
-impl Pair {
-    pub(super) fn new(rx: ActiveQueue, tx: ActiveQueue, features: u64) -> Self {
-        Self { rx: Receiver::new(rx, features), tx: Sender::new(tx, features) }
+/// The rings of a session by what they are for.
+pub(super) struct Rings {
+    /// Receive and transmit; at least one pair.
+    pub(super) pairs: Vec<(ActiveQueue, ActiveQueue)>,
+    pub(super) control: Option<ActiveQueue>,
+}
+
+impl Rings {
+    /// §5.1.2: pair `n` is queues 2n and 2n + 1. The control queue follows the last pair that the device has, or the first
+    /// if the driver does not know of several.
+    pub(super) fn sort(
+        queues: Vec<ActiveQueue>,
+        features: u64,
+        pairs_of_device: usize,
+    ) -> Result<Self, ActivateError> {
+        let most = if features & feature::MQ == 0 { 1 } else { pairs_of_device };
+        let mut by_index: Vec<Option<ActiveQueue>> = (0..=2 * most).map(|_| None).collect();
+        for queue in queues {
+            // Others have no use with these features.
+            if let Some(place) = by_index.get_mut(usize::from(queue.index)) {
+                *place = Some(queue);
+            }
+        }
+        let control = by_index.pop().flatten().filter(|_| features & feature::CTRL_VQ != 0);
+        let mut pairs = Vec::with_capacity(most);
+        let mut by_index = by_index.into_iter();
+        while let (Some(rx), Some(tx)) = (by_index.next(), by_index.next()) {
+            match (rx, tx) {
+                (Some(rx), Some(tx)) => pairs.push((rx, tx)),
+                (None, _) if pairs.is_empty() => return Err(ActivateError::MissingQueue(super::RX)),
+                (_, None) if pairs.is_empty() => return Err(ActivateError::MissingQueue(super::TX)),
+                // A driver need not use all pairs.
+                _ => break,
+            }
+        }
+        Ok(Self { pairs, control })
     }
+}
+
+struct Control {
+    queue: ActiveQueue,
+    chain: Chain,
+    command: Vec<u8>,
 }
 
 pub(super) struct Server {
@@ -32,6 +77,10 @@ pub(super) struct Server {
     /// Of the taps, and of the rings that they fill.
     pub(super) watches: Vec<Token>,
     pairs: Vec<Pair>,
+    /// Pairs in use, 1 to all.
+    enabled: usize,
+    control: Option<Control>,
+    features: u64,
     offloads: Offloads,
     face: Arc<Face>,
     interrupt: Arc<dyn Interrupt>,
@@ -49,15 +98,28 @@ fn offloads(features: u64) -> Offloads {
 }
 
 impl Server {
-    pub(super) fn new(
-        pairs: Vec<Pair>,
-        features: u64,
-        face: Arc<Face>,
-        interrupt: Arc<dyn Interrupt>,
-    ) -> Self {
-        let offloads = offloads(features);
-        let (taps, watches) = (Vec::new(), Vec::new());
-        Self { taps, watches, pairs, offloads, face, interrupt, broken: false }
+    pub(super) fn new(rings: Rings, features: u64, face: Arc<Face>, interrupt: Arc<dyn Interrupt>) -> Self {
+        let pair = |(rx, tx)| Pair { rx: Receiver::new(rx, features), tx: Sender::new(tx, features) };
+        Self {
+            taps: Vec::new(),
+            watches: Vec::new(),
+            pairs: rings.pairs.into_iter().map(pair).collect(),
+            enabled: 1,
+            control: rings.control.map(|queue| Control {
+                queue,
+                chain: Chain::default(),
+                command: Vec::new(),
+            }),
+            features,
+            offloads: offloads(features),
+            face,
+            interrupt,
+            broken: false,
+        }
+    }
+
+    pub(super) fn notify_control(&self) -> Option<Arc<EventFd>> {
+        self.control.as_ref().map(|c| Arc::clone(&c.queue.notify))
     }
 
     pub(super) fn pairs(&self) -> usize {
@@ -78,16 +140,22 @@ impl Server {
         for pair in &mut self.pairs {
             pair.rx.tap_ready = false;
         }
-        self.apply_offloads();
+        if let Err(error) = self.apply_offloads() {
+            complain(|| tracing::warn!(netdev = self.name(), "cannot set the tap's offloads: {error}"));
+        }
+        if let Err(error) = self.apply_enabled() {
+            complain(|| tracing::warn!(netdev = self.name(), "cannot set the tap's queues: {error}"));
+        }
     }
 
-    fn apply_offloads(&self) {
-        // The interface has them, not its queues: one tells it for all.
-        if let Some(tap) = self.taps.first()
-            && let Err(error) = tap.set_offloads(self.offloads)
-        {
-            complain(|| tracing::warn!(netdev = tap.id(), "cannot set the tap's offloads: {error}"));
-        }
+    /// The interface has them, not its queues: one tells it for all.
+    fn apply_offloads(&self) -> io::Result<()> {
+        self.taps.first().map_or(Ok(()), |tap| tap.set_offloads(self.offloads))
+    }
+
+    /// A queue that nobody reads must not get packets.
+    fn apply_enabled(&self) -> io::Result<()> {
+        self.taps.iter().enumerate().try_for_each(|(pair, tap)| tap.set_enabled(pair < self.enabled))
     }
 
     /// Shows the guest that its link is up, or that it is not.
@@ -107,10 +175,10 @@ impl Server {
 
     /// Moves packets to the guest: as many as the tap has and the guest has buffers for.
     pub(super) fn receive(&mut self, pair: usize) {
-        let (Some(tap), Some(rings), false) = (self.taps.get(pair), self.pairs.get_mut(pair), self.broken)
-        else {
+        if self.broken || pair >= self.enabled {
             return;
-        };
+        }
+        let (Some(tap), Some(rings)) = (self.taps.get(pair), self.pairs.get_mut(pair)) else { return };
         let ended = rings.rx.run(tap, &*self.interrupt);
         let notify = &rings.rx.queue;
         if ended == Ok(Ended::Full) {
@@ -124,8 +192,8 @@ impl Server {
     /// Moves packets from the guest. Without a tap they are dropped.
     pub(super) fn transmit(&mut self, pair: usize) {
         let (Some(rings), false) = (self.pairs.get_mut(pair), self.broken) else { return };
-        // The guest may send on a pair for which the host has no queue: any other will do.
-        let tap = self.taps.get(pair).or(self.taps.first());
+        // The guest may send on a pair for which the host has no queue, or none in use: any other will do.
+        let tap = self.taps.get(pair).filter(|_| pair < self.enabled).or(self.taps.first());
         let ended = rings.tx.run(tap.map(AsRef::as_ref), &*self.interrupt);
         let notify = &rings.tx.queue;
         if ended == Ok(Ended::Full) {
@@ -133,6 +201,79 @@ impl Server {
         }
         let index = notify.index;
         self.after(index, ended);
+    }
+
+    /// Does what the driver says on the control queue.
+    pub(super) fn control(&mut self) {
+        let Some(mut control) = self.control.take().filter(|_| !self.broken) else { return };
+        let ended = self.commands(&mut control);
+        if control.queue.queue.publish() {
+            self.interrupt.queue(control.queue.index);
+        }
+        if ended == Ok(Ended::Full) {
+            let _ = control.queue.notify.write(1);
+        }
+        let index = control.queue.index;
+        self.control = Some(control);
+        self.after(index, ended);
+    }
+
+    fn commands(&mut self, control: &mut Control) -> Result<Ended, QueueError> {
+        let Control { queue, chain, command } = control;
+        for _ in 0..COMMANDS {
+            if !queue.queue.pop(chain)? {
+                if queue.queue.enable_notify()? {
+                    continue;
+                }
+                return Ok(Ended::Idle);
+            }
+            let len = chain.readable.len();
+            command.clear();
+            if len <= control::LONGEST {
+                command.resize(len as usize, 0);
+                chain.readable.take(command);
+            }
+            let ack = match control::parse(command, self.features) {
+                Some(command) if self.obey(command) => control::OK,
+                _ => control::ERR,
+            };
+            let written = chain.writable.fill(&[ack]);
+            queue.queue.complete(chain.head, written as u32);
+        }
+        Ok(Ended::Full)
+    }
+
+    fn obey(&mut self, command: Command) -> bool {
+        match command {
+            Command::Granted => true,
+            Command::Mac(mac) => {
+                self.face.set_mac(mac);
+                true
+            }
+            Command::Pairs(pairs) => {
+                let (pairs, before) = (usize::from(pairs), self.enabled);
+                if pairs > self.pairs.len() {
+                    return false;
+                }
+                self.enabled = pairs;
+                if let Err(error) = self.apply_enabled() {
+                    complain(|| tracing::warn!(netdev = self.name(), "cannot set the tap's queues: {error}"));
+                    self.enabled = before;
+                    return false;
+                }
+                // An edge that came while the queue was not in use is past.
+                (before..pairs).for_each(|pair| self.tap_ready(pair));
+                true
+            }
+            Command::Offloads(bits) => {
+                let before = std::mem::replace(&mut self.offloads, offloads(bits));
+                let done = self.apply_offloads();
+                if done.is_err() {
+                    self.offloads = before;
+                }
+                done.is_ok()
+            }
+        }
     }
 
     fn after(&mut self, queue: u16, ended: Result<Ended, impl Display>) {

@@ -45,7 +45,7 @@ impl Session {
             let started = on_thread.enter(|server| {
                 let taps = backend.as_ref().map_or(&[][..], |b| b.taps());
                 attach(server, &on_thread, taps, ops)?;
-                watch_transmit(server, &on_thread, ops)
+                watch_driver(server, &on_thread, ops)
             });
             if let Some(Err(error)) = started {
                 tracing::error!("virtio-net: cannot watch descriptors: {error}");
@@ -148,7 +148,7 @@ fn detach(server: &mut Server, gate: &Gate<Server>, ops: &mut Ops<'_>) {
     server.set_taps(&[]);
 }
 
-fn watch_transmit(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
+fn watch_driver(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
     for pair in 0..server.pairs() {
         let Some(notify) = server.notify_tx(pair) else { continue };
         let sent = Arc::clone(gate);
@@ -156,6 +156,13 @@ fn watch_transmit(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'
             sent.enter(|server| server.transmit(pair));
         })?;
         server.transmit(pair);
+    }
+    if let Some(notify) = server.notify_control() {
+        let told = Arc::clone(gate);
+        gate.watch(ops, fd_of(&notify), EDGE, move |_, _: &mut Ops<'_>| {
+            told.enter(Server::control);
+        })?;
+        server.control();
     }
     Ok(())
 }

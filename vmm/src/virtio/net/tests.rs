@@ -20,7 +20,7 @@ struct Nic {
 }
 
 fn device(backend: Option<Backend>) -> Net {
-    Net::new(NetOptions { backend, mac: MAC, queue_size: 256, worker: Worker::new("t") })
+    Net::new(NetOptions { backend, mac: MAC, multi_queue: true, queue_size: 256, worker: Worker::new("t") })
 }
 
 fn start(features: u64) -> Nic {
@@ -68,6 +68,9 @@ impl Nic {
 
 #[path = "port_tests.rs"]
 mod port_tests;
+
+#[path = "control_tests.rs"]
+mod control_tests;
 
 #[test]
 fn packets_go_out_as_they_are() {

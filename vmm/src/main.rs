@@ -21,7 +21,7 @@ use std::time::Duration;
 use vmm::chardev::{self, CharBackend, ChardevError, Traffic};
 use vmm::config::cmdline::{self, Request};
 use vmm::config::{ChardevKind, Monitor, VmConfig};
-use vmm::control::{Control, End, Input};
+use vmm::control::{Control, End, Input, Terminal};
 use vmm::event::{EventLoop, Ops};
 use vmm::inherit::Inherited;
 use vmm::machine::{Environment, GuestEvent, Machine};
@@ -186,7 +186,9 @@ impl Running {
         sandbox::confine(needs)?;
         machine.start(config.start_paused)?;
 
-        let qmp = Qmp::new(Control::new(Box::new(machine), config, event_loop.handle()));
+        let mut control = Control::new(Box::new(machine), config, event_loop.handle());
+        control.show_terminals(host_ends.terminals());
+        let qmp = Qmp::new(control);
         // Set once: the loop does not run yet, so nobody has looked.
         let _ = hub.set(Arc::downgrade(&qmp));
         for monitor in &monitors {
@@ -259,6 +261,16 @@ struct HostEnds {
 }
 
 impl HostEnds {
+    /// Those that were made for this VM, so that their users must ask for their names.
+    fn terminals(&self) -> Vec<Terminal> {
+        let named = self.by_id.iter().filter_map(|(label, end)| {
+            Some(Terminal { label: label.clone(), filename: format!("pty:{}", end.terminal()?) })
+        });
+        let mut terminals: Vec<Terminal> = named.collect();
+        terminals.sort_by(|a, b| a.label.cmp(&b.label));
+        terminals
+    }
+
     fn open(
         &mut self,
         kind: &ChardevKind,

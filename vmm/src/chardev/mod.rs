@@ -11,6 +11,7 @@ mod socket;
 mod stdio;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub trait FrontEnd: Send + Sync {
     fn can_receive(&self) -> usize;
     /// Bytes from the host; never more than [`FrontEnd::can_receive`] said.
     fn receive(&self, data: &[u8]);
+    /// Descriptors that came with the bytes that follow (SCM_RIGHTS), where [`Traffic::Messages`] come over a unix socket.
+    fn descriptors(&self, _fds: Vec<OwnedFd>) {}
     /// A client has come, or this front end was attached to a back end that always has one.
     fn opened(&self) {}
     /// The client has gone.
@@ -42,6 +45,10 @@ pub trait CharBackend: Send + Sync {
     fn attach(&self, front_end: Arc<dyn FrontEnd>);
     /// The front end, full before, has room again.
     fn front_end_ready(&self);
+    /// The name of the terminal that was made for it, if one was.
+    fn terminal(&self) -> Option<&str> {
+        None
+    }
     /// Waits until the host has taken what was kept, at most `limit`: for the end of the process only.
     fn drain(&self, _limit: Duration) {}
 }
@@ -83,8 +90,15 @@ pub enum Traffic {
 impl Traffic {
     fn policy(self) -> Policy {
         match self {
-            Self::Line => Policy { backlog: 64 << 10, replay: 16 << 10, overflow: Overflow::DropOldest },
-            Self::Messages => Policy { backlog: 1 << 20, replay: 0, overflow: Overflow::Disconnect },
+            Self::Line => Policy {
+                backlog: 64 << 10,
+                replay: 16 << 10,
+                overflow: Overflow::DropOldest,
+                descriptors: false,
+            },
+            Self::Messages => {
+                Policy { backlog: 1 << 20, replay: 0, overflow: Overflow::Disconnect, descriptors: true }
+            }
         }
     }
 }
@@ -142,6 +156,7 @@ fn open_pty(policy: Policy, ops: &mut Ops<'_>) -> Result<Arc<dyn CharBackend>, C
     let port = Port::new(ops.handle(), policy);
     let stream =
         Stream::pty(master, other).map_err(|source| ChardevError::Host { what: "pty".to_owned(), source })?;
+    port.set_terminal(name.to_string_lossy().into_owned());
     port.connect(stream, ops);
     Ok(port)
 }

@@ -6,13 +6,15 @@
 //! Lock order: a front end may call in here with its own lock held, therefore nothing here calls a front end under the lock.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::{CharBackend, FrontEnd};
 use crate::event::{EventFlags, LoopHandle, Ops, Token};
@@ -23,6 +25,8 @@ const CHUNK: usize = 4096;
 const ROUNDS: usize = 16;
 /// What a terminal or pipe that polls as writable takes without blocking (tty: WAKEUP_CHARS; pipe: PIPE_BUF, which is more).
 const SAFE_WRITE: usize = 256;
+/// The most that the kernel passes with one message (SCM_MAX_FD).
+const DESCRIPTORS_MAX: usize = 253;
 
 /// What to do when the host does not take what the guest writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +43,8 @@ pub(super) struct Policy {
     /// While nobody is.
     pub(super) replay: usize,
     pub(super) overflow: Overflow,
+    /// Whether the front end takes descriptors that a unix socket brings.
+    pub(super) descriptors: bool,
 }
 
 /// What happens when input ends.
@@ -166,6 +172,7 @@ pub(super) struct Port {
     state: Mutex<State>,
     /// Waits for the next client.
     reopen: OnceLock<Reopen>,
+    terminal: OnceLock<String>,
 }
 
 impl Port {
@@ -187,7 +194,14 @@ impl Port {
                 announced: false,
             }),
             reopen: OnceLock::new(),
+            terminal: OnceLock::new(),
         })
+    }
+
+    /// Names the terminal that was made for this port.
+    pub(super) fn set_terminal(&self, name: String) {
+        // Set once, by the room that made the port.
+        let _ = self.terminal.set(name);
     }
 
     /// Makes the port one that clients come to and leave.
@@ -351,7 +365,13 @@ impl Port {
                 return;
             }
             let part = room.min(CHUNK);
-            match rustix::io::read(fd, buffer.get_mut(..part).unwrap_or_default()) {
+            let space = buffer.get_mut(..part).unwrap_or_default();
+            let got = if self.policy.descriptors && stream.at_eof == AtEof::AwaitHangUp {
+                receive(fd, space, &*front_end)
+            } else {
+                rustix::io::read(fd, space)
+            };
+            match got {
                 Ok(0) => return self.end_of_input(&stream, ops),
                 Ok(n) => {
                     let data = buffer.get(..n).unwrap_or_default();
@@ -465,6 +485,10 @@ impl Port {
 }
 
 impl CharBackend for Port {
+    fn terminal(&self) -> Option<&str> {
+        self.terminal.get().map(String::as_str)
+    }
+
     fn write(&self, data: &[u8]) {
         let mut state = self.state();
         let Some(stream) = state.stream.clone() else {
@@ -542,6 +566,24 @@ impl CharBackend for Port {
             }
         }
     }
+}
+
+/// Reads from a unix socket; descriptors that come with the bytes go to the front end first.
+fn receive(fd: &OwnedFd, space: &mut [u8], front_end: &dyn FrontEnd) -> Result<usize, Errno> {
+    let mut control = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut control);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = rustix::net::recvmsg(fd, &mut [IoSliceMut::new(space)], &mut control, flags)?;
+    let mut fds = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(list) = part {
+            fds.extend(list);
+        }
+    }
+    if !fds.is_empty() {
+        front_end.descriptors(fds);
+    }
+    Ok(message.bytes)
 }
 
 /// Appends `data` and drops the oldest bytes beyond `limit`.

@@ -1,22 +1,56 @@
 //! The owner of a VM's life: takes [`Command`]s, applies them to the machine, and decides who may do what when.
 //!
 //! Runs on the main loop's thread. QMP is above this room and turns text into commands; the machine is below it. `life` is the
-//! pure state machine (what follows from what); this file applies its effects.
+//! pure state machine (what follows from what); this file applies its effects. `query` puts what the machine says into QMP's shapes.
 
 mod life;
+mod query;
+
+use std::os::fd::OwnedFd;
 
 use serde_json::{Value, json};
 
-use crate::config::{Smp, VmConfig};
+use crate::config::{Drive, Netdev, Smp, VmConfig};
 use crate::event::LoopHandle;
-use crate::machine::{CpuInfo, GuestEvent, Machine};
+use crate::machine::{
+    BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Machine, NewDevice, Refusal as SlotRefusal,
+};
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
 
 /// What a management client can ask of a VM. One meaning each, whoever asks.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub enum Command {
+    /// `blockdev-add`.
+    BlockdevAdd(Box<Drive>),
+    /// `blockdev-del`.
+    BlockdevDel(String),
+    /// `netdev_add`.
+    NetdevAdd {
+        /// The back end.
+        netdev: Netdev,
+        /// Descriptors that stand for its taps.
+        fds: Vec<OwnedFd>,
+        /// Descriptors that stand for vhost-net.
+        vhost_fds: Vec<OwnedFd>,
+    },
+    /// `netdev_del`.
+    NetdevDel(String),
+    /// `device_add`.
+    DeviceAdd(NewDevice),
+    /// `device_del`.
+    DeviceDel(String),
+    /// `query-block`.
+    QueryBlock,
+    /// `query-named-block-nodes`.
+    QueryNamedBlockNodes,
+    /// `query-blockstats`.
+    QueryBlockstats,
+    /// `query-chardev`.
+    QueryChardev,
+    /// `query-iothreads`.
+    QueryIothreads,
     /// `query-status`.
     QueryStatus,
     /// `query-cpus`.
@@ -50,6 +84,15 @@ pub enum CommandError {
     /// The state does not allow it.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// There is no such device or back end.
+    #[error("{0}")]
+    NotFound(String),
+    /// No device that could do it.
+    #[error("{0}")]
+    NotActive(String),
+    /// It could not be plugged or unplugged.
+    #[error(transparent)]
+    Hotplug(HotplugError),
     /// The machine could not do it; the state is as before.
     #[error("{what}: {source}")]
     Machine {
@@ -58,6 +101,17 @@ pub enum CommandError {
         /// Why it failed.
         source: BoxError,
     },
+}
+
+impl From<HotplugError> for CommandError {
+    fn from(error: HotplugError) -> Self {
+        match &error {
+            HotplugError::Refused(
+                SlotRefusal::NoDevice(_) | SlotRefusal::NoDrive(_) | SlotRefusal::NoNetdev(_),
+            ) => Self::NotFound(error.to_string()),
+            _ => Self::Hotplug(error),
+        }
+    }
 }
 
 /// An error of the machine.
@@ -71,6 +125,12 @@ pub trait Vm: Send {
     fn resume(&mut self) -> Result<(), BoxError>;
     /// The online vCPUs.
     fn cpus(&self) -> Vec<CpuInfo>;
+    /// Adds, removes, plugs or unplugs a back end or device; after an error everything is as before.
+    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError>;
+    /// Block nodes, those that devices use first.
+    fn block_devices(&self) -> Vec<BlockDevice>;
+    /// Named I/O threads with the host's thread, 0 while there is none.
+    fn iothreads(&self) -> Vec<(String, i32)>;
     /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
     fn shut_down(self: Box<Self>) -> Result<(), BoxError>;
 }
@@ -85,6 +145,15 @@ impl Vm for Machine {
     }
     fn cpus(&self) -> Vec<CpuInfo> {
         Self::cpus(self)
+    }
+    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+        Self::hotplug(self, request)
+    }
+    fn block_devices(&self) -> Vec<BlockDevice> {
+        Self::block_devices(self)
+    }
+    fn iothreads(&self) -> Vec<(String, i32)> {
+        Self::iothreads(self)
     }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
         Ok(Self::shut_down(*self)?)
@@ -109,7 +178,17 @@ pub struct Control {
     name: Option<String>,
     uuid: Option<uuid::Uuid>,
     smp: Smp,
+    terminals: Vec<Terminal>,
     main_loop: LoopHandle,
+}
+
+/// A character device as `query-chardev` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Terminal {
+    /// Its name.
+    pub label: String,
+    /// What it is connected to, such as `pty:/dev/pts/3`.
+    pub filename: String,
 }
 
 impl Control {
@@ -122,8 +201,14 @@ impl Control {
             name: config.name.clone(),
             uuid: config.uuid,
             smp: config.smp.clone(),
+            terminals: Vec::new(),
             main_loop,
         }
+    }
+
+    /// Says which character devices there are.
+    pub fn show_terminals(&mut self, terminals: Vec<Terminal>) {
+        self.terminals = terminals;
     }
 
     /// How the VM ended, once it has.
@@ -139,8 +224,27 @@ impl Control {
     }
 
     /// Carries out a command.
-    pub fn execute(&mut self, command: &Command) -> Vec<Outcome> {
+    pub fn execute(&mut self, command: Command) -> Vec<Outcome> {
         let input = match command {
+            Command::BlockdevAdd(drive) => return self.hotplug(Hotplug::AddDrive(drive), None),
+            Command::BlockdevDel(name) => return self.hotplug(Hotplug::RemoveDrive(name), None),
+            Command::NetdevAdd { netdev, fds, vhost_fds } => {
+                return self.hotplug(Hotplug::AddNetdev { netdev, fds, vhost_fds }, None);
+            }
+            Command::NetdevDel(name) => return self.hotplug(Hotplug::RemoveNetdev(name), None),
+            Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(device), None),
+            Command::DeviceDel(id) => {
+                let deleted = Event { name: "DEVICE_DELETED", data: json!({ "device": id, "path": id }) };
+                return self.hotplug(Hotplug::Unplug(id), Some(deleted));
+            }
+            Command::QueryBlock => return reply(query::block(&self.block_devices())),
+            Command::QueryNamedBlockNodes => return reply(query::named_block_nodes(&self.block_devices())),
+            Command::QueryBlockstats => return reply(query::blockstats(&self.block_devices())),
+            Command::QueryChardev => return reply(query::chardevs(&self.terminals)),
+            Command::QueryIothreads => {
+                let threads = self.vm.as_ref().map_or_else(Vec::new, |vm| vm.iothreads());
+                return reply(query::iothreads(&threads));
+            }
             Command::QueryStatus => return reply(self.status()),
             Command::QueryCpus => return reply(self.cpus()),
             Command::QueryHotpluggableCpus => return reply(self.hotpluggable_cpus()),
@@ -207,6 +311,22 @@ impl Control {
         }
         self.state = step.next;
         (outcomes, None)
+    }
+
+    /// `event` follows success, before the answer.
+    fn hotplug(&mut self, request: Hotplug, event: Option<Event>) -> Vec<Outcome> {
+        let done = match self.vm.as_deref_mut() {
+            Some(vm) if self.state != State::Shutdown => vm.hotplug(request).map_err(CommandError::from),
+            _ => Err(Refusal::Ended.into()),
+        };
+        match done {
+            Ok(()) => event.map(Outcome::Event).into_iter().chain(reply(json!({}))).collect(),
+            Err(error) => vec![Outcome::Reply(Err(error))],
+        }
+    }
+
+    fn block_devices(&self) -> Vec<BlockDevice> {
+        self.vm.as_ref().map_or_else(Vec::new, |vm| vm.block_devices())
     }
 
     fn machine(
@@ -308,6 +428,19 @@ mod tests {
         fn cpus(&self) -> Vec<CpuInfo> {
             vec![CpuInfo { index: 0, socket_id: 0, die_id: 0, core_id: 0, thread_id: 0, host_tid: 42 }]
         }
+        fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+            match request {
+                Hotplug::Unplug(id) if self.fails => Err(SlotRefusal::NoDevice(id).into()),
+                _ if self.fails => Err(HotplugError::NoSlots),
+                _ => Ok(()),
+            }
+        }
+        fn block_devices(&self) -> Vec<BlockDevice> {
+            Vec::new()
+        }
+        fn iothreads(&self) -> Vec<(String, i32)> {
+            vec![("io1".into(), 43)]
+        }
         fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
             Ok(())
         }
@@ -331,31 +464,31 @@ mod tests {
     #[test]
     fn stop_and_cont_tell_before_they_answer_and_refuse_a_second_time() {
         let (mut control, _loop) = control(&VmConfig::default(), false);
-        assert_eq!(names(&control.execute(&Command::Cont)), ["error: the VM is running already"]);
-        assert_eq!(names(&control.execute(&Command::Stop)), ["STOP {}", "{}"]);
-        assert_eq!(names(&control.execute(&Command::Stop)), ["error: the VM is paused already"]);
+        assert_eq!(names(&control.execute(Command::Cont)), ["error: the VM is running already"]);
+        assert_eq!(names(&control.execute(Command::Stop)), ["STOP {}", "{}"]);
+        assert_eq!(names(&control.execute(Command::Stop)), ["error: the VM is paused already"]);
         assert_eq!(
-            names(&control.execute(&Command::QueryStatus)),
+            names(&control.execute(Command::QueryStatus)),
             [r#"{"running":false,"singlestep":false,"status":"paused"}"#]
         );
-        assert_eq!(names(&control.execute(&Command::Cont)), ["RESUME {}", "{}"]);
+        assert_eq!(names(&control.execute(Command::Cont)), ["RESUME {}", "{}"]);
     }
 
     #[test]
     fn a_vm_created_paused_is_started_by_cont() {
         let (mut control, _loop) = control(&VmConfig { start_paused: true, ..Default::default() }, false);
-        assert_eq!(names(&control.execute(&Command::Stop)), ["error: the VM is paused already"]);
-        assert_eq!(names(&control.execute(&Command::Cont)), ["RESUME {}", "{}"]);
+        assert_eq!(names(&control.execute(Command::Stop)), ["error: the VM is paused already"]);
+        assert_eq!(names(&control.execute(Command::Cont)), ["RESUME {}", "{}"]);
     }
 
     #[test]
     fn quit_answers_before_it_tells_and_ends_the_loop() {
         let (mut control, mut event_loop) = control(&VmConfig::default(), false);
-        let outcomes = control.execute(&Command::Quit);
+        let outcomes = control.execute(Command::Quit);
         assert_eq!(names(&outcomes), ["{}", r#"SHUTDOWN {"guest":false,"reason":"host-qmp-quit"}"#]);
         event_loop.run().unwrap();
         assert_eq!(control.end(), Some(&End::Quit));
-        assert_eq!(names(&control.execute(&Command::Cont)), ["error: the VM has ended"]);
+        assert_eq!(names(&control.execute(Command::Cont)), ["error: the VM has ended"]);
         assert!(control.happened(&Input::Signal(15)).is_empty());
     }
 
@@ -364,10 +497,24 @@ mod tests {
         let (mut control, _loop) = control(&VmConfig::default(), true);
         for _ in 0..2 {
             assert_eq!(
-                names(&control.execute(&Command::Stop)),
+                names(&control.execute(Command::Stop)),
                 ["error: cannot pause the VM: vCPU 0 did not stop"]
             );
         }
+    }
+
+    #[test]
+    fn a_device_that_goes_is_told_before_the_answer() {
+        let (mut works, _loop) = control(&VmConfig::default(), false);
+        assert_eq!(
+            names(&works.execute(Command::DeviceDel("d".into()))),
+            [r#"DEVICE_DELETED {"device":"d","path":"d"}"#, "{}"]
+        );
+        assert_eq!(names(&works.execute(Command::BlockdevDel("d".into()))), ["{}"]);
+        let (mut fails, _loop) = control(&VmConfig::default(), true);
+        let outcomes = fails.execute(Command::DeviceDel("d".into()));
+        assert_eq!(names(&outcomes), ["error: Device d not found"]);
+        assert!(matches!(&outcomes[..], [Outcome::Reply(Err(CommandError::NotFound(_)))]));
     }
 
     #[test]
@@ -391,7 +538,7 @@ mod tests {
     fn hotpluggable_cpus_lists_those_that_are_offline_without_a_path() {
         let smp = Smp { cpus: 1, max_cpus: 4, sockets: 2, dies: 1, clusters: 1, cores: 1, threads: 2 };
         let (mut control, _loop) = control(&VmConfig { smp, ..Default::default() }, false);
-        let Some(Outcome::Reply(Ok(cpus))) = control.execute(&Command::QueryHotpluggableCpus).pop() else {
+        let Some(Outcome::Reply(Ok(cpus))) = control.execute(Command::QueryHotpluggableCpus).pop() else {
             panic!()
         };
         assert_eq!(cpus[0]["qom-path"], "/machine/unattached/device[0]");

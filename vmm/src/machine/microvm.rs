@@ -16,7 +16,8 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use super::doorbell::KvmDoorbell;
-use super::slots::{self, Slot};
+use super::replaceable::Replaceable;
+use super::slots::{self, Slot, Workers};
 use super::{CpuInfo, Environment, GuestEvent, MachineError};
 use crate::boot::{self, AcpiPorts, MmioSlot, Platform, SerialPort};
 use crate::bus::Bus;
@@ -33,6 +34,8 @@ const ACPI_BASE: u16 = 0x600;
 /// A microvm. Fields drop in this order: vCPUs stop before anything that they use goes.
 pub(super) struct Microvm {
     pub(super) vcpus: Vcpus,
+    pub(super) replaceable: Replaceable,
+    workers: Workers,
     slots: Arc<[Slot]>,
     topology: Topology,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
@@ -45,7 +48,9 @@ impl Microvm {
         let Environment { inherited, main_loop: _, guest_events, serial } = environment;
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
-        let occupants = slots::fill(config, &inherited)?;
+        let workers = Workers::new(config);
+        let (occupants, ports) = slots::fill(config, &inherited, &workers)?;
+        let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited))?;
 
         // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
         // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.
@@ -97,7 +102,11 @@ impl Microvm {
             state.apply(first.fd())?;
         }
         let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
-        Ok(Self { vcpus, slots, topology, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, replaceable, workers, slots, topology, _vm: vm, _memory: memory })
+    }
+
+    pub(super) fn iothreads(&self) -> Vec<(String, i32)> {
+        self.workers.named().map(|(id, worker)| (id.to_owned(), worker.tid().unwrap_or(0))).collect()
     }
 
     pub(super) fn cpus(&self) -> Vec<CpuInfo> {

@@ -10,7 +10,9 @@
 //! [`Environment::guest_events`], from vCPU threads.
 
 mod doorbell;
+mod hotplug;
 mod microvm;
+mod replaceable;
 mod slots;
 
 use std::io;
@@ -28,7 +30,9 @@ use crate::irq::IrqError;
 use crate::memory::MemoryError;
 use crate::net::NetError;
 use crate::virtio::rng::RngError;
+pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
+pub use replaceable::{BlockDevice, Hotplug, HotplugError};
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,6 +142,9 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// Devices that do not fit the slots.
+    #[error(transparent)]
+    Hotplug(#[from] Refusal),
     /// Two devices in one place: a mistake in the machine's own map.
     #[error("the machine's address map is wrong: {0}")]
     Map(#[from] BusError),
@@ -177,6 +184,22 @@ impl Machine {
         if let Some(board) = &self.board {
             board.vcpus.resume();
         }
+    }
+
+    /// Adds, removes, plugs or unplugs a back end or device. After an error everything is as before.
+    pub fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+        let board = self.board.as_mut().ok_or(HotplugError::NoSlots)?;
+        board.replaceable.apply(request)
+    }
+
+    /// Block nodes: those that devices use first, in order of their slots.
+    pub fn block_devices(&self) -> Vec<BlockDevice> {
+        self.board.as_ref().map_or_else(Vec::new, |b| b.replaceable.block_devices())
+    }
+
+    /// I/O threads that the command line names, each with the host's thread; 0 while it has not been needed.
+    pub fn iothreads(&self) -> Vec<(String, i32)> {
+        self.board.as_ref().map_or_else(Vec::new, Microvm::iothreads)
     }
 
     /// The online vCPUs in order.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::MachineError;
+use super::replaceable::Ports;
 use crate::block::Disk;
 use crate::boot::MmioSlot;
 use crate::bus::Bus;
@@ -46,17 +47,22 @@ pub(super) struct Slot {
 }
 
 /// The I/O threads of a VM by name. A thread starts when a guest first drives a device on it.
-struct Workers {
+pub(super) struct Workers {
     named: Vec<(String, Worker)>,
     default: Worker,
 }
 
 impl Workers {
-    fn new(config: &VmConfig) -> Self {
+    pub(super) fn new(config: &VmConfig) -> Self {
         Self {
             named: config.iothreads.iter().map(|id| (id.clone(), Worker::new(id))).collect(),
             default: Worker::new(DEFAULT_IOTHREAD),
         }
+    }
+
+    /// Those that the command line names, in its order.
+    pub(super) fn named(&self) -> impl Iterator<Item = (&str, &Worker)> {
+        self.named.iter().map(|(id, worker)| (id.as_str(), worker))
     }
 
     fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
@@ -73,8 +79,12 @@ impl Workers {
 }
 
 /// Opens the host ends of all devices and puts each device into the next free slot of its kind.
-pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occupant>, MachineError> {
-    let workers = Workers::new(config);
+pub(super) fn fill(
+    config: &VmConfig,
+    inherited: &Inherited,
+    workers: &Workers,
+) -> Result<(Vec<Occupant>, Ports), MachineError> {
+    let mut ports = Ports::default();
     let (mut blocks, mut nets, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Device { id, driver, .. } in &config.devices {
         match driver {
@@ -90,6 +100,7 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                     queue_size: *queue_size,
                     worker,
                 });
+                ports.blocks.push(device.port());
                 blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
             }
             DeviceDriver::VirtioNet { netdev, mac, iothread, multi_queue, queue_size } => {
@@ -104,13 +115,14 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
                     queue_size: *queue_size,
                     worker,
                 });
+                ports.nets.push(device.port());
                 nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
             }
             // Ports of the virtio-serial device have no slot of their own.
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
             driver => {
                 check_room(id, "devices besides disks and NICs", others.len(), OTHER_SLOTS)?;
-                let device = other(id, driver, config, inherited, &workers)?;
+                let device = other(id, driver, config, inherited, workers)?;
                 others.push(Occupant { id: Some(id.clone()), device });
             }
         }
@@ -119,16 +131,20 @@ pub(super) fn fill(config: &VmConfig, inherited: &Inherited) -> Result<Vec<Occup
         let worker = workers.default.clone();
         let empty =
             BlkOptions { backend: None, serial: None, read_only: false, queue_size: QUEUE_SIZE, worker };
-        blocks.push(Occupant { id: None, device: Box::new(Blk::new(empty)) });
+        let device = Blk::new(empty);
+        ports.blocks.push(device.port());
+        blocks.push(Occupant { id: None, device: Box::new(device) });
     }
     while nets.len() < MICROVM_NET_SLOTS {
         let (worker, mac) = (workers.default.clone(), net::default_mac(nets.len() as u8));
         let empty = NetOptions { backend: None, mac, multi_queue: false, queue_size: QUEUE_SIZE, worker };
-        nets.push(Occupant { id: None, device: Box::new(Net::new(empty)) });
+        let device = Net::new(empty);
+        ports.nets.push(device.port());
+        nets.push(Occupant { id: None, device: Box::new(device) });
     }
     blocks.append(&mut nets);
     blocks.append(&mut others);
-    Ok(blocks)
+    Ok((blocks, ports))
 }
 
 /// A device that takes the next slot after those for disks and NICs.
@@ -226,7 +242,8 @@ mod tests {
     #[test]
     fn disks_fill_slots_in_order_and_the_rest_is_empty() {
         let (config, _dir) = with_disks(2);
-        let slots = fill(&config, &Inherited::default()).unwrap();
+        let (slots, ports) = fill(&config, &Inherited::default(), &Workers::new(&config)).unwrap();
+        assert_eq!((ports.blocks.len(), ports.nets.len()), (6, 2));
         let types: Vec<u32> = slots.iter().map(|s| s.device.device_type()).collect();
         assert_eq!(types, [2, 2, 2, 2, 2, 2, 1, 1]);
         let sectors: Vec<u64> = slots[..6]
@@ -251,10 +268,12 @@ mod tests {
             let (id, driver) = (format!("rng{i}"), driver.clone());
             config.devices.push(Device { id, bus: None, addr: None, multifunction: false, driver });
         }
-        let text = |config: &VmConfig| fill(config, &Inherited::default()).err().unwrap().to_string();
+        let text = |config: &VmConfig| {
+            fill(config, &Inherited::default(), &Workers::new(config)).err().unwrap().to_string()
+        };
         assert!(text(&config).starts_with("device \"rng11\": too many devices besides disks and NICs"));
         config.devices.truncate(2);
-        let slots = fill(&config, &Inherited::default()).unwrap();
+        let (slots, _) = fill(&config, &Inherited::default(), &Workers::new(&config)).unwrap();
         let ids: Vec<_> = slots[8..].iter().map(|s| s.id.as_deref().unwrap()).collect();
         assert_eq!((ids, slots[8].device.device_type()), (vec!["rng0", "rng1"], 4));
     }
@@ -270,7 +289,9 @@ mod tests {
     #[test]
     fn says_which_device_is_one_too_many_or_refers_to_nothing() {
         let (config, _dir) = with_disks(7);
-        let text = |config: &VmConfig| fill(config, &Inherited::default()).err().unwrap().to_string();
+        let text = |config: &VmConfig| {
+            fill(config, &Inherited::default(), &Workers::new(config)).err().unwrap().to_string()
+        };
         assert!(text(&config).starts_with("device \"blk6\": too many disks: a microvm has 6 slots"));
         let (mut config, _dir) = with_disks(1);
         config.drives.clear();

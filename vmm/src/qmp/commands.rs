@@ -1,17 +1,17 @@
-//! The table of QMP commands: owns which exist, which arguments each takes, and the answers that need no VM.
+//! The table of QMP commands: owns which exist, and the shape of their arguments and answers. The same table carries requests out and
+//! describes itself to clients (`schema`).
 //!
 //! Everything that concerns the VM becomes a [`Command`] for the control room; nothing here knows a device.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::message::{Class, QmpError, Request, package};
-use crate::config::MAX_CPUS;
+use super::answers;
+use super::arguments::Kind::{Any, Bool, Int, List, Object, Text};
+use super::arguments::{Arguments, Kind, Member, check, may, must, quote};
+use super::descriptors::{Descriptors, NoName};
+use super::message::{Class, QmpError, Request};
+use super::{plug, schema};
 use crate::control::Command;
-
-/// Events that this version can send.
-const EVENTS: [&str; 3] = ["RESUME", "SHUTDOWN", "STOP"];
-
-type Arguments = Map<String, Value>;
 
 /// Who answers a command.
 pub(super) enum Action {
@@ -21,57 +21,190 @@ pub(super) enum Action {
     Answer(Value),
 }
 
-struct Spec {
-    name: &'static str,
-    /// Names of the arguments.
-    arguments: &'static [&'static str],
-    action: fn(&Arguments) -> Result<Action, QmpError>,
+pub(super) type Outcome = Result<Action, QmpError>;
+
+/// One command.
+pub(super) struct Spec {
+    pub(super) name: &'static str,
+    pub(super) arguments: &'static [Member],
+    pub(super) returns: Kind,
+    action: fn(&Arguments, &Descriptors) -> Outcome,
 }
 
 macro_rules! control {
-    ($name:literal, $command:ident) => {
-        Spec { name: $name, arguments: &[], action: |_| Ok(Action::Control(Command::$command)) }
+    ($name:literal, $command:ident, $returns:expr) => {
+        Spec {
+            name: $name,
+            arguments: &[],
+            returns: $returns,
+            action: |_, _| Ok(Action::Control(Command::$command)),
+        }
     };
 }
 
-const fn answer(name: &'static str, action: fn(&Arguments) -> Result<Action, QmpError>) -> Spec {
-    Spec { name, arguments: &[], action }
+macro_rules! answer {
+    ($name:literal, $arguments:expr, $returns:expr, $value:expr) => {
+        Spec {
+            name: $name,
+            arguments: $arguments,
+            returns: $returns,
+            action: |_, _| Ok(Action::Answer($value)),
+        }
+    };
 }
 
-const COMMANDS: &[Spec] = &[
-    control!("cont", Cont),
-    Spec { name: "qmp_capabilities", arguments: &["enable"], action: capabilities },
-    answer("query-commands", |_| Ok(Action::Answer(names(COMMANDS.iter().map(|spec| spec.name))))),
-    control!("query-cpus", QueryCpus),
-    answer("query-events", |_| Ok(Action::Answer(names(EVENTS)))),
-    control!("query-hotpluggable-cpus", QueryHotpluggableCpus),
-    answer("query-kvm", |_| Ok(Action::Answer(json!({ "enabled": true, "present": true })))),
-    answer("query-machines", |_| {
-        let machine = |name| {
-            json!({
-                "cpu-max": MAX_CPUS, "deprecated": false, "hotpluggable-cpus": false, "name": name,
-                "numa-mem-supported": false,
-            })
-        };
-        Ok(Action::Answer(json!([machine("none"), machine("microvm")])))
+const fn command(
+    name: &'static str,
+    arguments: &'static [Member],
+    returns: Kind,
+    action: fn(&Arguments, &Descriptors) -> Outcome,
+) -> Spec {
+    Spec { name, arguments, returns, action }
+}
+
+const NOTHING: Kind = Object(&[]);
+const NAMES: Kind = List(&Object(&[must("name", Text)]));
+const CPU_PROPS: Kind = Object(&[
+    must("core-id", Int),
+    must("die-id", Int),
+    must("die_id", Int),
+    must("socket-id", Int),
+    must("thread-id", Int),
+]);
+const CPUS: Kind = List(&Object(&[
+    must("CPU", Int),
+    must("arch", Text),
+    must("current", Bool),
+    must("halted", Bool),
+    must("props", CPU_PROPS),
+    must("qom_path", Text),
+    must("thread_id", Int),
+]));
+const HOTPLUGGABLE_CPUS: Kind = List(&Object(&[
+    must("props", CPU_PROPS),
+    may("qom-path", Text),
+    must("type", Text),
+    must("vcpus-count", Int),
+]));
+const STATUS: Kind = Object(&[must("running", Bool), must("singlestep", Bool), must("status", Text)]);
+const MACHINES: Kind = List(&Object(&[
+    must("cpu-max", Int),
+    must("deprecated", Bool),
+    must("hotpluggable-cpus", Bool),
+    must("name", Text),
+    must("numa-mem-supported", Bool),
+]));
+const NODE: &[Member] = &[
+    must("node-name", Text),
+    must("drv", Text),
+    must("file", Text),
+    must("ro", Bool),
+    must("encrypted", Bool),
+    must("iops", Int),
+    must("cache", Object(&[must("direct", Bool), must("no-flush", Bool), must("writeback", Bool)])),
+    must("detect_zeroes", Text),
+];
+const BLOCK: Kind = List(&Object(&[
+    must("device", Text),
+    must("qdev", Text),
+    must("type", Text),
+    must("locked", Bool),
+    must("removable", Bool),
+    must("inserted", Object(NODE)),
+]));
+const BLOCKSTATS: Kind = List(&Object(&[
+    must("device", Text),
+    must("node-name", Text),
+    must("qdev", Text),
+    must(
+        "stats",
+        Object(&[
+            must("rd_bytes", Int),
+            must("wr_bytes", Int),
+            must("rd_operations", Int),
+            must("wr_operations", Int),
+            must("flush_operations", Int),
+        ]),
+    ),
+]));
+const CHARDEVS: Kind =
+    List(&Object(&[must("filename", Text), must("frontend-open", Bool), must("label", Text)]));
+const IOTHREADS: Kind = List(&Object(&[
+    must("id", Text),
+    must("poll-grow", Int),
+    must("poll-max-ns", Int),
+    must("poll-shrink", Int),
+    must("thread-id", Int),
+]));
+const VERSION: Kind = Object(&[
+    must("package", Text),
+    must("qemu", Object(&[must("major", Int), must("micro", Int), must("minor", Int)])),
+]);
+
+/// All commands, by name.
+pub(super) const COMMANDS: &[Spec] = &[
+    command("blockdev-add", plug::BLOCKDEV, NOTHING, |a, _| plug::blockdev(a).map(Action::Control)),
+    command("blockdev-del", plug::NODE_NAME, NOTHING, |a, _| {
+        Ok(Action::Control(Command::BlockdevDel(plug::name(a, "node-name")?)))
     }),
-    control!("query-name", QueryName),
-    control!("query-status", QueryStatus),
-    answer("query-target", |_| Ok(Action::Answer(json!({ "arch": std::env::consts::ARCH })))),
-    control!("query-uuid", QueryUuid),
-    answer("query-version", |_| {
-        Ok(Action::Answer(json!({ "package": package(), "qemu": { "major": 5, "micro": 1, "minor": 0 } })))
+    control!("cont", Cont, NOTHING),
+    answer!("device-list-properties", &[must("typename", Text)], List(&Any), json!([])),
+    command("device_add", plug::DEVICE, NOTHING, |a, _| plug::device(a).map(Action::Control)),
+    command("device_del", plug::ID, NOTHING, |a, _| {
+        Ok(Action::Control(Command::DeviceDel(plug::name(a, "id")?)))
     }),
-    control!("quit", Quit),
-    control!("stop", Stop),
+    command("getfd", &[must("fdname", Text)], NOTHING, getfd),
+    command("netdev_add", plug::NETDEV, NOTHING, |a, d| plug::netdev(a, d).map(Action::Control)),
+    command("netdev_del", plug::ID, NOTHING, |a, _| {
+        Ok(Action::Control(Command::NetdevDel(plug::name(a, "id")?)))
+    }),
+    command("qmp_capabilities", &[may("enable", Any)], NOTHING, capabilities),
+    answer!("qom-list", &[must("path", Text)], List(&Any), json!([])),
+    answer!(
+        "qom-list-types",
+        &[may("implements", Text), may("abstract", Bool)],
+        List(&Object(&[must("name", Text), may("parent", Text)])),
+        answers::types()
+    ),
+    control!("query-block", QueryBlock, BLOCK),
+    answer!("query-block-jobs", &[], List(&Any), json!([])),
+    control!("query-blockstats", QueryBlockstats, BLOCKSTATS),
+    control!("query-chardev", QueryChardev, CHARDEVS),
+    answer!(
+        "query-command-line-options",
+        &[may("option", Text)],
+        List(&Object(&[must("option", Text), must("parameters", List(&Any))])),
+        answers::command_line_options()
+    ),
+    answer!("query-commands", &[], NAMES, answers::names(COMMANDS.iter().map(|spec| spec.name))),
+    control!("query-cpus", QueryCpus, CPUS),
+    answer!("query-events", &[], NAMES, answers::names(schema::EVENTS.iter().map(|event| event.name))),
+    answer!("query-gic-capabilities", &[], List(&Any), json!([])),
+    control!("query-hotpluggable-cpus", QueryHotpluggableCpus, HOTPLUGGABLE_CPUS),
+    control!("query-iothreads", QueryIothreads, IOTHREADS),
+    answer!(
+        "query-kvm",
+        &[],
+        Object(&[must("enabled", Bool), must("present", Bool)]),
+        json!({ "enabled": true, "present": true })
+    ),
+    answer!("query-machines", &[], MACHINES, answers::machines()),
+    answer!("query-migrate-capabilities", &[], List(&Any), json!([])),
+    control!("query-name", QueryName, Object(&[may("name", Text)])),
+    control!("query-named-block-nodes", QueryNamedBlockNodes, List(&Object(NODE))),
+    answer!("query-qmp-schema", &[], List(&Any), schema::schema(COMMANDS)),
+    control!("query-status", QueryStatus, STATUS),
+    answer!("query-target", &[], Object(&[must("arch", Text)]), json!({ "arch": std::env::consts::ARCH })),
+    answer!("query-tpm-models", &[], List(&Text), json!([])),
+    answer!("query-tpm-types", &[], List(&Text), json!([])),
+    control!("query-uuid", QueryUuid, Object(&[must("UUID", Text)])),
+    answer!("query-version", &[], VERSION, answers::version()),
+    control!("quit", Quit, NOTHING),
+    control!("stop", Stop, NOTHING),
 ];
 
-fn names(names: impl IntoIterator<Item = &'static str>) -> Value {
-    names.into_iter().map(|name| json!({ "name": name })).collect()
-}
-
 /// No capability is offered, so none can be enabled; a client need not negotiate at all.
-fn capabilities(arguments: &Arguments) -> Result<Action, QmpError> {
+fn capabilities(arguments: &Arguments, _: &Descriptors) -> Outcome {
     match arguments.get("enable") {
         None => {}
         Some(Value::Array(list)) if list.is_empty() => {}
@@ -84,23 +217,41 @@ fn capabilities(arguments: &Arguments) -> Result<Action, QmpError> {
     Ok(Action::Answer(json!({})))
 }
 
+fn getfd(arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
+    let name = plug::name(arguments, "fdname")?;
+    if name.contains(':') {
+        return Err(QmpError::generic(
+            "argument 'fdname' must not hold a colon: lists of descriptors are separated by it",
+        ));
+    }
+    match descriptors.name(name) {
+        Ok(()) => Ok(Action::Answer(json!({}))),
+        Err(NoName::NothingReceived) => Err(QmpError::generic(
+            "Invalid SCM message: no file descriptor came with this command over a unix socket",
+        )),
+        Err(NoName::TooMany) => Err(QmpError::generic("too many named file descriptors")),
+    }
+}
+
 /// Finds the command of a request and checks its arguments.
-pub(super) fn resolve(request: &Request) -> Result<Action, QmpError> {
+pub(super) fn resolve(request: &Request, descriptors: &Descriptors) -> Outcome {
     let Request { command, arguments, .. } = request;
     let Some(spec) = COMMANDS.iter().find(|spec| spec.name == command) else {
         // Control characters and endless names do not go back into a client's log as they came.
-        let name: String = command.chars().take(64).flat_map(char::escape_debug).collect();
-        return Err(QmpError {
-            class: Class::CommandNotFound,
-            desc: format!("The command {name} has not been found"),
-        });
+        let desc = format!("The command {} has not been found", quote(command));
+        return Err(QmpError { class: Class::CommandNotFound, desc });
     };
-    if let Some(key) = arguments.keys().find(|key| !spec.arguments.contains(&key.as_str())) {
-        let known = if spec.arguments.is_empty() { "none".to_owned() } else { spec.arguments.join(", ") };
-        let key: String = key.chars().take(64).flat_map(char::escape_debug).collect();
-        return Err(QmpError::generic(format!(
-            "unknown argument '{key}' of command {command} (known: {known})"
-        )));
+    check(command, spec.arguments, arguments)?;
+    (spec.action)(arguments, descriptors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_sorted_and_has_no_doubles() {
+        let names: Vec<_> = COMMANDS.iter().map(|spec| spec.name).collect();
+        assert!(names.is_sorted_by(|a, b| a < b), "{names:?}");
     }
-    (spec.action)(arguments)
 }

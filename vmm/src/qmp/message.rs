@@ -15,6 +15,8 @@ use crate::control::Event;
 pub(super) enum Class {
     GenericError,
     CommandNotFound,
+    DeviceNotFound,
+    DeviceNotActive,
 }
 
 /// An error that a client gets.

@@ -1,13 +1,20 @@
 //! QMP: owns the conversation with management clients. Text comes in, [`crate::control::Command`]s go down; it knows no device.
 //!
 //! Runs on the main loop's thread. `syntax` and `codec` find the requests in the stream, `message` gives them their shape,
-//! `commands` says what they mean. Each monitor is a front end on a character device, which brings one client at a time, the next
+//! `commands` says what they mean (with `arguments`, `plug`, `answers`, `descriptors` and `schema` to help). Each monitor is a front end on a character device, which brings one client at a time, the next
 //! one queued, and the rule that a client that does not read is dropped.
 
+mod answers;
+mod arguments;
 mod codec;
 mod commands;
+mod descriptors;
 mod message;
+mod plug;
+mod schema;
 mod syntax;
+
+use std::os::fd::OwnedFd;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -16,11 +23,12 @@ use std::time::SystemTime;
 use serde_json::Value;
 
 use crate::chardev::{CharBackend, FrontEnd};
-use crate::control::{Control, Event, Input, Outcome};
+use crate::control::{CommandError, Control, Event, Input, Outcome};
 
 use codec::{Codec, Frame};
 use commands::{Action, resolve};
-use message::{QmpError, encode_event, encode_reply, greeting, parse};
+use descriptors::Descriptors;
+use message::{Class, QmpError, encode_event, encode_reply, greeting, parse};
 
 /// Bytes taken at once. A shorter read means that nothing more was waiting.
 const READ: usize = 4096;
@@ -36,6 +44,7 @@ struct Session {
     qmp: Weak<Qmp>,
     backend: Arc<dyn CharBackend>,
     codec: Mutex<Codec>,
+    descriptors: Descriptors,
     connected: AtomicBool,
 }
 
@@ -55,6 +64,7 @@ impl Qmp {
             qmp: Arc::downgrade(self),
             backend: Arc::clone(backend),
             codec: Mutex::default(),
+            descriptors: Descriptors::default(),
             connected: AtomicBool::new(false),
         });
         lock(&self.sessions).push(Arc::clone(&session));
@@ -95,17 +105,17 @@ impl Qmp {
             Err((id, error)) => return encode_reply(out, Err(&error), id.as_ref()),
         };
         let id: Option<&Value> = request.id.as_ref();
-        let command = match resolve(&request) {
+        let command = match resolve(&request, &from.descriptors) {
             Ok(Action::Answer(value)) => return encode_reply(out, Ok(&value), id),
             Ok(Action::Control(command)) => command,
             Err(error) => return encode_reply(out, Err(&error), id),
         };
-        let outcomes = self.control().execute(&command);
+        let outcomes = self.control().execute(command);
         for outcome in outcomes {
             match outcome {
                 Outcome::Reply(Ok(value)) => encode_reply(out, Ok(&value), id),
                 Outcome::Reply(Err(error)) => {
-                    encode_reply(out, Err(&QmpError::generic(error.to_string())), id);
+                    encode_reply(out, Err(&explain(&error)), id);
                 }
                 Outcome::Event(event) => {
                     encode_event(out, &event, SystemTime::now());
@@ -114,6 +124,16 @@ impl Qmp {
             }
         }
     }
+}
+
+/// An error as a client gets it: with what caused it, unless that is said already.
+fn explain(error: &CommandError) -> QmpError {
+    let class = match error {
+        CommandError::NotFound(_) => Class::DeviceNotFound,
+        CommandError::NotActive(_) => Class::DeviceNotActive,
+        _ => Class::GenericError,
+    };
+    QmpError { class, desc: error.to_string() }
 }
 
 impl FrontEnd for Session {
@@ -139,6 +159,10 @@ impl FrontEnd for Session {
         }
     }
 
+    fn descriptors(&self, fds: Vec<OwnedFd>) {
+        self.descriptors.receive(fds);
+    }
+
     fn opened(&self) {
         *lock(&self.codec) = Codec::default();
         self.connected.store(true, Ordering::Relaxed);
@@ -147,6 +171,7 @@ impl FrontEnd for Session {
 
     fn closed(&self) {
         self.connected.store(false, Ordering::Relaxed);
+        self.descriptors.clear();
     }
 }
 

@@ -9,12 +9,16 @@ use serde_json::json;
 
 use super::*;
 use crate::chardev::{self, Traffic};
-use crate::config::{ChardevKind, VmConfig};
+use crate::config::{ChardevKind, Drive, VmConfig};
+use crate::config::{NetBackend, TapSource};
 use crate::control::{BoxError, End, Vm};
 use crate::event::EventLoop;
-use crate::machine::{CpuInfo, GuestEvent};
+use crate::machine::{BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Refusal};
 
-struct FakeVm(Arc<AtomicUsize>);
+/// What the machine was asked for, in words; descriptors by what can be read from them.
+type Asked = Arc<Mutex<Vec<String>>>;
+
+struct FakeVm(Arc<AtomicUsize>, Asked);
 
 impl Vm for FakeVm {
     fn pause(&mut self) -> Result<(), BoxError> {
@@ -37,9 +41,39 @@ impl Vm for FakeVm {
             })
             .collect()
     }
+    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+        let words = match request {
+            Hotplug::AddDrive(drive) => format!("{drive:?}"),
+            Hotplug::AddNetdev { netdev, fds, .. } => {
+                let NetBackend::Tap { source, queues, vhost, .. } = &netdev.backend else { panic!() };
+                let fds: Vec<String> = fds.into_iter().map(said).collect();
+                let name = match source {
+                    TapSource::Name(name) => name.clone(),
+                    TapSource::Fds(_) => fds.join("+"),
+                };
+                format!("{} {name} {queues} {vhost}", netdev.id)
+            }
+            Hotplug::Unplug(id) if id == "none" => return Err(Refusal::NoDevice(id).into()),
+            other => format!("{other:?}"),
+        };
+        self.1.lock().unwrap().push(words);
+        Ok(())
+    }
+    fn block_devices(&self) -> Vec<BlockDevice> {
+        Vec::new()
+    }
+    fn iothreads(&self) -> Vec<(String, i32)> {
+        vec![("iothread1".into(), 77)]
+    }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
         Ok(())
     }
+}
+
+fn said(fd: OwnedFd) -> String {
+    let mut text = String::new();
+    UnixStream::from(fd).read_to_string(&mut text).unwrap();
+    text
 }
 
 /// A VMM without a machine: everything from the socket down to the seam.
@@ -47,6 +81,7 @@ struct World {
     event_loop: EventLoop,
     qmp: Arc<Qmp>,
     calls: Arc<AtomicUsize>,
+    asked: Asked,
     dir: tempfile::TempDir,
 }
 
@@ -55,7 +90,12 @@ impl World {
         let mut event_loop = EventLoop::new().unwrap();
         let calls = Arc::new(AtomicUsize::new(0));
         let config = VmConfig { name: Some("web".to_owned()), ..Default::default() };
-        let control = Control::new(Box::new(FakeVm(Arc::clone(&calls))), &config, event_loop.handle());
+        let asked = Asked::default();
+        let control = Control::new(
+            Box::new(FakeVm(Arc::clone(&calls), Arc::clone(&asked))),
+            &config,
+            event_loop.handle(),
+        );
         let qmp = Qmp::new(control);
         let dir = tempfile::tempdir().unwrap();
         for name in ["a", "b"] {
@@ -63,7 +103,7 @@ impl World {
             let kind = ChardevKind::UnixSocket { path, server: true, nowait: true };
             qmp.add_monitor(&chardev::open(&kind, Traffic::Messages, &mut event_loop.ops()).unwrap());
         }
-        Self { event_loop, qmp, calls, dir }
+        Self { event_loop, qmp, calls, asked, dir }
     }
 
     fn connect(&mut self, name: &str) -> Client {
@@ -154,7 +194,16 @@ fn introspection() {
         ("query-uuid", r#"{"UUID":"00000000-0000-0000-0000-000000000000"}"#),
         ("query-target", r#"{"arch":"x86_64"}"#),
         ("query-kvm", r#"{"enabled":true,"present":true}"#),
-        ("query-events", r#"[{"name":"RESUME"},{"name":"SHUTDOWN"},{"name":"STOP"}]"#),
+        (
+            "query-iothreads",
+            r#"[{"id":"iothread1","poll-grow":0,"poll-max-ns":0,"poll-shrink":0,"thread-id":77}]"#,
+        ),
+        ("query-block", "[]"),
+        ("query-blockstats", "[]"),
+        ("query-named-block-nodes", "[]"),
+        ("query-block-jobs", "[]"),
+        ("query-chardev", "[]"),
+        ("query-migrate-capabilities", "[]"),
     ] {
         let got = world.ask(&mut client, &format!("{{\"execute\":\"{command}\",\"arguments\":{{}}}}"));
         assert_eq!(got, format!("{{\"return\":{want}}}"), "{command}");
@@ -243,4 +292,195 @@ fn a_client_that_does_not_read_is_dropped_and_the_next_one_served() {
         }
     }
     assert!(world.line(&mut queued).contains("QMP"));
+}
+
+/// The seed's own lines, as they stand there.
+#[test]
+fn the_hot_plug_conversations_of_the_manual() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    for line in [
+        r#"{"execute": "blockdev-add", "arguments": {"node-name": "drive-0", "file": {"driver": "file", "filename": "/path/to/block"}, "cache": {"direct": true}, "read-only": false}}"#,
+        r#"{"execute": "device_add", "arguments": {"id": "drive-0", "driver": "virtio-blk-mmio", "addr": "0x1"}}"#,
+        r#"{"execute":"netdev_add", "arguments":{"id":"net-0", "ifname":"tap0"}}"#,
+        r#"{"execute":"device_add", "arguments":{"id":"net-0", "driver":"virtio-net-mmio", "addr":"0x0"}} "#,
+    ] {
+        assert_eq!(world.ask(&mut client, line), EMPTY, "{line}");
+    }
+    let deleted = world.ask(&mut client, r#"{"execute": "device_del", "arguments": {"id": "drive-0"}}"#);
+    assert!(
+        deleted.starts_with(
+            r#"{"event":"DEVICE_DELETED","data":{"device":"drive-0","path":"drive-0"},"timestamp":{"#
+        ),
+        "{deleted}"
+    );
+    assert_eq!(world.line(&mut client), EMPTY);
+    let asked = world.asked.lock().unwrap().clone();
+    let drive = Drive { direct: true, ..Drive::new("drive-0", "/path/to/block") };
+    assert_eq!(asked[0], format!("{drive:?}"));
+    assert!(asked[1].contains(r#"addr: Some("0x1")"#), "{}", asked[1]);
+    assert_eq!(asked[2], "net-0 tap0 1 false");
+    assert_eq!(
+        world.ask(&mut client, r#"{"execute":"device_del","arguments":{"id":"none"},"id":1}"#),
+        r#"{"error":{"class":"DeviceNotFound","desc":"Device none not found"},"id":1}"#
+    );
+}
+
+#[test]
+fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    for (text, want) in [
+        (r#"{"execute":"device_add"}"#, "argument 'id' of command device_add is missing"),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"","driver":"x"}}"#,
+            "argument 'id' must have 1 to 255 bytes",
+        ),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"x","driver":"x","addres":"1"}}"#,
+            "unknown argument 'addres'",
+        ),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"x","driver":"x","mac":"01:00:00:00:00:00"}}"#,
+            "argument 'mac'",
+        ),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"x","driver":"x","serial":"123456789012345678901"}}"#,
+            "argument 'serial'",
+        ),
+        (
+            r#"{"execute":"blockdev-add","arguments":{"node-name":"x","file":{"driver":"file"}}}"#,
+            "argument 'file.filename' of command blockdev-add is missing",
+        ),
+        (
+            r#"{"execute":"blockdev-add","arguments":{"node-name":"x","file":{"driver":"nbd","filename":"x"}}}"#,
+            "argument 'file.driver' of command blockdev-add must be one of file, host_device",
+        ),
+        (
+            r#"{"execute":"blockdev-add","arguments":{"node-name":"x","file":{"driver":"file","filename":"x","aio":"native"},"cache":{"direct":false}}}"#,
+            "Invalid parameter 'aio'",
+        ),
+        (
+            r#"{"execute":"blockdev-add","arguments":{"node-name":"x","file":{"driver":"file","filename":"x"},"throttling.iops-total":1000001}}"#,
+            "at most 1000000",
+        ),
+        (r#"{"execute":"netdev_add","arguments":{"id":"x"}}"#, "Tap device is missing"),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","ifname":"0123456789abcdef"}}"#,
+            "argument 'ifname' must have 1 to 15 bytes",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","ifname":"t","queues":17}}"#,
+            "argument 'queues' must be 1 to 16",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","fd":"t"}}"#,
+            "no descriptor is called 't': send it with getfd first",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","ifname":"t","vhostfd":3}}"#,
+            "no descriptor is called '3'",
+        ),
+        (r#"{"execute":"getfd","arguments":{"fdname":"x"}}"#, "Invalid SCM message"),
+        (r#"{"execute":"getfd","arguments":{"fdname":"a:b"}}"#, "colon"),
+    ] {
+        let got = world.ask(&mut client, text);
+        assert!(got.contains(r#""class":"GenericError""#) && got.contains(want), "{text}: {got}");
+    }
+    assert!(world.asked.lock().unwrap().is_empty());
+}
+
+/// Sends `text` with descriptors that say these words when read.
+fn send_with(client: &Client, text: &str, words: &[&str]) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let fds: Vec<OwnedFd> = words
+        .iter()
+        .map(|word| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(word.as_bytes()).unwrap();
+            ours.into()
+        })
+        .collect();
+    let borrowed: Vec<_> = fds.iter().map(std::os::fd::AsFd::as_fd).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&borrowed)));
+    let sent =
+        sendmsg(&client.socket, &[std::io::IoSlice::new(text.as_bytes())], &mut control, SendFlags::empty());
+    assert_eq!(sent, Ok(text.len()));
+}
+
+#[test]
+fn descriptors_come_with_getfd_and_go_to_the_netdev_that_names_them() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    // Two descriptors with one message, each with a getfd of its own; then one alone.
+    let two =
+        r#"{"execute":"getfd","arguments":{"fdname":"7"}}{"execute":"getfd","arguments":{"fdname":"b"}}"#;
+    send_with(&client, two, &["first", "second"]);
+    assert_eq!(world.line(&mut client), EMPTY);
+    assert_eq!(world.line(&mut client), EMPTY);
+    send_with(&client, r#"{"execute":"getfd","arguments":{"fdname":"c"}}"#, &["third"]);
+    assert_eq!(world.line(&mut client), EMPTY);
+    assert_eq!(
+        world.ask(
+            &mut client,
+            r#"{"execute":"netdev_add","arguments":{"id":"n","type":"tap","fds":"b:7","vhost":false}}"#
+        ),
+        EMPTY
+    );
+    assert_eq!(*world.asked.lock().unwrap(), ["n second+first 2 false"]);
+    // A name is good once, and for the client that gave it.
+    let gone = world.ask(&mut client, r#"{"execute":"netdev_add","arguments":{"id":"m","fd":7}}"#);
+    assert!(gone.contains("no descriptor is called '7'"), "{gone}");
+    drop(client);
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    let gone = world.ask(&mut client, r#"{"execute":"netdev_add","arguments":{"id":"m","fd":"c"}}"#);
+    assert!(gone.contains("no descriptor is called 'c'"), "{gone}");
+}
+
+#[test]
+fn a_monitor_over_tcp_speaks_the_same() {
+    let mut world = World::new();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let kind = ChardevKind::TcpSocket { addr: port, server: true, nowait: true };
+    world.qmp.add_monitor(&chardev::open(&kind, Traffic::Messages, &mut world.event_loop.ops()).unwrap());
+    let mut socket = std::net::TcpStream::connect(port).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+    socket.write_all(b"{\"execute\":\"query-name\"}").unwrap();
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let mut text = Vec::new();
+    while !text.ends_with(b"{\"return\":{\"name\":\"web\"}}\r\n") {
+        assert!(std::time::Instant::now() < end, "{}", String::from_utf8_lossy(&text));
+        world.event_loop.turn(Some(Duration::from_millis(2))).unwrap();
+        let mut buffer = [0; 4096];
+        if let Ok(n) = socket.read(&mut buffer) {
+            text.extend(&buffer[..n]);
+        }
+    }
+    assert!(text.starts_with(b"{\"QMP\":"));
+}
+
+#[test]
+fn the_schema_names_every_command_and_event_there_is() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    let mut list = |command: &str| -> Vec<Value> {
+        let text = world.ask(&mut client, &format!("{{\"execute\":\"{command}\"}}"));
+        serde_json::from_str::<Value>(&text).unwrap()["return"].as_array().unwrap().clone()
+    };
+    let schema = list("query-qmp-schema");
+    for (query, meta) in [("query-commands", "command"), ("query-events", "event")] {
+        for named in list(query) {
+            assert!(
+                schema.iter().any(|info| info["meta-type"] == meta && info["name"] == named["name"]),
+                "{named}"
+            );
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The lists of system calls: who may call what, and why.
 //!
-//! Anything not here ends the process. Opening files by name, making sockets, running programs, changing privileges and mapping
-//! memory as code are not here at all.
+//! Anything not here ends the process. Opening files by name is for the main thread, which does so when a client plugs a disk or a NIC.
+//! Making connections, running programs, changing privileges and mapping memory as code are not here at all.
 
 use std::collections::BTreeMap;
 
@@ -100,6 +100,10 @@ const MAIN: &[c_long] = &[
     libc::SYS_setsockopt,
     libc::SYS_unlink,
     libc::SYS_unlinkat,
+    // hot-plug: images, /dev/net/tun
+    libc::SYS_openat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
     // Ctrl-A x on a terminal: SIGTERM to this process
     libc::SYS_kill,
 ];
@@ -123,6 +127,14 @@ const IOCTLS: &[u32] = &[
     0x4004_54d9, // TUNSETQUEUE
 ];
 
+/// The main thread's besides, for hot-plug: what an interface and a disk are examined with.
+const PLUG_IOCTLS: &[u32] = &[
+    0x8933,      // SIOCGIFINDEX
+    0x1268,      // BLKSSZGET
+    0x4004_54ca, // TUNSETIFF
+    0x8004_54d2, // TUNGETIFF
+];
+
 /// What a number leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -134,8 +146,10 @@ enum Verdict {
         mask: u32,
         value: u32,
     },
-    /// `ioctl`: one of KVM's requests, or one of the list.
-    Ioctl,
+    /// `ioctl`: one of KVM's requests, or one of the lists.
+    Ioctl {
+        plugs: bool,
+    },
 }
 
 /// Makes the filter. Compilers for seccomp emit a chain with a link for each number; the kernel runs every new filter for every
@@ -146,18 +160,27 @@ pub(super) fn compile(kind: Kind, rotates_log: bool) -> Result<BpfProgram, Sandb
     if kind == Kind::Main {
         verdicts.extend(MAIN.iter().map(|n| (*n, Verdict::Allow)));
     }
+    if kind == Kind::Main {
+        // What the C library looks up an interface's name with; it can be connected to nothing.
+        let unix = Verdict::Masked { argument: 0, mask: u32::MAX, value: libc::AF_UNIX.unsigned_abs() };
+        verdicts.insert(libc::SYS_socket, unix);
+    }
     if rotates_log {
         verdicts.extend(ROTATION.iter().map(|n| (*n, Verdict::Allow)));
         // Only to create or append: nothing can be read through it.
         let writes = libc::O_WRONLY.unsigned_abs() | libc::O_APPEND.unsigned_abs();
-        verdicts.insert(libc::SYS_openat, Verdict::Masked { argument: 2, mask: writes, value: writes });
+        verdicts.entry(libc::SYS_openat).or_insert(Verdict::Masked {
+            argument: 2,
+            mask: writes,
+            value: writes,
+        });
     }
     let not_code = Verdict::Masked { argument: 2, mask: libc::PROT_EXEC.unsigned_abs(), value: 0 };
     verdicts.insert(libc::SYS_mmap, not_code);
     verdicts.insert(libc::SYS_mprotect, not_code);
     let set_name = Verdict::Masked { argument: 0, mask: u32::MAX, value: libc::PR_SET_NAME.unsigned_abs() };
     verdicts.insert(libc::SYS_prctl, set_name);
-    verdicts.insert(libc::SYS_ioctl, Verdict::Ioctl);
+    verdicts.insert(libc::SYS_ioctl, Verdict::Ioctl { plugs: kind == Kind::Main });
 
     // Runs of numbers with one verdict: each begins at its number and ends where the next begins.
     let mut runs: Vec<(u32, Verdict)> = vec![(0, Verdict::Trap)];
@@ -227,9 +250,9 @@ fn leaf(verdict: Verdict) -> BpfProgram {
             op(RETURN, ALLOW),
             op(RETURN, TRAP),
         ],
-        Verdict::Ioctl => {
+        Verdict::Ioctl { plugs } => {
             let mut code = vec![op(LOAD, ARGUMENTS_OFFSET + 8)];
-            for request in IOCTLS {
+            for request in IOCTLS.iter().chain(PLUG_IOCTLS.iter().filter(|_| plugs)) {
                 code.extend([jump(JUMP_EQ, *request, 0, 1), op(RETURN, ALLOW)]);
             }
             code.extend([
@@ -281,8 +304,28 @@ mod tests {
                     || (kind == Kind::Main && MAIN.contains(&n))
                     || (rotates_log && ROTATION.contains(&n))
                     || [libc::SYS_mmap, libc::SYS_mprotect].contains(&n);
+                // Depends on an argument, which is 0 here.
+                let listed = listed && n != libc::SYS_socket;
                 assert_eq!(allows(&program, number, [0; 6]), listed, "{number}");
             }
+        }
+    }
+
+    #[test]
+    fn only_the_main_thread_plugs() {
+        let program = compile(Kind::Worker, true).unwrap();
+        for (number, arguments, want) in [
+            (libc::SYS_openat, [0, 0, 0, 0, 0, 0], false),
+            (libc::SYS_openat, [0, 0, 0o2001, 0, 0, 0], true),
+            (libc::SYS_ioctl, [0, 0x4004_54ca, 0, 0, 0, 0], false),
+            (libc::SYS_ioctl, [0, 0x4004_54d0, 0, 0, 0, 0], true),
+            (libc::SYS_socket, [1, 2, 0, 0, 0, 0], false),
+        ] {
+            assert_eq!(
+                allows(&program, u32::try_from(number).unwrap(), arguments),
+                want,
+                "{number} {arguments:?}"
+            );
         }
     }
 
@@ -298,8 +341,10 @@ mod tests {
             (libc::SYS_mprotect, [0, 0, 5, 0, 0, 0], false),
             (libc::SYS_prctl, [15, 0, 0, 0, 0, 0], true),
             (libc::SYS_prctl, [38, 0, 0, 0, 0, 0], false),
-            (libc::SYS_openat, [0, 0, 0, 0, 0, 0], false),
-            (libc::SYS_openat, [0, 0, 0o2001, 0, 0, 0], true),
+            (libc::SYS_openat, [0, 0, 0, 0, 0, 0], true),
+            (libc::SYS_ioctl, [0, 0x4004_54ca, 0, 0, 0, 0], true),
+            (libc::SYS_socket, [1, 2, 0, 0, 0, 0], true),
+            (libc::SYS_socket, [2, 1, 0, 0, 0, 0], false),
         ] {
             assert_eq!(
                 allows(&program, u32::try_from(number).unwrap(), arguments),

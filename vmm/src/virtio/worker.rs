@@ -62,6 +62,20 @@ impl Worker {
     }
 }
 
+impl Worker {
+    /// The host's thread; `None` while no device has needed it, or when it does not answer soon.
+    pub fn tid(&self) -> Option<i32> {
+        const SOON: Duration = Duration::from_millis(200);
+        let handle = lock(&self.0.running).as_ref()?.handle.clone();
+        let (tell, told) = std::sync::mpsc::channel();
+        handle.post(move |_| {
+            // The asker may have lost patience.
+            let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get());
+        });
+        told.recv_timeout(SOON).ok()
+    }
+}
+
 impl Drop for Shared {
     fn drop(&mut self) {
         let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,241 @@
+//! The replaceable slots of a running microvm: opens and closes back ends, and moves them into and out of the slots' ports.
+//! What may follow what is in `hotplug`.
+//!
+//! A back end is opened when it is added, so that its errors come where a client can name their cause, and waits here until a device takes it.
+//! After a device was refused, the next one opens it again.
+
+use std::collections::HashMap;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
+use crate::block::{BlockError, Disk};
+use crate::config::{DeviceDriver, Drive, NetBackend, Netdev, TapSource, VmConfig};
+use crate::inherit::Inherited;
+use crate::net::{Backend, NetError};
+use crate::virtio::{blk, net};
+
+/// What a client can ask for.
+#[derive(Debug)]
+pub enum Hotplug {
+    /// `blockdev-add`.
+    AddDrive(Box<Drive>),
+    /// `blockdev-del`.
+    RemoveDrive(String),
+    /// `netdev_add`, with the descriptors that stand for its taps and its vhost ends.
+    AddNetdev {
+        /// The back end. Descriptors in it are ignored in favour of the following ones.
+        netdev: Netdev,
+        /// Taps.
+        fds: Vec<OwnedFd>,
+        /// vhost-net.
+        vhost_fds: Vec<OwnedFd>,
+    },
+    /// `netdev_del`.
+    RemoveNetdev(String),
+    /// `device_add`.
+    Plug(NewDevice),
+    /// `device_del`: the device is gone when this returns.
+    Unplug(String),
+}
+
+/// Why it was not done. Everything is then as it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum HotplugError {
+    /// It does not fit.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The disk image.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The tap.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The slot of a disk.
+    #[error(transparent)]
+    Disk(#[from] blk::PortError),
+    /// The slot of a NIC.
+    #[error(transparent)]
+    Nic(#[from] net::PortError),
+    /// A machine without slots.
+    #[error("this machine has no replaceable slots")]
+    NoSlots,
+}
+
+/// One occupied block slot, as queries show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Name of the device; none for a block node that no device uses.
+    pub device: Option<String>,
+    /// The block node.
+    pub drive: Drive,
+    /// Transfers so far.
+    pub stats: blk::Stats,
+}
+
+/// The slots and what is or may come into them.
+pub(super) struct Replaceable {
+    table: Table,
+    ports: Ports,
+    /// Open, and in no slot.
+    disks: HashMap<String, Disk>,
+    /// Open, and in no slot.
+    backends: HashMap<String, Backend>,
+    inherited: Arc<Inherited>,
+}
+
+/// The ports of all slots, in order.
+#[derive(Default)]
+pub(super) struct Ports {
+    pub(super) blocks: Vec<Arc<blk::Port>>,
+    pub(super) nets: Vec<Arc<net::Port>>,
+}
+
+impl Replaceable {
+    /// As the command line has filled the slots: devices of a kind lie in them in their order.
+    pub(super) fn new(config: &VmConfig, ports: Ports, inherited: Arc<Inherited>) -> Result<Self, Refusal> {
+        let (mut blocks, mut nets) = (0, 0);
+        let plugged = config.devices.iter().filter_map(|device| {
+            let (kind, count, backend) = match &device.driver {
+                DeviceDriver::VirtioBlk { drive, .. } => (SlotKind::Block, &mut blocks, drive),
+                DeviceDriver::VirtioNet { netdev, .. } => (SlotKind::Net, &mut nets, netdev),
+                _ => return None,
+            };
+            *count += 1;
+            Some((kind, *count - 1, device.id.clone(), backend.clone()))
+        });
+        let table = Table::new(config, plugged)?;
+        Ok(Self { table, ports, disks: HashMap::new(), backends: HashMap::new(), inherited })
+    }
+
+    pub(super) fn apply(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+        match request {
+            Hotplug::AddDrive(drive) => {
+                self.table.blocks.check_new(&drive.id)?;
+                let disk = Disk::open(&drive, &self.inherited)?;
+                let id = drive.id.clone();
+                self.table.blocks.add(&id, *drive)?;
+                self.disks.insert(id, disk);
+            }
+            Hotplug::RemoveDrive(name) => {
+                self.table.blocks.remove(&name)?;
+                self.disks.remove(&name);
+            }
+            Hotplug::AddNetdev { mut netdev, fds, vhost_fds } => {
+                self.table.nets.check_new(&netdev.id)?;
+                let backend = open_netdev(&mut netdev, fds, vhost_fds, &self.inherited)?;
+                let id = netdev.id.clone();
+                self.table.nets.add(&id, netdev)?;
+                self.backends.insert(id, backend);
+            }
+            Hotplug::RemoveNetdev(name) => {
+                self.table.nets.remove(&name)?;
+                self.backends.remove(&name);
+            }
+            Hotplug::Plug(device) => self.plug(device)?,
+            Hotplug::Unplug(id) => self.unplug(&id)?,
+        }
+        Ok(())
+    }
+
+    fn plug(&mut self, device: NewDevice) -> Result<(), HotplugError> {
+        let plan = self.table.plan(&device)?;
+        match plan.kind {
+            SlotKind::Block => {
+                let port = self.ports.blocks.get(plan.slot).ok_or(Refusal::NoSuchSlot(plan.kind))?;
+                let disk = match self.disks.remove(&plan.backend) {
+                    Some(disk) => disk,
+                    None => {
+                        let drive =
+                            self.table.blocks.config(&plan.backend).ok_or(Refusal::NoConfiguration)?;
+                        Disk::open(drive, &self.inherited)?
+                    }
+                };
+                port.insert(disk, device.serial)?;
+                self.table.blocks.plug(&device.id, &plan.backend, plan.slot)?;
+            }
+            SlotKind::Net => {
+                let port = self.ports.nets.get(plan.slot).ok_or(Refusal::NoSuchSlot(plan.kind))?;
+                let backend = match self.backends.remove(&plan.backend) {
+                    Some(backend) => backend,
+                    None => {
+                        let netdev = self.table.nets.config(&plan.backend).ok_or(Refusal::NoConfiguration)?;
+                        Backend::open(netdev, &self.inherited)?
+                    }
+                };
+                port.insert(backend, device.mac)?;
+                self.table.nets.plug(&device.id, &plan.backend, plan.slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn unplug(&mut self, id: &str) -> Result<(), HotplugError> {
+        match self.table.removal(id)? {
+            Removal::Slot(SlotKind::Block, slot) => {
+                let left = self.ports.blocks.get(slot).map_or(Ok(()), |port| port.eject());
+                // After a flush that failed the disk has left all the same.
+                if matches!(left, Ok(()) | Err(blk::PortError::Flush(..))) {
+                    self.table.blocks.unplug(slot);
+                }
+                left?;
+            }
+            Removal::Slot(SlotKind::Net, slot) => {
+                if let Some(port) = self.ports.nets.get(slot) {
+                    port.eject()?;
+                }
+                self.table.nets.unplug(slot);
+            }
+            Removal::Backend(SlotKind::Block) => {
+                self.table.blocks.remove(id)?;
+                self.disks.remove(id);
+            }
+            Removal::Backend(SlotKind::Net) => {
+                self.table.nets.remove(id)?;
+                self.backends.remove(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Block nodes: those in slots first, in their order.
+    pub(super) fn block_devices(&self) -> Vec<BlockDevice> {
+        let blocks = &self.table.blocks;
+        let plugged: Vec<(usize, &str, &str)> = blocks.plugged().collect();
+        let mut list = Vec::new();
+        for (slot, device, node) in &plugged {
+            if let (Some(drive), Some(port)) = (blocks.config(node), self.ports.blocks.get(*slot)) {
+                let (device, drive) = (Some((*device).to_owned()), drive.clone());
+                list.push(BlockDevice { device, drive, stats: port.stats() });
+            }
+        }
+        for (name, drive) in blocks.live() {
+            if !plugged.iter().any(|(_, _, node)| *node == name) {
+                list.push(BlockDevice { device: None, drive: drive.clone(), stats: blk::Stats::default() });
+            }
+        }
+        list
+    }
+}
+
+fn open_netdev(
+    netdev: &mut Netdev,
+    fds: Vec<OwnedFd>,
+    vhost: Vec<OwnedFd>,
+    inherited: &Inherited,
+) -> Result<Backend, NetError> {
+    if let NetBackend::Tap { source, vhost_fds, .. } = &mut netdev.backend {
+        // From here on the numbers own the descriptors, as those on a command line do.
+        if !fds.is_empty() {
+            *source = TapSource::Fds(fds.into_iter().map(IntoRawFd::into_raw_fd).collect());
+        }
+        *vhost_fds = vhost.into_iter().map(IntoRawFd::into_raw_fd).collect();
+    }
+    let result = Backend::open(netdev, inherited);
+    if let NetBackend::Tap { source: TapSource::Fds(fds), vhost_fds, .. } = &mut netdev.backend {
+        // Whoever opened it owns them now: the numbers may stand for something else later.
+        fds.clear();
+        vhost_fds.clear();
+    }
+    result
+}

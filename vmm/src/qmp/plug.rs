@@ -1,0 +1,247 @@
+//! Hot-plug requests: owns how the arguments of `blockdev-add`, `netdev_add` and `device_add` become what the rooms below understand.
+//!
+//! The values have been checked against [`BLOCKDEV`], [`NETDEV`] and [`DEVICE`]; what is left are ranges and what fits together. Members that only
+//! matter on other machines, or only to the client's own bookkeeping, are taken and have no effect.
+
+use std::os::fd::OwnedFd;
+
+use super::arguments::Kind::{Any, Bool, Int, Null, Object, Text, Word};
+use super::arguments::{Arguments, Get, Member, may, must, quote};
+use super::descriptors::Descriptors;
+use super::message::QmpError;
+use crate::config::{Aio, DetectZeroes, Drive, ImageFormat, NetBackend, Netdev, TapSource};
+use crate::control::Command;
+use crate::machine::NewDevice;
+
+/// Longest name of a back end or device, in bytes.
+const ID_MAX: usize = 255;
+/// Longest file name.
+const PATH_MAX: usize = 4095;
+const SERIAL_MAX: usize = 20;
+const IOPS_MAX: u64 = 1_000_000;
+/// Largest cache of a qcow2 image, in bytes.
+const CACHE_MAX: u64 = 32 << 20;
+const QUEUE_PAIRS_MAX: u64 = 16;
+/// Shortest and longest interface name (IFNAMSIZ counts the final zero).
+const IFNAME_MAX: usize = 15;
+
+pub(super) const BLOCKDEV: &[Member] = &[
+    must("node-name", Text),
+    must("file", Object(FILE)),
+    may("driver", Word(&["raw", "qcow2"])),
+    may("read-only", Bool),
+    may("cache", Object(&[may("direct", Bool), may("no-flush", Bool)])),
+    may("discard", Word(&["ignore", "unmap"])),
+    may("detect-zeroes", Word(&["off", "on", "unmap"])),
+    may("throttling.iops-total", Int),
+    may("l2-cache-size", Int),
+    may("refcount-cache-size", Int),
+    may("backing", Null),
+    may("media", Word(&["disk"])),
+    may("id", Text),
+    may("options", Any),
+];
+
+const FILE: &[Member] = &[
+    must("driver", Word(&["file", "host_device"])),
+    must("filename", Text),
+    may("aio", Word(&["off", "threads", "native", "iouring", "io_uring"])),
+];
+
+pub(super) const NETDEV: &[Member] = &[
+    must("id", Text),
+    may("type", Word(&["tap", "vhost-user"])),
+    may("ifname", Text),
+    may("fd", Text),
+    may("fds", Text),
+    may("queues", Int),
+    may("vhost", Bool),
+    may("vhostfd", Text),
+    may("vhostfds", Text),
+    may("chardev", Text),
+    may("script", Text),
+    may("downscript", Text),
+    may("dnssearch", Any),
+    may("macnat", Bool),
+];
+
+pub(super) const DEVICE: &[Member] = &[
+    must("id", Text),
+    must("driver", Text),
+    may("addr", Text),
+    may("lun", Int),
+    may("drive", Text),
+    may("netdev", Text),
+    may("chardev", Text),
+    may("mac", Text),
+    may("serial", Text),
+    may("bus", Text),
+    may("iothread", Text),
+    may("mq", Bool),
+    may("vectors", Int),
+    may("multifunction", Bool),
+    may("num-queues", Int),
+    may("queue-size", Int),
+    may("boot_index", Int),
+    may("bootindex", Int),
+    may("romfile", Text),
+    may("share-rw", Bool),
+    may("disable-modern", Bool),
+    may("host", Text),
+    may("sysfsdev", Text),
+    may("port", Text),
+    may("backend", Text),
+    may("path", Text),
+    may("cpu-id", Int),
+];
+
+pub(super) const ID: &[Member] = &[must("id", Text)];
+pub(super) const NODE_NAME: &[Member] = &[must("node-name", Text)];
+
+fn bad(text: impl Into<String>) -> QmpError {
+    QmpError::generic(text)
+}
+
+/// A name of 1 to 255 bytes without control characters: it goes into logs and answers.
+pub(super) fn name(arguments: &Arguments, member: &str) -> Result<String, QmpError> {
+    let text = arguments.text(member).unwrap_or_default();
+    if text.is_empty() || text.len() > ID_MAX || text.chars().any(char::is_control) {
+        return Err(bad(format!(
+            "argument '{member}' must have 1 to {ID_MAX} bytes and no control characters"
+        )));
+    }
+    Ok(text)
+}
+
+/// `blockdev-add`.
+pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
+    let id = name(arguments, "node-name")?;
+    let file = arguments.object("file");
+    let path = file.and_then(|f| f.text("filename")).unwrap_or_default();
+    if path.is_empty() || path.len() > PATH_MAX || path.contains('\0') {
+        return Err(bad(format!("argument 'file.filename' must be a path of 1 to {PATH_MAX} bytes")));
+    }
+    let aio = file.and_then(|f| f.text("aio")).map(|word| match word.as_str() {
+        "native" => Aio::Native,
+        "threads" => Aio::Threads,
+        "off" => Aio::Off,
+        _ => Aio::IoUring,
+    });
+    let direct = arguments.object("cache").and_then(|c| c.boolean("direct")).unwrap_or(true);
+    if aio == Some(Aio::Native) && !direct {
+        return Err(bad(
+            "Invalid parameter 'aio' for 'native aio type should be used with \"direct\" on': set cache.direct to true",
+        ));
+    }
+    let iops_total = arguments.int("throttling.iops-total").filter(|n| *n > 0);
+    for cache in ["l2-cache-size", "refcount-cache-size"] {
+        if arguments.int(cache).is_some_and(|n| n > CACHE_MAX) {
+            return Err(bad(format!("argument '{cache}' must be at most {CACHE_MAX} bytes")));
+        }
+    }
+    if iops_total.is_some_and(|n| n > IOPS_MAX) {
+        return Err(bad(format!("argument 'throttling.iops-total' must be at most {IOPS_MAX}")));
+    }
+    let size = |member: &str| arguments.int(member).filter(|n| *n > 0);
+    Ok(Command::BlockdevAdd(Box::new(Drive {
+        readonly: arguments.boolean("read-only").unwrap_or(false),
+        direct,
+        aio,
+        format: match arguments.text("driver").as_deref() {
+            Some("qcow2") => ImageFormat::Qcow2,
+            _ => ImageFormat::Raw,
+        },
+        iops_total,
+        discard: arguments.text("discard").as_deref() == Some("unmap"),
+        detect_zeroes: match arguments.text("detect-zeroes").as_deref() {
+            Some("on") => DetectZeroes::On,
+            Some("unmap") => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        },
+        no_flush: arguments.object("cache").and_then(|c| c.boolean("no-flush")).unwrap_or(false),
+        l2_cache_size: size("l2-cache-size"),
+        refcount_cache_size: size("refcount-cache-size"),
+        ..Drive::new(id, path)
+    })))
+}
+
+/// `netdev_add`. Descriptors that it names are taken, whatever becomes of the request.
+pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result<Command, QmpError> {
+    let id = name(arguments, "id")?;
+    if arguments.text("type").as_deref() == Some("vhost-user") || arguments.contains_key("chardev") {
+        return Err(bad("a vhost-user netdev cannot be added while the VM runs: use type tap"));
+    }
+    let named = |one: &str, many: &str| -> Result<Vec<OwnedFd>, QmpError> {
+        let text = match (arguments.text(one), arguments.text(many)) {
+            (Some(_), Some(_)) => {
+                return Err(bad(format!("arguments '{one}' and '{many}' exclude each other")));
+            }
+            (Some(text), None) | (None, Some(text)) => text,
+            (None, None) => return Ok(Vec::new()),
+        };
+        let take = |name: &str| {
+            descriptors.take(name).ok_or_else(|| {
+                bad(format!("no descriptor is called '{}': send it with getfd first", quote(name)))
+            })
+        };
+        text.split(':').map(take).collect()
+    };
+    let (fds, vhost_fds) = (named("fd", "fds")?, named("vhostfd", "vhostfds")?);
+    let vhost = arguments.boolean("vhost").unwrap_or(false);
+    if !vhost && !vhost_fds.is_empty() {
+        return Err(bad("Argument 'vhostfd' or 'vhostfds' are not needed for virtio-net device"));
+    }
+    let queues = match arguments.int("queues") {
+        None => u16::try_from(fds.len().max(1)).unwrap_or(u16::MAX),
+        Some(n) if (1..=QUEUE_PAIRS_MAX).contains(&n) => u16::try_from(n).unwrap_or(1),
+        Some(_) => return Err(bad(format!("argument 'queues' must be 1 to {QUEUE_PAIRS_MAX}"))),
+    };
+    let source = match (arguments.text("ifname"), fds.is_empty()) {
+        (Some(_), false) => return Err(bad("arguments 'ifname' and 'fd' exclude each other")),
+        (Some(name), true) if (1..=IFNAME_MAX).contains(&name.len()) => TapSource::Name(name),
+        (Some(_), true) => return Err(bad(format!("argument 'ifname' must have 1 to {IFNAME_MAX} bytes"))),
+        (None, false) => TapSource::Fds(Vec::new()),
+        (None, true) => {
+            return Err(bad("Tap device is missing, use 'ifname' or 'fd' to configure a tap device"));
+        }
+    };
+    let backend = NetBackend::Tap { source, queues, vhost, vhost_fds: Vec::new() };
+    Ok(Command::NetdevAdd { netdev: Netdev { id, backend }, fds, vhost_fds })
+}
+
+/// `device_add`.
+pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
+    let serial = arguments.text("serial");
+    if serial.as_ref().is_some_and(|s| s.len() > SERIAL_MAX) {
+        return Err(bad(format!("argument 'serial' must have at most {SERIAL_MAX} bytes")));
+    }
+    let mac = match arguments.text("mac") {
+        None => None,
+        Some(text) => Some(parse_mac(&text).ok_or_else(|| {
+            bad("argument 'mac' must be six hexadecimal bytes like 52:54:00:12:34:56, not a group address")
+        })?),
+    };
+    let drive = arguments.text("drive");
+    // A NIC's back end was called `chardev` by some versions of some clients.
+    let netdev = arguments.text("netdev").or_else(|| arguments.text("chardev"));
+    Ok(Command::DeviceAdd(NewDevice {
+        id: name(arguments, "id")?,
+        driver: arguments.text("driver").unwrap_or_default(),
+        drive,
+        netdev,
+        addr: arguments.text("addr"),
+        lun: arguments.int("lun"),
+        serial,
+        mac,
+    }))
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}

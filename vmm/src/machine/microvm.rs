@@ -16,6 +16,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use super::doorbell::KvmDoorbell;
+use super::others::Others;
 use super::replaceable::Replaceable;
 use super::slots::{self, Slot, Workers};
 use super::{CpuInfo, Environment, GuestEvent, MachineError};
@@ -26,7 +27,7 @@ use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, I8042Reset, NoClock, OnPower, PowerRequest, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
 use crate::memory::{self, GuestMemory};
-use crate::virtio::Doorbell;
+use crate::virtio::{Doorbell, balloon};
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 const ACPI_BASE: u16 = 0x600;
@@ -38,6 +39,7 @@ pub(super) struct Microvm {
     workers: Workers,
     slots: Arc<[Slot]>,
     topology: Topology,
+    pub(super) balloon: Option<Arc<balloon::Port>>,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
     _vm: Arc<VmFd>,
     _memory: Arc<GuestMemory>,
@@ -49,7 +51,8 @@ impl Microvm {
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
         let workers = Workers::new(config);
-        let (occupants, ports) = slots::fill(config, &inherited, &workers)?;
+        let mut others = Others::default();
+        let (occupants, ports) = slots::fill(config, &inherited, &workers, &mut others)?;
         let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited))?;
 
         // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
@@ -102,7 +105,8 @@ impl Microvm {
             state.apply(first.fd())?;
         }
         let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
-        Ok(Self { vcpus, replaceable, workers, slots, topology, _vm: vm, _memory: memory })
+        let balloon = others.balloon;
+        Ok(Self { vcpus, replaceable, workers, slots, topology, balloon, _vm: vm, _memory: memory })
     }
 
     pub(super) fn iothreads(&self) -> Vec<(String, i32)> {

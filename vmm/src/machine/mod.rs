@@ -12,6 +12,7 @@
 mod doorbell;
 mod hotplug;
 mod microvm;
+mod others;
 mod replaceable;
 mod slots;
 
@@ -29,6 +30,7 @@ use crate::inherit::Inherited;
 use crate::irq::IrqError;
 use crate::memory::MemoryError;
 use crate::net::NetError;
+use crate::virtio::balloon;
 use crate::virtio::rng::RngError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
@@ -205,6 +207,11 @@ impl Machine {
     /// The online vCPUs in order.
     pub fn cpus(&self) -> Vec<CpuInfo> {
         self.board.as_ref().map_or_else(Vec::new, Microvm::cpus)
+    }
+
+    /// The balloon, if the machine has one: its target, what the guest has, and word of changes.
+    pub fn balloon(&self) -> Option<Arc<balloon::Port>> {
+        self.board.as_ref()?.balloon.clone()
     }
 
     /// Ends the machine: stops the vCPUs, resets the devices, and makes durable what the guest has written.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::MachineError;
+use super::others::Others;
 use super::replaceable::Ports;
 use crate::block::Disk;
 use crate::boot::MmioSlot;
@@ -18,7 +19,6 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
-use crate::virtio::rng::{Rng, RngOptions, Source};
 use crate::virtio::{Doorbell, VirtioDevice, Worker};
 
 const CMDLINE_WINDOWS: u64 = 0xf010_0000;
@@ -83,6 +83,7 @@ pub(super) fn fill(
     config: &VmConfig,
     inherited: &Inherited,
     workers: &Workers,
+    others_made: &mut Others,
 ) -> Result<(Vec<Occupant>, Ports), MachineError> {
     let mut ports = Ports::default();
     let (mut blocks, mut nets, mut others) = (Vec::new(), Vec::new(), Vec::new());
@@ -122,7 +123,7 @@ pub(super) fn fill(
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
             driver => {
                 check_room(id, "devices besides disks and NICs", others.len(), OTHER_SLOTS)?;
-                let device = other(id, driver, config, inherited, workers)?;
+                let device = others_made.make(id, driver, config, inherited, &workers.default)?;
                 others.push(Occupant { id: Some(id.clone()), device });
             }
         }
@@ -147,25 +148,6 @@ pub(super) fn fill(
     Ok((blocks, ports))
 }
 
-/// A device that takes the next slot after those for disks and NICs.
-fn other(
-    id: &str,
-    driver: &DeviceDriver,
-    config: &VmConfig,
-    inherited: &Inherited,
-    workers: &Workers,
-) -> Result<Box<dyn VirtioDevice>, MachineError> {
-    match driver {
-        DeviceDriver::VirtioRng { rng, limit } => {
-            let wanted = config.rngs.iter().find(|r| r.id == *rng);
-            let rng = wanted.ok_or_else(|| no_such(id, "rng", rng, "-object rng-random"))?;
-            let source = Source::open(rng, inherited)?;
-            Ok(Box::new(Rng::new(RngOptions { source, limit: *limit, worker: workers.default.clone() })))
-        }
-        driver => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
-    }
-}
-
 fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Result<(), MachineError> {
     if used < slots {
         return Ok(());
@@ -173,7 +155,7 @@ fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Re
     Err(MachineError::TooMany { device: device.into(), what, slots })
 }
 
-fn no_such(device: &str, what: &'static str, id: &str, option: &'static str) -> MachineError {
+pub(super) fn no_such(device: &str, what: &'static str, id: &str, option: &'static str) -> MachineError {
     MachineError::NoSuch { device: device.into(), what, id: id.into(), option }
 }
 
@@ -242,7 +224,8 @@ mod tests {
     #[test]
     fn disks_fill_slots_in_order_and_the_rest_is_empty() {
         let (config, _dir) = with_disks(2);
-        let (slots, ports) = fill(&config, &Inherited::default(), &Workers::new(&config)).unwrap();
+        let (slots, ports) =
+            fill(&config, &Inherited::default(), &Workers::new(&config), &mut Others::default()).unwrap();
         assert_eq!((ports.blocks.len(), ports.nets.len()), (6, 2));
         let types: Vec<u32> = slots.iter().map(|s| s.device.device_type()).collect();
         assert_eq!(types, [2, 2, 2, 2, 2, 2, 1, 1]);
@@ -269,11 +252,15 @@ mod tests {
             config.devices.push(Device { id, bus: None, addr: None, multifunction: false, driver });
         }
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config)).err().unwrap().to_string()
+            fill(config, &Inherited::default(), &Workers::new(config), &mut Others::default())
+                .err()
+                .unwrap()
+                .to_string()
         };
         assert!(text(&config).starts_with("device \"rng11\": too many devices besides disks and NICs"));
         config.devices.truncate(2);
-        let (slots, _) = fill(&config, &Inherited::default(), &Workers::new(&config)).unwrap();
+        let (slots, _) =
+            fill(&config, &Inherited::default(), &Workers::new(&config), &mut Others::default()).unwrap();
         let ids: Vec<_> = slots[8..].iter().map(|s| s.id.as_deref().unwrap()).collect();
         assert_eq!((ids, slots[8].device.device_type()), (vec!["rng0", "rng1"], 4));
     }
@@ -290,7 +277,10 @@ mod tests {
     fn says_which_device_is_one_too_many_or_refers_to_nothing() {
         let (config, _dir) = with_disks(7);
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config)).err().unwrap().to_string()
+            fill(config, &Inherited::default(), &Workers::new(config), &mut Others::default())
+                .err()
+                .unwrap()
+                .to_string()
         };
         assert!(text(&config).starts_with("device \"blk6\": too many disks: a microvm has 6 slots"));
         let (mut config, _dir) = with_disks(1);

@@ -4,6 +4,7 @@
 //! waits for an RCU grace period (about 8 ms). Everyone else sees RAM through [`GuestMemory`], whose accesses are checked.
 
 mod backing;
+pub mod discard;
 pub mod layout;
 
 use std::io;

@@ -7,7 +7,7 @@
 //! ```text
 //! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
-//! rng        small devices
+//! rng balloon          small devices
 //! worker     I/O threads and the gate that reset waits at
 //! ```
 
@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 
+pub mod balloon;
 pub mod blk;
 mod chain;
 pub mod mmio;

@@ -13,6 +13,9 @@ use std::sync::Mutex;
 use rustix::fd::BorrowedFd;
 use serde::Deserialize;
 
+#[cfg(fuzzing)]
+pub mod fuzz;
+
 /// Name of the environment variable.
 pub const FLOTILLA_FDS: &str = "FLOTILLA_FDS";
 

@@ -9,6 +9,8 @@ mod arguments;
 mod codec;
 mod commands;
 mod descriptors;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod message;
 mod plug;
 mod schema;

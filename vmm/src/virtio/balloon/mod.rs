@@ -18,6 +18,8 @@ use super::{
 use crate::event::{EventFlags, LoopHandle, Ops};
 use crate::memory::discard::Discarder;
 
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod pages;
 mod port;
 mod serve;

@@ -12,6 +12,8 @@ use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_by
 use crate::block::Disk;
 use crate::event::Ops;
 
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod port;
 mod request;
 mod serve;

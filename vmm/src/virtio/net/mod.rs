@@ -18,6 +18,8 @@ use super::{
 use crate::net::Backend;
 
 mod control;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod port;
 mod rx;
 mod serve;

@@ -99,7 +99,7 @@ impl Sender {
 
 /// Whether the kernel may see this header with a packet of `len` bytes (§5.1.6.2.1): only what was negotiated, and offsets inside
 /// the packet.
-fn header_is_fine(header: &[u8; HEADER_BYTES], len: u64, features: u64) -> bool {
+pub(super) fn header_is_fine(header: &[u8; HEADER_BYTES], len: u64, features: u64) -> bool {
     let field = |at: usize| u64::from(u16::from_le_bytes([header[at], header[at + 1]]));
     let [flags, gso_type, ..] = *header;
     let (header_len, gso_size, checksum_start, checksum_offset) = (field(2), field(4), field(6), field(8));

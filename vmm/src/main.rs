@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use vmm::chardev::{self, CharBackend, ChardevError, Traffic};
 use vmm::config::cmdline::{self, Request};
-use vmm::config::{ChardevKind, Monitor, VmConfig};
+use vmm::config::{ChardevKind, Device, DeviceDriver, Monitor, VmConfig};
 use vmm::control::{Control, End, Input, Terminal};
 use vmm::event::{EventLoop, Ops};
 use vmm::inherit::Inherited;
@@ -180,6 +180,7 @@ impl Running {
             main_loop: event_loop.handle(),
             guest_events: Arc::new(guest_events),
             serial,
+            chardevs: host_ends.by_id.clone(),
         };
         let mut machine = Machine::build(config, environment)?;
         let needs = needs(config);
@@ -283,12 +284,17 @@ impl HostEnds {
     }
 }
 
-/// Opens every `-chardev`; those that carry QMP as streams of messages.
+/// Opens every `-chardev`; those that carry QMP or a guest's byte stream, of which nothing may be lost, as messages.
 fn open_chardevs(config: &VmConfig, ops: &mut Ops<'_>) -> Result<HostEnds, ChardevError> {
     let mut ends = HostEnds::default();
     for chardev in &config.chardevs {
         let carries_qmp = config.monitors.contains(&Monitor::Chardev(chardev.id.clone()));
-        let traffic = if carries_qmp { Traffic::Messages } else { Traffic::Line };
+        let is_stream = |device: &Device| matches!(&device.driver, DeviceDriver::VirtSerialPort { chardev: id, .. } if *id == chardev.id);
+        let traffic = if carries_qmp || config.devices.iter().any(is_stream) {
+            Traffic::Messages
+        } else {
+            Traffic::Line
+        };
         let backend = ends.open(&chardev.kind, traffic, ops)?;
         ends.by_id.insert(chardev.id.clone(), backend);
     }

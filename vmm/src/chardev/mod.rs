@@ -35,12 +35,19 @@ pub trait FrontEnd: Send + Sync {
     fn opened(&self) {}
     /// The client has gone.
     fn closed(&self) {}
+    /// There is room again after [`CharBackend::room`] has said 0.
+    fn writable(&self) {}
 }
 
 /// The host's side of a character device.
 pub trait CharBackend: Send + Sync {
     /// Bytes from the guest. Never blocks: what the host does not take is kept up to a limit, then dropped, oldest first.
     fn write(&self, data: &[u8]);
+    /// How many bytes [`write`](Self::write) would keep or send now without dropping any; without anybody to send to there is no limit.
+    /// After 0 the front end hears [`FrontEnd::writable`], or of the client's end.
+    fn room(&self) -> usize {
+        usize::MAX
+    }
     /// Connects the guest's side; at most one. The back end keeps no strong reference: the two would keep each other alive.
     fn attach(&self, front_end: Arc<dyn FrontEnd>);
     /// The front end, full before, has room again.

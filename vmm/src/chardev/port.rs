@@ -162,6 +162,8 @@ struct State {
     broken: bool,
     /// The front end was told of this connection.
     announced: bool,
+    /// The front end was told that there is no room.
+    wants_room: bool,
 }
 
 /// The back end of everything that is a stream.
@@ -192,6 +194,7 @@ impl Port {
                 posted: false,
                 broken: false,
                 announced: false,
+                wants_room: false,
             }),
             reopen: OnceLock::new(),
             terminal: OnceLock::new(),
@@ -256,10 +259,14 @@ impl Port {
         let Some(reopen) = self.reopen.get() else {
             // Standard output has gone: what follows meets nobody.
             state.broken = true;
-            return;
+            let waits = std::mem::take(&mut state.wants_room);
+            drop(state);
+            return self.tell_room(waits);
         };
         let gone = state.stream.take();
         let announced = std::mem::take(&mut state.announced);
+        // `closed` tells it.
+        state.wants_room = false;
         drop(state);
         if gone.is_some() {
             drop(gone);
@@ -424,8 +431,25 @@ impl Port {
         }
     }
 
+    fn tell_room(&self, waits: bool) {
+        if waits && let Some(front_end) = self.front_end() {
+            front_end.writable();
+        }
+    }
+
     /// Sends what waits; watches for room if some is left.
     fn flush(&self, ops: &mut Ops<'_>) {
+        self.send_pending(ops);
+        let mut state = self.state();
+        let waits = state.wants_room && state.pending.len() <= self.policy.backlog / 2;
+        if waits {
+            state.wants_room = false;
+        }
+        drop(state);
+        self.tell_room(waits);
+    }
+
+    fn send_pending(&self, ops: &mut Ops<'_>) {
         let mut state = self.state();
         state.posted = false;
         let Some(stream) = state.stream.clone().filter(|_| !state.broken) else { return };
@@ -520,6 +544,16 @@ impl CharBackend for Port {
             keep_newest(&mut state.pending, rest, self.policy.backlog);
         }
         self.post(&mut state);
+    }
+
+    fn room(&self) -> usize {
+        let mut state = self.state();
+        if state.stream.is_none() || state.broken {
+            return usize::MAX;
+        }
+        let room = self.policy.backlog.saturating_sub(state.pending.len());
+        state.wants_room = room == 0;
+        room
     }
 
     fn attach(&self, front_end: Arc<dyn FrontEnd>) {

@@ -47,11 +47,11 @@ pub(super) struct Microvm {
 
 impl Microvm {
     pub(super) fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
-        let Environment { inherited, main_loop: _, guest_events, serial } = environment;
+        let Environment { inherited, main_loop, guest_events, serial, chardevs } = environment;
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
         let workers = Workers::new(config);
-        let mut others = Others::default();
+        let mut others = Others { chardevs, main_loop, balloon: None };
         let (occupants, ports) = slots::fill(config, &inherited, &workers, &mut others)?;
         let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited))?;
 

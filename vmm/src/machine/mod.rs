@@ -16,6 +16,7 @@ mod others;
 mod replaceable;
 mod slots;
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ use crate::block::BlockError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::chardev::CharBackend;
-use crate::config::{MachineKind, VmConfig};
+use crate::config::{InvalidConfig, MachineKind, VmConfig};
 use crate::cpu::CpuError;
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
@@ -76,6 +77,8 @@ pub struct Environment {
     pub guest_events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// What the serial port is connected to; `None` means that there is no serial port.
     pub serial: Option<Arc<dyn CharBackend>>,
+    /// The host ends of `-chardev`, by id.
+    pub chardevs: HashMap<String, Arc<dyn CharBackend>>,
 }
 
 /// Why there is no machine, or why it does not do as it is told.
@@ -113,6 +116,9 @@ pub enum MachineError {
     /// A source of random bytes.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// Ports of the serial device that do not fit together.
+    #[error(transparent)]
+    Config(#[from] InvalidConfig),
     /// More devices than slots.
     #[error("device \"{device}\": too many {what}: a microvm has {slots} slots for them")]
     TooMany {

@@ -1,18 +1,24 @@
 //! Devices besides disks and NICs: how each is made from its configuration, and the handles that the machine keeps of them.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::MachineError;
 use super::slots::no_such;
-use crate::config::{DeviceDriver, VmConfig};
+use crate::chardev::CharBackend;
+use crate::config::{DeviceDriver, SerialPort, VmConfig};
+use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::virtio::balloon::{self, Balloon, BalloonOptions};
+use crate::virtio::console::{Console, PortOptions};
 use crate::virtio::rng::{Rng, RngOptions, Source};
 use crate::virtio::{VirtioDevice, Worker};
 
-/// What the machine keeps of them.
-#[derive(Default)]
+/// What they are made from, and what the machine keeps of them.
 pub(super) struct Others {
+    /// Host ends by the name of their `-chardev`.
+    pub(super) chardevs: HashMap<String, Arc<dyn CharBackend>>,
+    pub(super) main_loop: LoopHandle,
     pub(super) balloon: Option<Arc<balloon::Port>>,
 }
 
@@ -43,6 +49,16 @@ impl Others {
                 });
                 self.balloon = Some(device.port());
                 Ok(Box::new(device))
+            }
+            DeviceDriver::VirtioSerial { .. } => {
+                let ports = config.serial_ports()?.into_iter().map(|port| {
+                    let SerialPort { nr, chardev, console, name } = port;
+                    let backend = self.chardevs.get(&chardev).cloned();
+                    let backend = backend.ok_or_else(|| no_such(id, "chardev", &chardev, "-chardev …"))?;
+                    Ok(PortOptions { nr, console, name, backend })
+                });
+                let ports = ports.collect::<Result<_, MachineError>>()?;
+                Ok(Box::new(Console::new(ports, self.main_loop.clone())))
             }
             driver => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
         }

@@ -195,6 +195,11 @@ mod tests {
     use crate::config::{Aio, Drive};
     use crate::irq::IOAPIC_PINS;
 
+    fn others() -> Others {
+        let main_loop = crate::event::EventLoop::new().unwrap().handle();
+        Others { chardevs: std::collections::HashMap::new(), main_loop, balloon: None }
+    }
+
     fn with_disks(count: usize) -> (VmConfig, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let mut config = VmConfig::default();
@@ -225,7 +230,7 @@ mod tests {
     fn disks_fill_slots_in_order_and_the_rest_is_empty() {
         let (config, _dir) = with_disks(2);
         let (slots, ports) =
-            fill(&config, &Inherited::default(), &Workers::new(&config), &mut Others::default()).unwrap();
+            fill(&config, &Inherited::default(), &Workers::new(&config), &mut others()).unwrap();
         assert_eq!((ports.blocks.len(), ports.nets.len()), (6, 2));
         let types: Vec<u32> = slots.iter().map(|s| s.device.device_type()).collect();
         assert_eq!(types, [2, 2, 2, 2, 2, 2, 1, 1]);
@@ -252,15 +257,14 @@ mod tests {
             config.devices.push(Device { id, bus: None, addr: None, multifunction: false, driver });
         }
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config), &mut Others::default())
+            fill(config, &Inherited::default(), &Workers::new(config), &mut others())
                 .err()
                 .unwrap()
                 .to_string()
         };
         assert!(text(&config).starts_with("device \"rng11\": too many devices besides disks and NICs"));
         config.devices.truncate(2);
-        let (slots, _) =
-            fill(&config, &Inherited::default(), &Workers::new(&config), &mut Others::default()).unwrap();
+        let (slots, _) = fill(&config, &Inherited::default(), &Workers::new(&config), &mut others()).unwrap();
         let ids: Vec<_> = slots[8..].iter().map(|s| s.id.as_deref().unwrap()).collect();
         assert_eq!((ids, slots[8].device.device_type()), (vec!["rng0", "rng1"], 4));
     }
@@ -277,7 +281,7 @@ mod tests {
     fn says_which_device_is_one_too_many_or_refers_to_nothing() {
         let (config, _dir) = with_disks(7);
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config), &mut Others::default())
+            fill(config, &Inherited::default(), &Workers::new(config), &mut others())
                 .err()
                 .unwrap()
                 .to_string()

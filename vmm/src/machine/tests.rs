@@ -81,6 +81,7 @@ fn rig(code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
             let _ = tx.send(event);
         }),
         serial: Some(Arc::new(Screen(screen_tx))),
+        chardevs: HashMap::new(),
     };
     let machine = Machine::build(&config, environment).unwrap();
     Some(Rig { machine, events, screen, _event_loop: event_loop, _kernel: kernel })
@@ -146,6 +147,7 @@ fn the_smallest_and_the_missing_boards() {
         main_loop: EventLoop::new().unwrap().handle(),
         guest_events: Arc::new(|_| {}),
         serial: None,
+        chardevs: HashMap::new(),
     };
     let mut config = VmConfig::default();
     config.machine.kind = MachineKind::None;

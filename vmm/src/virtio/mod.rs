@@ -7,7 +7,7 @@
 //! ```text
 //! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
-//! rng balloon          small devices
+//! rng balloon console  small devices
 //! worker     I/O threads and the gate that reset waits at
 //! ```
 
@@ -23,6 +23,7 @@ use crate::memory::GuestMemory;
 pub mod balloon;
 pub mod blk;
 mod chain;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod queue;

@@ -12,7 +12,7 @@ use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
 /// For all cases, on a machine that does other things too.
 const ALL: Duration = Duration::from_secs(240);
 /// Queues whose cases have to have run.
-const TARGETS: [&str; 3] = ["blk", "net-tx", "net-rx"];
+const TARGETS: [&str; 6] = ["blk", "net-tx", "net-rx", "rng", "balloon-inflate", "balloon-deflate"];
 /// Lines that the VMM may log, however often the guest misbehaves.
 const LINES: u64 = 200;
 /// KiB by which the VMM may grow from one run of all cases to the next.
@@ -121,7 +121,8 @@ fn no_misuse_of_a_device_hurts_the_vmm_or_its_neighbours() -> Outcome {
     };
     let arguments = format!(
         "-machine microvm -m 256M -kernel {kernel} -serial socket,path={{dir}}/console.sock,server,nowait {} {} \
-         -netdev tap,id=n,ifname=tap0 -device virtio-net-device,netdev=n,id=n",
+         -netdev tap,id=n,ifname=tap0 -device virtio-net-device,netdev=n,id=n -object rng-random,id=r,filename=/dev/urandom \
+         -device virtio-rng-device,rng=r,id=rng0 -device virtio-balloon-device,id=balloon0",
         disk("a"),
         disk("b")
     );

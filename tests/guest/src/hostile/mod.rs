@@ -4,7 +4,7 @@
 //! a case:  misuse ─▶ outcome ─▶ reset ─▶ a good request to the same device ─▶ a read from another disk ─▶ one line on the console
 //! ```
 //!
-//! `registers` and `rings` hold the cases that fit any device; `blk` and `net` those of one. The line tells the outcome and those
+//! `registers` and `rings` hold the cases that fit any device; `blk_cases`, `net_cases` and `small_cases` those of one kind. The line tells the outcome and those
 //! that are allowed, so the table has one place: here. `rig` is what cases are made with. To add a device: a row in
 //! [`TARGETS`], its good request in `rig`, and a file with its own cases.
 
@@ -18,6 +18,7 @@ mod net_cases;
 mod registers;
 mod rig;
 mod rings;
+mod small_cases;
 
 use rig::{Rig, Space};
 
@@ -112,9 +113,9 @@ const TARGETS: &[Target] = &[
     Target { name: "net-tx", kind: NET, queues: 2, queue: 1, writable: false, registers: true, cases: &[net_cases::TRANSMIT] },
     Target { name: "net-rx", kind: NET, queues: 2, queue: 0, writable: true, registers: false, cases: &[net_cases::RECEIVE] },
     Target { name: "console-tx", kind: CONSOLE, queues: 2, queue: 1, writable: false, registers: true, cases: &[] },
-    Target { name: "rng", kind: RNG, queues: 1, queue: 0, writable: true, registers: true, cases: &[] },
-    Target { name: "balloon-inflate", kind: BALLOON, queues: 2, queue: 0, writable: false, registers: true, cases: &[] },
-    Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, writable: false, registers: false, cases: &[] },
+    Target { name: "rng", kind: RNG, queues: 1, queue: 0, writable: true, registers: true, cases: &[small_cases::RANDOM] },
+    Target { name: "balloon-inflate", kind: BALLOON, queues: 2, queue: 0, writable: false, registers: true, cases: &[small_cases::PAGES] },
+    Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, writable: false, registers: false, cases: &[small_cases::PAGES] },
 ];
 
 /// Runs the cases whose full name (`TARGET/GROUP/WORDS`) starts with `prefix`, on the first device of each kind. The second disk

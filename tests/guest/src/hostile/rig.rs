@@ -153,8 +153,13 @@ impl Rig {
                 return false;
             }
         }
-        for page in 0..(QUEUES * RING) / 8 {
-            poke(self.space.rings + page * 8, 0u64);
+        for word in 0..(QUEUES * RING) / 8 {
+            poke(self.space.rings + word * 8, 0u64);
+        }
+        if self.target.kind == BALLOON {
+            // What requests hold are numbers of pages that the device takes from us: only ever this one, unless a case says so.
+            let page = (self.data(0x7_e000) >> 12) as u32;
+            (0..DATA / 4).for_each(|word| poke(self.space.data + 4 * word, page));
         }
         true
     }
@@ -422,8 +427,7 @@ impl Rig {
                 self.put(first, &[Desc(at, 8, 0, 0)]);
             }
             BALLOON => {
-                // One page of our own buffers.
-                let page = (self.data(0x7_f000) >> 12) as u32;
+                let page = (self.data(0x7_e000) >> 12) as u32;
                 self.fill(place, &page.to_le_bytes());
                 self.put(first, &[Desc(at, 4, 0, 0)]);
             }

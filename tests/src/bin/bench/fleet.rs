@@ -6,7 +6,7 @@ use rustix::event::{Timespec, poll};
 
 use crate::Result;
 use crate::process::Vm;
-use crate::subject::{Setting, Subject};
+use crate::subject::{Command, Setting, Subject};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -26,7 +26,7 @@ pub(crate) fn start(subject: &Subject, setting: &Setting, count: usize) -> Resul
     let end = begin + DEADLINE;
     while running.len() < count {
         while starting.len() < at_once && running.len() + starting.len() < count {
-            starting.push(Vm::start(subject, setting, running.len() + starting.len(), false)?);
+            starting.push(Vm::start(subject, setting, running.len() + starting.len(), Command::Hold, false)?);
         }
         let timeout = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
         let mut consoles = starting.iter().map(Vm::console).collect::<Result<Vec<_>>>()?;

@@ -4,10 +4,11 @@
 //! byte; so only ratios to the floor carry over to another machine. It judges nothing: no threshold, no pass or fail.
 //!
 //! ```text
-//! bench [--vmm PATH] [--floor PATH] [--guest PATH] [--peer NAME=PATH[,ARGUMENT...]]... [--runs N] [--fleet N] [--fleet-runs N]
+//! bench [--vmm PATH] [--floor PATH] [--guest PATH] [--peer NAME=PATH[,ARGUMENT...]]... [--runs N] [--fleet N] [--fleet-runs N] [--control-runs N]
 //!       [--memory MIB] [--json]
 //! ```
 
+mod control;
 mod fleet;
 mod process;
 mod report;
@@ -34,6 +35,7 @@ usage: bench [OPTIONS]
   --runs N           rounds for single starts (default 20)
   --fleet N          VMs alive at once (default 200; 0 leaves that part out)
   --fleet-runs N     rounds of that (default 3)
+  --control-runs N   rounds of QMP round trips and pauses (default 10; 0 leaves that part out)
   --memory MIB       guest memory (default 256)
   --json             one JSON object instead of tables";
 
@@ -45,6 +47,7 @@ struct Options {
     runs: usize,
     fleet: usize,
     fleet_runs: usize,
+    control_runs: usize,
     memory: usize,
     json: bool,
 }
@@ -58,6 +61,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
         runs: 20,
         fleet: 200,
         fleet_runs: 3,
+        control_runs: 10,
         memory: 256,
         json: false,
     };
@@ -71,6 +75,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--runs" => options.runs = number(&name, &value()?, 1, 10_000)?,
             "--fleet" => options.fleet = number(&name, &value()?, 0, 5_000)?,
             "--fleet-runs" => options.fleet_runs = number(&name, &value()?, 1, 100)?,
+            "--control-runs" => options.control_runs = number(&name, &value()?, 0, 1_000)?,
             "--memory" => options.memory = number(&name, &value()?, 128, 3072)?,
             "--json" => options.json = true,
             "--help" | "-h" => return Ok(None),
@@ -132,6 +137,14 @@ fn bench() -> Result<()> {
             if results[i].failure.is_none() {
                 let sample = process::single(&subjects[i], &setting);
                 results[i].add_single(sample);
+            }
+        }
+    }
+    for round in 0..options.control_runs {
+        for i in order(round, subjects.len()) {
+            if results[i].failure.is_none() {
+                let sample = control::measure(&subjects[i], &setting);
+                results[i].add_control(sample);
             }
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Result;
-use crate::subject::{Setting, Subject};
+use crate::subject::{Command as Then, Setting, Subject};
 
 /// The guest's first byte. Not a byte of any log line that a VMM may print before.
 const FIRST_BYTE: u8 = b'\r';
@@ -44,8 +44,14 @@ pub(crate) struct Maps {
 
 impl Vm {
     /// Starts VM `index` of `subject`; `traced` stops it at its exec for a tracer on this thread.
-    pub(crate) fn start(subject: &Subject, setting: &Setting, index: usize, traced: bool) -> Result<Self> {
-        let arguments = subject.arguments(setting, index)?;
+    pub(crate) fn start(
+        subject: &Subject,
+        setting: &Setting,
+        index: usize,
+        then: Then,
+        traced: bool,
+    ) -> Result<Self> {
+        let arguments = subject.arguments(setting, index, then)?;
         let errors = subject.errors(setting, index);
         let mut command = Command::new(&subject.program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
@@ -94,7 +100,8 @@ impl Vm {
         text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it said nothing").trim().to_owned()
     }
 
-    fn wait_for_first_byte(&mut self) -> Result<()> {
+    /// Waits for it, with a deadline.
+    pub(crate) fn wait_for_first_byte(&mut self) -> Result<()> {
         let end = Instant::now() + DEADLINE;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -176,7 +183,7 @@ fn sum_maps(smaps: &str, guest_kib: u64) -> Maps {
 /// Starts one VM and takes its measure.
 pub(crate) fn single(subject: &Subject, setting: &Setting) -> Result<Single> {
     let start = Instant::now();
-    let mut vm = Vm::start(subject, setting, 0, false)?;
+    let mut vm = Vm::start(subject, setting, 0, Then::Hold, false)?;
     vm.wait_for_first_byte()?;
     let wall = start.elapsed().as_secs_f64();
     let cpu = vm.cpu()?;

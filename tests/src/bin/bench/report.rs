@@ -6,6 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::control::Control;
 use crate::fleet::Fleet;
 use crate::process::Single;
 use crate::subject::{Setting, Subject};
@@ -25,6 +26,9 @@ pub(crate) struct Results {
     mapped: Vec<f64>,
     rate: Vec<f64>,
     each: Vec<f64>,
+    round_trip: Vec<f64>,
+    halted: Vec<f64>,
+    spinning: Vec<f64>,
 }
 
 /// Everything, ready to print.
@@ -42,7 +46,23 @@ impl Results {
     pub(crate) fn new(subject: &Subject) -> Self {
         let (name, failure) = (subject.name.clone(), None);
         let [wall, cpu, alone, threads, calls, file, mapped, rate, each] = [const { Vec::new() }; 9];
-        Self { name, failure, wall, cpu, alone, threads, calls, file, mapped, rate, each }
+        let [round_trip, halted, spinning] = [const { Vec::new() }; 3];
+        Self {
+            name,
+            failure,
+            wall,
+            cpu,
+            alone,
+            threads,
+            calls,
+            file,
+            mapped,
+            rate,
+            each,
+            round_trip,
+            halted,
+            spinning,
+        }
     }
 
     /// Takes what does not change from run to run.
@@ -77,7 +97,20 @@ impl Results {
         }
     }
 
-    fn metrics(&self) -> [(&'static str, &'static str, &[f64]); 9] {
+    /// Adds round trips and pauses, or their failure.
+    pub(crate) fn add_control(&mut self, sample: Result<Option<Control>>) {
+        match sample {
+            Ok(Some(control)) => {
+                self.round_trip.push(control.round_trip);
+                self.halted.push(control.halted);
+                self.spinning.push(control.spinning);
+            }
+            Ok(None) => {}
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
+    fn metrics(&self) -> [(&'static str, &'static str, &[f64]); 12] {
         [
             ("exec to first guest byte, wall", "ms", &self.wall),
             ("exec to first guest byte, CPU", "ms", &self.cpu),
@@ -88,6 +121,9 @@ impl Results {
             ("binary and libraries mapped", "KiB", &self.mapped),
             ("starts per second, all kept", "/s", &self.rate),
             ("private memory each, among all", "KiB", &self.each),
+            ("QMP round trip, back to back", "us", &self.round_trip),
+            ("QMP stop of a halted guest", "us", &self.halted),
+            ("QMP stop of a spinning guest", "us", &self.spinning),
         ]
     }
 }
@@ -121,10 +157,18 @@ fn machine() -> (String, String, usize) {
 }
 
 impl Report {
+    /// What each metric's ratios refer to: the floor, or the first subject where it has no such thing.
+    fn bases(&self) -> Vec<&[f64]> {
+        (0..self.results[0].metrics().len())
+            .map(|i| {
+                self.results.iter().map(|r| r.metrics()[i].2).find(|s| !s.is_empty()).unwrap_or_default()
+            })
+            .collect()
+    }
+
     /// The same as the table, for programs.
     pub(crate) fn json(&self) -> Value {
         let (cpu, load, processors) = machine();
-        let floor = &self.results[0];
         let subjects: Vec<Value> = self
             .results
             .iter()
@@ -132,9 +176,9 @@ impl Report {
                 let metrics: Vec<Value> = results
                     .metrics()
                     .iter()
-                    .zip(floor.metrics())
+                    .zip(self.bases())
                     .filter(|((_, _, samples), _)| !samples.is_empty())
-                    .map(|((name, unit, samples), (_, _, base))| {
+                    .map(|((name, unit, samples), base)| {
                         json!({
                             "metric": name, "unit": unit, "median": quantile(samples, 0.5), "p10": quantile(samples, 0.1),
                             "p90": quantile(samples, 0.9), "samples": samples.len(), "ratio": ratio(samples, base),
@@ -157,10 +201,10 @@ impl fmt::Display for Report {
         writeln!(f, "{processors} x {cpu}; load {load}; guest {} MiB, fleet {}", self.memory, self.fleet)?;
         writeln!(
             f,
-            "median (p10 to p90), ratio to the floor; on a loaded machine only the ratios mean something"
+            "median (p10 to p90), ratio to the first line; on a loaded machine only the ratios mean something"
         )?;
-        let floor = self.results[0].metrics();
-        for (i, (name, unit, base)) in floor.iter().enumerate() {
+        let metrics = self.results[0].metrics();
+        for (i, ((name, unit, _), base)) in metrics.iter().zip(self.bases()).enumerate() {
             if self.results.iter().all(|r| r.metrics()[i].2.is_empty()) {
                 continue;
             }

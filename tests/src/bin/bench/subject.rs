@@ -25,8 +25,24 @@ pub(crate) struct Setting {
     pub(crate) memory: usize,
 }
 
-/// The guest halts for good after its first byte when the command line starts with this.
-const COMMAND: &str = "hold";
+/// What the guest does after its first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    /// It halts for good.
+    Hold,
+    /// It keeps its vCPU busy.
+    Spin,
+}
+
+impl Command {
+    /// The kernel command line.
+    fn line(self) -> &'static str {
+        match self {
+            Self::Hold => "hold",
+            Self::Spin => "quiet cmd=spin,600000",
+        }
+    }
+}
 
 /// The arguments of VMMs that we know. Each gets a control socket, as in real use.
 fn template(kind: &str) -> Option<&'static str> {
@@ -85,8 +101,8 @@ impl Subject {
     }
 
     /// The arguments for VM number `index`, whose directory this makes.
-    pub(crate) fn arguments(&self, setting: &Setting, index: usize) -> Result<Vec<String>> {
-        let directory = setting.directory.path().join(format!("{}-{index}", self.name));
+    pub(crate) fn arguments(&self, setting: &Setting, index: usize, command: Command) -> Result<Vec<String>> {
+        let directory = self.directory(setting, index);
         fs::create_dir_all(&directory)?;
         for socket in ["qmp.sock", "api.sock"] {
             // A killed VMM leaves its socket, and some refuse to start then.
@@ -94,7 +110,7 @@ impl Subject {
         }
         if self.arguments.iter().any(|a| a.contains("vm.json")) {
             let config = serde_json::json!({
-                "boot-source": { "kernel_image_path": setting.kernel, "boot_args": COMMAND },
+                "boot-source": { "kernel_image_path": setting.kernel, "boot_args": command.line() },
                 "machine-config": { "vcpu_count": 1, "mem_size_mib": setting.memory },
                 "drives": [],
             });
@@ -105,7 +121,7 @@ impl Subject {
             argument
                 .replace("{kernel}", &setting.kernel)
                 .replace("{flat}", &setting.flat)
-                .replace("{command}", COMMAND)
+                .replace("{command}", command.line())
                 .replace("{memory}", &memory)
                 .replace("{dir}", &directory.to_string_lossy())
         };
@@ -114,7 +130,21 @@ impl Subject {
 
     /// Where the standard error of VM `index` goes.
     pub(crate) fn errors(&self, setting: &Setting, index: usize) -> PathBuf {
-        setting.directory.path().join(format!("{}-{index}/stderr", self.name))
+        self.directory(setting, index).join("stderr")
+    }
+
+    /// Whether it is told to open a QMP socket.
+    pub(crate) fn speaks_qmp(&self) -> bool {
+        self.arguments.iter().any(|a| a.contains("{dir}/qmp.sock"))
+    }
+
+    /// Where the QMP socket of VM `index` is.
+    pub(crate) fn qmp_socket(&self, setting: &Setting, index: usize) -> PathBuf {
+        self.directory(setting, index).join("qmp.sock")
+    }
+
+    fn directory(&self, setting: &Setting, index: usize) -> PathBuf {
+        setting.directory.path().join(format!("{}-{index}", self.name))
     }
 }
 

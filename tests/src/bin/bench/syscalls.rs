@@ -8,7 +8,7 @@ use rustix::event::{Timespec, poll};
 
 use crate::Result;
 use crate::process::Vm;
-use crate::subject::{Setting, Subject};
+use crate::subject::{Command, Setting, Subject};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// What a system call's stop carries, so that it is not taken for a signal (PTRACE_O_TRACESYSGOOD).
@@ -43,7 +43,7 @@ impl Drop for Traced {
 
 /// Runs `subject` once under the tracer.
 pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
-    let vm = Vm::start(subject, setting, 0, true)?;
+    let vm = Vm::start(subject, setting, 0, Command::Hold, true)?;
     let leader = i32::try_from(vm.pid())?;
     let mut traced = Traced { vm, leader, known: HashSet::new() };
     let end = Instant::now() + DEADLINE;

@@ -9,7 +9,7 @@
 //! machine    microvm (later q35, virt): what is wired where
 //! boot       kernels, initrd, command line, ACPI, MP table
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
-//! block net  host back ends of virtio           chardev  host back ends of serial lines and QMP
+//! block net  host back ends of virtio (over vhost)  chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
 //! process sandbox event inherit                 log, daemon, signals; seccomp; the event loop; descriptors handed to us
 //! config     what a VM is, as plain data
@@ -32,4 +32,5 @@ pub mod net;
 pub mod process;
 pub mod qmp;
 pub mod sandbox;
+pub mod vhost;
 pub mod virtio;

@@ -149,16 +149,22 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     let mut names = BTreeSet::new();
     for netdev in &config.netdevs {
         let id = &netdev.id;
-        let NetBackend::Tap { source, queues: _, vhost, vhost_fds } = &netdev.backend else {
+        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
             return bad(format!("netdev \"{id}\": vhost-user is not supported in this version"));
         };
-        if *vhost {
-            return bad(format!("netdev \"{id}\": vhost=on is not supported in this version: leave it out"));
-        }
-        if !vhost_fds.is_empty() {
+        if !*vhost && !vhost_fds.is_empty() {
             return bad(format!(
-                "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device"
+                "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device: add vhost=on, or leave them out"
             ));
+        }
+        if !vhost_fds.is_empty() && vhost_fds.len() != usize::from(*queues) {
+            return bad(format!(
+                "netdev \"{id}\": {} vhost descriptors for {queues} queue pairs: give one for each",
+                vhost_fds.len()
+            ));
+        }
+        if let Some(fd) = vhost_fds.iter().find(|fd| !fds.insert(**fd)) {
+            return bad(format!("netdev \"{id}\": descriptor {fd} is used already"));
         }
         match source {
             TapSource::Name(name) => {

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::config::{NetBackend, Netdev, TapSource};
 use crate::inherit::Inherited;
+use crate::vhost::{Kind, Vhost, VhostError};
 
 mod ioctl;
 
@@ -22,6 +23,10 @@ pub use ioctl::Offloads;
 
 /// Bytes of `struct virtio_net_hdr_v1` before each packet (virtio 1.2 §5.1.6), on the tap as in the ring.
 pub const HEADER_BYTES: usize = 12;
+
+/// What a driver may accept and the rings need the kernel to know: indirect descriptors, event indices, VERSION_1, and
+/// mergeable buffers, which decide the header's length.
+const VHOST_FEATURES: u64 = 1 << 28 | 1 << 29 | 1 << 32 | 1 << 15;
 
 /// Why a network back end could not be opened. Each text names the netdev and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +78,9 @@ pub enum Problem {
     /// A descriptor that is open on something else.
     #[error("descriptor {0} is not a tap opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
     NotATapDescriptor(RawFd),
+    /// The kernel's side of vhost=on.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     /// Something that this version does not do.
     #[error("{0} is not supported in this version; remove it from the netdev")]
     Unsupported(&'static str),
@@ -96,6 +104,7 @@ pub struct Tap {
 pub struct Backend {
     id: String,
     taps: Vec<Arc<Tap>>,
+    vhosts: Vec<Vhost>,
 }
 
 impl Backend {
@@ -106,11 +115,20 @@ impl Backend {
         let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
             return Err(failed(Problem::Unsupported("vhost-user")));
         };
-        if *vhost || !vhost_fds.is_empty() {
-            return Err(failed(Problem::Unsupported("vhost")));
-        }
+        // All descriptors are taken before anything can fail.
+        let vhost_fds: Vec<_> = vhost_fds.iter().map(|n| take_descriptor(*n)).collect();
         let taps = open_taps(&netdev.id, source, usize::from(*queues), inherited).map_err(failed)?;
-        Ok(Self { id: netdev.id.clone(), taps: taps.into_iter().map(Arc::new).collect() })
+        let mut vhost_fds = vhost_fds.into_iter();
+        let vhosts = taps
+            .iter()
+            .filter(|_| *vhost)
+            .map(|_| {
+                let given = vhost_fds.next().transpose()?;
+                Ok(Vhost::open(Kind::Net, given, inherited, VHOST_FEATURES)?)
+            })
+            .collect::<Result<_, Problem>>()
+            .map_err(failed)?;
+        Ok(Self { id: netdev.id.clone(), taps: taps.into_iter().map(Arc::new).collect(), vhosts })
     }
 
     /// `id=` of the netdev.
@@ -121,6 +139,11 @@ impl Backend {
     /// One for each pair of queues, at least one.
     pub fn taps(&self) -> &[Arc<Tap>] {
         &self.taps
+    }
+
+    /// The kernel's ends of the rings, one for each tap; none when this process moves the packets.
+    pub fn vhosts(&self) -> &[Vhost] {
+        &self.vhosts
     }
 
     /// See [`Tap::fake`].
@@ -139,7 +162,7 @@ impl Backend {
                 (Arc::new(tap), peer)
             })
             .unzip();
-        (Self { id: "fake".into(), taps }, peers)
+        (Self { id: "fake".into(), taps, vhosts: Vec::new() }, peers)
     }
 }
 
@@ -275,7 +298,8 @@ fn take_descriptors(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, Problem> {
     taken.into_iter().collect()
 }
 
-fn take_descriptor(number: RawFd) -> Result<OwnedFd, Problem> {
+/// Takes the descriptor that an option names by number. Each number is given once: validation sees to that.
+pub(crate) fn take_descriptor(number: RawFd) -> Result<OwnedFd, Problem> {
     let bad = || Problem::BadDescriptor(number);
     if number <= 2 {
         return Err(bad());

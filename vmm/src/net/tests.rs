@@ -62,16 +62,17 @@ fn what_is_no_tap_is_refused_in_words() {
             assert!(text.starts_with("netdev \"nic0\": ") && text.contains(problem), "{text}");
         }
         assert!(!ip("link show none0"), "made nothing");
-        let null = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
-        let text = open(&netdev(TapSource::Fds(vec![null]))).unwrap_err().to_string();
+        let null = || std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+        let text = open(&netdev(TapSource::Fds(vec![null()]))).unwrap_err().to_string();
         assert!(text.contains("is not a tap opened with"), "{text}");
         let vhost = NetBackend::Tap {
-            source: TapSource::Name("mq0".into()),
+            source: TapSource::Name("t1".into()),
             queues: 1,
             vhost: true,
-            vhost_fds: vec![],
+            vhost_fds: vec![null()],
         };
-        assert!(open(&Netdev { id: "nic0".into(), backend: vhost }).is_err());
+        let text = open(&Netdev { id: "nic0".into(), backend: vhost }).unwrap_err().to_string();
+        assert!(text.ends_with("is not an open /dev/vhost-net"), "{text}");
     });
 }
 

@@ -113,6 +113,8 @@ const ROTATION: &[c_long] = &[libc::SYS_rename];
 
 /// `_IOC_TYPE` of KVM's requests. What could make a new VM is out of reach: /dev/kvm itself is closed by now.
 const KVM_TYPE: u32 = 0xae00;
+/// `_IOC_TYPE` of vhost's requests: a process without vhost devices has no descriptor that knows them.
+const VHOST_TYPE: u32 = 0xaf00;
 const IOC_TYPE_MASK: u32 = 0xff00;
 
 /// Other requests: non-blocking mode, terminal modes at the end, offloads and header size of taps.
@@ -257,7 +259,8 @@ fn leaf(verdict: Verdict) -> BpfProgram {
             }
             code.extend([
                 op(AND, IOC_TYPE_MASK),
-                jump(JUMP_EQ, KVM_TYPE, 0, 1),
+                jump(JUMP_EQ, KVM_TYPE, 1, 0),
+                jump(JUMP_EQ, VHOST_TYPE, 0, 1),
                 op(RETURN, ALLOW),
                 op(RETURN, TRAP),
             ]);
@@ -335,6 +338,8 @@ mod tests {
         for (number, arguments, want) in [
             (libc::SYS_ioctl, [0, 0xae80, 0, 0, 0, 0], true),
             (libc::SYS_ioctl, [0, 0x4004_54d0, 0, 0, 0, 0], true),
+            (libc::SYS_ioctl, [0, 0x4008_af30, 0, 0, 0, 0], true),
+            (libc::SYS_ioctl, [0, 0xb000, 0, 0, 0, 0], false),
             (libc::SYS_ioctl, [0, 0x5412, 0, 0, 0, 0], false),
             (libc::SYS_mmap, [0, 0, 3, 0, 0, 0], true),
             (libc::SYS_mmap, [0, 0, 7, 0, 0, 0], false),

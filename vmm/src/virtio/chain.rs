@@ -248,6 +248,11 @@ impl Table {
         Some(Self { base: host_address(memory, addr, bytes)?.cast_const().cast(), entries })
     }
 
+    /// In this process.
+    pub(super) fn address(self) -> u64 {
+        self.base as u64
+    }
+
     fn get(self, index: u32) -> Option<RawDescriptor> {
         // SAFETY: the table is wholly in guest RAM and `index` is inside it; the type has no alignment. Volatile, so that the
         // compiler reads it here, once.

@@ -29,6 +29,7 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod status;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]

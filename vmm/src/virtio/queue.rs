@@ -34,6 +34,16 @@ pub struct Layout {
     pub device: u64,
 }
 
+/// A ring that somebody else serves; see [`Queue::lend`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lent {
+    pub(crate) size: u16,
+    pub(crate) desc: u64,
+    pub(crate) avail: u64,
+    pub(crate) used: u64,
+    pub(crate) base: u16,
+}
+
 /// A running ring.
 pub struct Queue {
     memory: Arc<GuestMemory>,
@@ -194,6 +204,27 @@ impl Queue {
         } else {
             u16::from_le(self.avail(0).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
         }
+    }
+
+    /// Where the ring is, for somebody else to serve it: addresses in this process of the three areas, and the position of
+    /// the next request, with the last `unserved` requests not taken. All that was completed must have been published.
+    pub(crate) fn lend(&self, unserved: u16) -> Lent {
+        Lent {
+            size: self.size,
+            desc: self.table.address(),
+            avail: self.avail as u64,
+            used: self.used as u64,
+            base: self.next_avail.wrapping_sub(unserved),
+        }
+    }
+
+    /// Goes on where somebody else has stopped: at request `base`, with none in flight.
+    pub(crate) fn take_back(&mut self, base: u16) {
+        self.in_flight.fill(0);
+        (self.next_avail, self.avail_seen) = (base, base);
+        // What a driver has written over it harms only itself: any value is a position.
+        self.next_used = u16::from_le(self.used(1).load(Ordering::Acquire));
+        self.published = self.next_used;
     }
 
     /// Asks the driver not to notify while the device looks by itself.

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! port     what is in the slot          session   the way to the I/O thread and back
+//! vhost    rings that the kernel serves
 //! serve    all rings of one session     rx tx control     packets and commands, on the I/O thread
 //! ```
 
@@ -26,6 +27,7 @@ mod serve;
 mod session;
 mod turn;
 mod tx;
+mod vhost;
 
 #[cfg(test)]
 mod tests;
@@ -150,11 +152,12 @@ impl VirtioDevice for Net {
         if !stop(&mut state, Duration::ZERO) {
             return Err(ActivateError::StillBusy);
         }
-        let Activation { memory: _, features, queues, interrupt } = activation;
+        let Activation { memory, features, queues, interrupt } = activation;
         let rings = Rings::sort(queues, features, self.port.pairs())?;
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
         state.io_thread = Some(io_thread.clone());
-        let server = Server::new(rings, features, Arc::clone(&self.port.face), Arc::clone(&interrupt));
+        let face = Arc::clone(&self.port.face);
+        let server = Server::new(rings, features, memory, face, Arc::clone(&interrupt));
         state.session = Some(Session::start(server, state.backend.clone(), io_thread, interrupt));
         Ok(())
     }

@@ -10,7 +10,7 @@ use std::io;
 use super::feature;
 use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
-use crate::virtio::queue::{Buffers, Chain, MAX_BUFFERS, QueueError};
+use crate::virtio::queue::{Buffers, Chain, Lent, MAX_BUFFERS, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// Header and largest packet (§5.1.6.3.1), with a VLAN tag.
@@ -51,6 +51,15 @@ impl Receiver {
             want: ORDINARY,
             calm: 0,
         }
+    }
+
+    /// For the kernel to serve: buffers in hand count as not taken.
+    pub(super) fn lend(&mut self) -> Lent {
+        let unserved = self.chains.len() as u16;
+        self.spare.extend(self.chains.drain(..));
+        let lent = self.queue.queue.lend(unserved);
+        self.queue.queue.take_back(lent.base);
+        lent
     }
 
     pub(super) fn run(&mut self, tap: &Tap, interrupt: &dyn Interrupt) -> Result<Ended, QueueError> {

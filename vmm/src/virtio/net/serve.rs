@@ -12,7 +12,9 @@ use super::port::Face;
 use super::rx::Receiver;
 use super::turn::Ended;
 use super::tx::Sender;
+use super::vhost::LentPair;
 use crate::event::Token;
+use crate::memory::GuestMemory;
 use crate::net::{Offloads, Tap};
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::{ActivateError, ActiveQueue, Interrupt, complain};
@@ -21,9 +23,9 @@ use crate::virtio::{ActivateError, ActiveQueue, Interrupt, complain};
 const COMMANDS: u32 = 32;
 
 /// The two rings of one pair.
-struct Pair {
-    rx: Receiver,
-    tx: Sender,
+pub(super) struct Pair {
+    pub(super) rx: Receiver,
+    pub(super) tx: Sender,
 }
 
 /// The rings of a session by what they are for.
@@ -76,14 +78,19 @@ pub(super) struct Server {
     taps: Vec<Arc<Tap>>,
     /// Of the taps, and of the rings that they fill.
     pub(super) watches: Vec<Token>,
-    pairs: Vec<Pair>,
+    /// Of the driver's notifications, but for those of the rings that the taps fill.
+    pub(super) driver_watches: Vec<Token>,
+    /// Not empty: the kernel serves the pairs.
+    pub(super) lent: Vec<LentPair>,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) pairs: Vec<Pair>,
     /// Pairs in use, 1 to all.
     enabled: usize,
     control: Option<Control>,
-    features: u64,
+    pub(super) features: u64,
     offloads: Offloads,
     face: Arc<Face>,
-    interrupt: Arc<dyn Interrupt>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
     broken: bool,
 }
 
@@ -98,11 +105,20 @@ fn offloads(features: u64) -> Offloads {
 }
 
 impl Server {
-    pub(super) fn new(rings: Rings, features: u64, face: Arc<Face>, interrupt: Arc<dyn Interrupt>) -> Self {
+    pub(super) fn new(
+        rings: Rings,
+        features: u64,
+        memory: Arc<GuestMemory>,
+        face: Arc<Face>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Self {
         let pair = |(rx, tx)| Pair { rx: Receiver::new(rx, features), tx: Sender::new(tx, features) };
         Self {
             taps: Vec::new(),
             watches: Vec::new(),
+            driver_watches: Vec::new(),
+            lent: Vec::new(),
+            memory,
             pairs: rings.pairs.into_iter().map(pair).collect(),
             enabled: 1,
             control: rings.control.map(|queue| Control {
@@ -175,7 +191,7 @@ impl Server {
 
     /// Moves packets to the guest: as many as the tap has and the guest has buffers for.
     pub(super) fn receive(&mut self, pair: usize) {
-        if self.broken || pair >= self.enabled {
+        if self.broken || pair >= self.enabled || !self.lent.is_empty() {
             return;
         }
         let (Some(tap), Some(rings)) = (self.taps.get(pair), self.pairs.get_mut(pair)) else { return };
@@ -191,7 +207,10 @@ impl Server {
 
     /// Moves packets from the guest. Without a tap they are dropped.
     pub(super) fn transmit(&mut self, pair: usize) {
-        let (Some(rings), false) = (self.pairs.get_mut(pair), self.broken) else { return };
+        if self.broken || !self.lent.is_empty() {
+            return;
+        }
+        let Some(rings) = self.pairs.get_mut(pair) else { return };
         // The guest may send on a pair for which the host has no queue, or none in use: any other will do.
         let tap = self.taps.get(pair).filter(|_| pair < self.enabled).or(self.taps.first());
         let ended = rings.tx.run(tap.map(AsRef::as_ref), &*self.interrupt);
@@ -280,14 +299,15 @@ impl Server {
         match ended {
             Ok(Ended::Idle | Ended::Full) => {}
             Ok(Ended::TapGone) => self.lose_link(),
-            Err(error) => {
-                self.broken = true;
-                complain(|| {
-                    tracing::warn!(netdev = self.name(), "virtio-net needs a reset: queue {queue}: {error}");
-                });
-                self.interrupt.needs_reset();
-            }
+            Err(error) => self.break_down(queue, error),
         }
+    }
+
+    /// Stops until the driver resets the device.
+    pub(super) fn break_down(&mut self, queue: u16, why: impl Display) {
+        self.broken = true;
+        complain(|| tracing::warn!(netdev = self.name(), "virtio-net needs a reset: queue {queue}: {why}"));
+        self.interrupt.needs_reset();
     }
 
     fn name(&self) -> &str {

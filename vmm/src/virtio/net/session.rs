@@ -9,8 +9,9 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use super::serve::Server;
+use super::vhost::Events;
 use crate::event::{EventFlags, LoopHandle, Ops};
-use crate::net::{Backend, Tap};
+use crate::net::Backend;
 use crate::virtio::worker::Gate;
 use crate::virtio::{Interrupt, fd_of};
 
@@ -43,8 +44,10 @@ impl Session {
         let on_thread = Arc::clone(&gate);
         io_thread.post(move |ops: &mut Ops<'_>| {
             let started = on_thread.enter(|server| {
-                let taps = backend.as_ref().map_or(&[][..], |b| b.taps());
-                attach(server, &on_thread, taps, ops)?;
+                if let Some(backend) = &backend {
+                    attach(server, &on_thread, backend, ops)?;
+                }
+                watch_control(server, &on_thread, ops)?;
                 watch_driver(server, &on_thread, ops)
             });
             if let Some(Err(error)) = started {
@@ -64,10 +67,10 @@ impl Session {
     /// Gives the running device taps; the guest sees its link come up.
     pub(super) fn attach(&self, backend: Arc<Backend>, deadline: Instant) -> Result<(), SessionError> {
         self.ask(deadline, move |server, gate, ops| {
-            let result = attach(server, gate, backend.taps(), ops);
+            let result = attach(server, gate, &backend, ops);
             match &result {
                 Ok(()) => server.set_link(true),
-                Err(_) => detach(server, gate, ops),
+                Err(_) => detach(server, gate, ops)?,
             }
             // Before the asker hears of it: the last reference must be its own.
             drop(backend);
@@ -79,9 +82,11 @@ impl Session {
     /// Takes the taps from the running device: when this returns the I/O thread has no descriptor of theirs.
     pub(super) fn detach(&self, deadline: Instant) -> Result<(), SessionError> {
         self.ask(deadline, |server, gate, ops| {
-            detach(server, gate, ops);
+            let result = detach(server, gate, ops);
             server.set_link(false);
+            result
         })
+        .and_then(|result| result.map_err(SessionError::Host))
     }
 
     fn ask<R: Send + 'static>(
@@ -116,14 +121,22 @@ fn ask<R: Send + 'static>(
     answered.recv_timeout(left).map_err(|_| SessionError::Hangs)
 }
 
-/// On the I/O thread: watches the taps and the rings that they fill, and serves what has come before.
+/// On the I/O thread: gives the device its host end, watches what must be watched, and serves what has come before.
 fn attach(
     server: &mut Server,
     gate: &Arc<Gate<Server>>,
-    taps: &[Arc<Tap>],
+    backend: &Arc<Backend>,
     ops: &mut Ops<'_>,
 ) -> io::Result<()> {
+    let taps = backend.taps();
     server.set_taps(taps);
+    if !backend.vhosts().is_empty() {
+        // The kernel reads the driver's notifications now.
+        for token in std::mem::take(&mut server.driver_watches) {
+            gate.unwatch(ops, token);
+        }
+        return lend(server, gate, backend, ops);
+    }
     for (pair, tap) in taps.iter().enumerate() {
         let arrived = Arc::clone(gate);
         let token = gate.watch(ops, tap.as_ref(), EDGE, move |_, _: &mut Ops<'_>| {
@@ -141,22 +154,60 @@ fn attach(
     Ok(())
 }
 
-fn detach(server: &mut Server, gate: &Gate<Server>, ops: &mut Ops<'_>) {
+/// Hands the rings to the kernel, and passes on what it says about them.
+fn lend(
+    server: &mut Server,
+    gate: &Arc<Gate<Server>>,
+    backend: &Arc<Backend>,
+    ops: &mut Ops<'_>,
+) -> io::Result<()> {
+    for pair in 0..backend.vhosts().len().min(server.pairs()) {
+        let events = Events::new()?;
+        for (queue, call) in (2 * pair as u16..).zip(&events.calls) {
+            let interrupt = Arc::clone(&server.interrupt);
+            let token =
+                gate.watch(ops, fd_of(call), EDGE, move |_, _: &mut Ops<'_>| interrupt.queue(queue))?;
+            server.watches.push(token);
+        }
+        let complaint = Arc::clone(gate);
+        let token = gate.watch(ops, fd_of(&events.error), EDGE, move |_, _: &mut Ops<'_>| {
+            complaint.enter(|server| server.break_down(2 * pair as u16, "the kernel cannot use the ring"));
+        })?;
+        server.watches.push(token);
+        server.lend(pair, backend, events)?;
+    }
+    Ok(())
+}
+
+fn detach(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
     for token in std::mem::take(&mut server.watches) {
         gate.unwatch(ops, token);
     }
     server.set_taps(&[]);
+    if server.take_back() {
+        return watch_driver(server, gate, ops);
+    }
+    Ok(())
 }
 
+/// What the driver sends, unless the kernel looks after it.
 fn watch_driver(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
+    if !server.lent.is_empty() {
+        return Ok(());
+    }
     for pair in 0..server.pairs() {
         let Some(notify) = server.notify_tx(pair) else { continue };
         let sent = Arc::clone(gate);
-        gate.watch(ops, fd_of(&notify), EDGE, move |_, _: &mut Ops<'_>| {
+        let token = gate.watch(ops, fd_of(&notify), EDGE, move |_, _: &mut Ops<'_>| {
             sent.enter(|server| server.transmit(pair));
         })?;
+        server.driver_watches.push(token);
         server.transmit(pair);
     }
+    Ok(())
+}
+
+fn watch_control(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
     if let Some(notify) = server.notify_control() {
         let told = Arc::clone(gate);
         gate.watch(ops, fd_of(&notify), EDGE, move |_, _: &mut Ops<'_>| {

@@ -1,0 +1,121 @@
+//! Rings that the kernel serves: owns their hand-over, in both directions, and the descriptors it answers through.
+//!
+//! A NIC may come and go while the driver runs, so a ring changes hands in the middle of its life: the position of the next request
+//! goes over and comes back, what has been used stands in the ring itself.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::serve::Server;
+use crate::net::Backend;
+use crate::vhost::{Ring, Vhost};
+use crate::virtio::fd_of;
+
+/// Numbers of the rings within a vhost-net device.
+const RINGS: [u32; 2] = [0, 1];
+
+/// What the kernel signals for one pair.
+pub(super) struct Events {
+    /// The driver wants an interrupt: to the guest, from the guest.
+    pub(super) calls: [EventFd; 2],
+    /// A ring makes no sense.
+    pub(super) error: EventFd,
+}
+
+impl Events {
+    pub(super) fn new() -> io::Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK);
+        Ok(Self { calls: [event()?, event()?], error: event()? })
+    }
+}
+
+/// A pair that the kernel serves. Stops it when dropped: the server, in which it stands before the rings, keeps guest memory
+/// mapped until then.
+pub(super) struct LentPair {
+    backend: Arc<Backend>,
+    pair: usize,
+    _events: Events,
+}
+
+impl LentPair {
+    fn vhost(&self) -> Option<&Vhost> {
+        self.backend.vhosts().get(self.pair)
+    }
+
+    fn stop(&self) {
+        for (index, vhost) in RINGS.into_iter().zip(std::iter::repeat(self.vhost())) {
+            if let Some(Err(error)) = vhost.map(|v| v.set_tap(index, None)) {
+                tracing::error!(netdev = self.backend.id(), "vhost-net does not stop: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for LentPair {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Server {
+    /// Hands both rings of a pair to the kernel. After an error it has neither.
+    pub(super) fn lend(&mut self, pair: usize, backend: &Arc<Backend>, events: Events) -> io::Result<()> {
+        let (Some(rings), Some(vhost), Some(tap)) =
+            (self.pairs.get_mut(pair), backend.vhosts().get(pair), backend.taps().get(pair))
+        else {
+            return Ok(());
+        };
+        vhost.prepare(self.features, &self.memory)?;
+        let notify = [&rings.rx.queue.notify, &rings.tx.queue.notify].map(Arc::clone);
+        let places = [rings.rx.lend(), rings.tx.queue.queue.lend(0)];
+        for (index, ((place, kick), call)) in
+            RINGS.into_iter().zip(places.iter().zip(&notify).zip(&events.calls))
+        {
+            vhost.start_ring(&Ring {
+                index,
+                size: place.size,
+                desc: place.desc,
+                avail: place.avail,
+                used: place.used,
+                base: place.base,
+                kick: fd_of(kick),
+                call: fd_of(call),
+                error: fd_of(&events.error),
+            })?;
+        }
+        // From here on what goes wrong is stopped by the drop.
+        let lent = LentPair { backend: Arc::clone(backend), pair, _events: events };
+        self.lent.push(lent);
+        for index in RINGS {
+            vhost.set_tap(index, Some(tap.as_fd()))?;
+        }
+        for kick in notify {
+            // What the driver queued while nobody looked.
+            let _ = kick.write(1);
+        }
+        Ok(())
+    }
+
+    /// Takes all rings back from the kernel. False: it had none.
+    pub(super) fn take_back(&mut self) -> bool {
+        let lent = std::mem::take(&mut self.lent);
+        for pair in &lent {
+            pair.stop();
+            let (Some(vhost), Some(rings)) = (pair.vhost(), self.pairs.get_mut(pair.pair)) else { continue };
+            match RINGS.map(|index| vhost.base(index)) {
+                [Ok(rx), Ok(tx)] => {
+                    rings.rx.queue.queue.take_back(rx);
+                    rings.tx.queue.queue.take_back(tx);
+                }
+                [Err(error), _] | [_, Err(error)] => {
+                    let index = rings.rx.queue.index;
+                    self.break_down(index, format_args!("lost its place: {error}"));
+                }
+            }
+        }
+        !lent.is_empty()
+    }
+}

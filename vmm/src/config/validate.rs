@@ -265,6 +265,7 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
     config.serial_ports()?;
     let mut balloon = false;
     let (mut drives, mut netdevs) = (BTreeSet::new(), BTreeSet::new());
+    let (mut cids, mut vsock_fds) = (BTreeSet::new(), BTreeSet::new());
     for device in &config.devices {
         let Device { id, driver, .. } = device;
         if device.is_pci() || device.multifunction {
@@ -318,8 +319,26 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
             }
             DeviceDriver::VirtioSerial { .. }
             | DeviceDriver::VirtConsole { .. }
-            | DeviceDriver::VirtSerialPort { .. }
-            | DeviceDriver::VhostVsock { .. } => &None,
+            | DeviceDriver::VirtSerialPort { .. } => &None,
+            DeviceDriver::VhostVsock { guest_cid, vhost_fd } => {
+                if !cids.insert(*guest_cid) {
+                    return bad(format!(
+                        "device \"{id}\": guest-cid={guest_cid} is used by another device already"
+                    ));
+                }
+                let taken = config.netdevs.iter().any(|n| match &n.backend {
+                    NetBackend::Tap { source, vhost_fds, .. } => vhost_fd.is_some_and(|fd| {
+                        vhost_fds.contains(&fd) || matches!(source, TapSource::Fds(fds) if fds.contains(&fd))
+                    }),
+                    NetBackend::VhostUser { .. } => false,
+                });
+                if let Some(fd) = vhost_fd
+                    && (taken || !vsock_fds.insert(*fd))
+                {
+                    return bad(format!("device \"{id}\": descriptor {fd} is used already"));
+                }
+                &None
+            }
         };
         if let Some(name) = iothread
             && !config.iothreads.contains(name)

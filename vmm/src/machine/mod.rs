@@ -33,6 +33,7 @@ use crate::memory::MemoryError;
 use crate::net::NetError;
 use crate::virtio::balloon;
 use crate::virtio::rng::RngError;
+use crate::virtio::vsock::VsockError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
 pub use replaceable::{BlockDevice, Hotplug, HotplugError};
@@ -119,6 +120,9 @@ pub enum MachineError {
     /// Ports of the serial device that do not fit together.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
+    /// The guest's address on the host.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// More devices than slots.
     #[error("device \"{device}\": too many {what}: a microvm has {slots} slots for them")]
     TooMany {

@@ -12,6 +12,7 @@ use crate::inherit::Inherited;
 use crate::virtio::balloon::{self, Balloon, BalloonOptions};
 use crate::virtio::console::{Console, PortOptions};
 use crate::virtio::rng::{Rng, RngOptions, Source};
+use crate::virtio::vsock::{Vsock, VsockOptions};
 use crate::virtio::{VirtioDevice, Worker};
 
 /// What they are made from, and what the machine keeps of them.
@@ -59,6 +60,11 @@ impl Others {
                 });
                 let ports = ports.collect::<Result<_, MachineError>>()?;
                 Ok(Box::new(Console::new(ports, self.main_loop.clone())))
+            }
+            DeviceDriver::VhostVsock { guest_cid, vhost_fd } => {
+                let (guest_cid, vhost_fd) = (*guest_cid, *vhost_fd);
+                let options = VsockOptions { device: id, guest_cid, vhost_fd, inherited, worker };
+                Ok(Box::new(Vsock::open(options)?))
             }
             driver => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
         }

@@ -408,3 +408,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_ring_changes_hands_in_the_middle_of_its_life() {
+    let (mut ring, mut ours) = pair(ALL, 8);
+    let mut other = Queue::new(&ring.memory, layout(&ring), MAX_SIZE, ALL).unwrap();
+    let mut chain = Chain::default();
+    let mut given = Vec::new();
+    // Longer than the indices' wrap at the ring's size; each side leaves something in hand.
+    for round in 0..40 {
+        let (from, to) = if round % 2 == 0 { (&mut ours, &mut other) } else { (&mut other, &mut ours) };
+        while given.len() < 3 {
+            given.push(ring.add(&[(DATA, 16, false)]));
+        }
+        assert_eq!(from.pop(&mut chain), Ok(true));
+        assert_eq!(chain.head, given.remove(0), "{round}");
+        from.complete(chain.head, round);
+        let _ = from.publish();
+        assert_eq!(ring.next_used(), Some((u32::from(chain.head), round)));
+        assert_eq!(from.pop(&mut chain), Ok(true));
+        let lent = from.lend(1);
+        assert_eq!((lent.size, lent.base), (8, round as u16 + 1));
+        to.take_back(lent.base);
+    }
+}

@@ -77,12 +77,16 @@ pub(super) const OPTIONS: &[Spec] = &[
     used("-append", Arity::Many, "TEXT...\tkernel command line; several words are joined with blanks"),
     used("-initrd", Arity::One, "FILE\tinitial RAM disk"),
     used("-drive", Arity::Many, "id=ID,file=PATH[,readonly=on|off][,direct=on|off][,aio=MODE]\ta disk image"),
-    used("-netdev", Arity::Many, "tap,id=ID,ifname=NAME|fd=N\ta network back end"),
+    used(
+        "-netdev",
+        Arity::Many,
+        "tap,id=ID,ifname=NAME[,queues=N]|fd=N|fds=A:B[,vhost=on[,vhostfd=N|vhostfds=A:B]]\ta network back end",
+    ),
     used(
         "-device",
         Arity::Many,
         "virtio-blk-device,drive=ID[,id=ID][,serial=TEXT][,iothread=ID]\n\
-         virtio-net-device,netdev=ID[,id=ID][,mac=MAC][,iothread=ID]\n\
+         virtio-net-device,netdev=ID[,id=ID][,mac=MAC][,mq=on|off][,iothread=ID]\n\
          virtio-serial-device[,max_ports=N], then virtconsole|virtserialport,chardev=ID[,nr=N][,name=TEXT]\n\
          virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on]\n\
          virtio-rng-device,rng=ID[,max-bytes=N,period=MILLISECONDS]\n\

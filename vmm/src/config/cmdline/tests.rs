@@ -424,6 +424,20 @@ fn small_devices_that_make_no_sense() {
         ("-device vhost-vsock-device", "'guest-cid' is missing"),
         ("-device vhost-vsock-device,guest-cid=2", "guest-cid=2: write a whole number from 3"),
         ("-device vhost-vsock-device,guest-cid=4294967295", "write a whole number from 3 to 4294967294"),
+        (
+            "-device vhost-vsock-device,guest-cid=3 -device vhost-vsock-device,guest-cid=3",
+            "guest-cid=3 is used by another device already",
+        ),
+        (
+            "-netdev tap,id=n,fd=9 -device vhost-vsock-device,guest-cid=3,vhostfd=9",
+            "descriptor 9 is used already",
+        ),
+        ("-netdev tap,id=n,ifname=t,vhostfd=9", "not needed for a virtio-net device: add vhost=on"),
+        (
+            "-netdev tap,id=n,ifname=t,queues=2,vhost=on,vhostfd=9",
+            "1 vhost descriptors for 2 queue pairs: give one for each",
+        ),
+        ("-netdev tap,id=n,fd=9,vhost=on,vhostfd=9", "descriptor 9 is used by another netdev already"),
         ("-device virtio-balloon-device,addr=0x1", "'bus', 'addr' and 'multifunction' belong to PCI devices"),
         ("-object rng-random", "'id' is missing"),
         ("-object rng-random,id=a -object rng-random,id=a", "rng object \"a\" has been added already"),

@@ -12,7 +12,8 @@ use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
 /// For all cases, on a machine that does other things too.
 const ALL: Duration = Duration::from_secs(240);
 /// Queues whose cases have to have run.
-const TARGETS: [&str; 6] = ["blk", "net-tx", "net-rx", "rng", "balloon-inflate", "balloon-deflate"];
+const TARGETS: [&str; 7] =
+    ["blk", "net-tx", "net-rx", "console-tx", "rng", "balloon-inflate", "balloon-deflate"];
 /// Lines that the VMM may log, however often the guest misbehaves.
 const LINES: u64 = 200;
 /// KiB by which the VMM may grow from one run of all cases to the next.
@@ -122,7 +123,8 @@ fn no_misuse_of_a_device_hurts_the_vmm_or_its_neighbours() -> Outcome {
     let arguments = format!(
         "-machine microvm -m 256M -kernel {kernel} -serial socket,path={{dir}}/console.sock,server,nowait {} {} \
          -netdev tap,id=n,ifname=tap0 -device virtio-net-device,netdev=n,id=n -object rng-random,id=r,filename=/dev/urandom \
-         -device virtio-rng-device,rng=r,id=rng0 -device virtio-balloon-device,id=balloon0",
+         -device virtio-rng-device,rng=r,id=rng0 -chardev file,id=c,path={{dir}}/console -device virtio-serial-device,id=serial0 \
+         -device virtconsole,chardev=c,id=console0 -device virtio-balloon-device,id=balloon0",
         disk("a"),
         disk("b")
     );

@@ -31,7 +31,7 @@ pub enum Outcome {
     Refused,
     /// DEVICE_NEEDS_RESET.
     NeedsReset,
-    /// A register write had no effect.
+    /// A register write had no effect, or a queue that is not enabled was left alone.
     Ignored,
     /// No answer of any kind. Never allowed.
     Stuck,
@@ -65,6 +65,8 @@ pub const YES: Allowed = &[Served];
 pub const ANY: Allowed = &[Served, Refused, NeedsReset];
 /// The request fails, and the device goes on.
 pub const ERROR: Allowed = &[Refused];
+/// The queue is not there: a device that cannot do without it says so, another one leaves it alone.
+pub const NO_QUEUE: Allowed = &[NeedsReset, Refused, Ignored];
 /// The register stays as it is.
 pub const NOTHING: Allowed = &[Ignored];
 

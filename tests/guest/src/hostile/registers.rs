@@ -1,7 +1,7 @@
 //! Misuse of the register window, for any device (virtio 1.2 §2.1, §3.1.1, §4.2.2).
 
 use super::rig::{DEVICE_NEEDS_RESET, DRIVER_OK, Desc, FEATURES_OK, Layout, Rig, SIZE};
-use super::{ANY, Case, NO, NOTHING, Outcome, YES};
+use super::{ANY, Case, NO, NO_QUEUE, NOTHING, Outcome, YES};
 use crate::cpu;
 use crate::virtio::{VERSION_1, reg};
 
@@ -106,7 +106,7 @@ pub const CASES: &[Case] = &[
         rig.negotiate(rig.features());
         statuses(rig, &[FEATURES_OK | 128, DRIVER_OK, DRIVER_OK | 128])
     } },
-    Case { name: "status/driver-ok-without-queues", allowed: NO, run: |rig| {
+    Case { name: "status/driver-ok-without-queues", allowed: NO_QUEUE, run: |rig| {
         rig.negotiate(rig.features());
         statuses(rig, &[DRIVER_OK])
     } },
@@ -208,9 +208,9 @@ pub const CASES: &[Case] = &[
         rig.notify();
         rig.settle(1)
     } },
-    Case { name: "queue/not-ready", allowed: NO, run: |rig| laid_out(rig, |_, own| own.ready = 0) },
-    Case { name: "queue/ready-is-2", allowed: NO, run: |rig| laid_out(rig, |_, own| own.ready = 2) },
-    Case { name: "queue/set-up-before-features-ok", allowed: NO, run: |rig| {
+    Case { name: "queue/not-ready", allowed: NO_QUEUE, run: |rig| laid_out(rig, |_, own| own.ready = 0) },
+    Case { name: "queue/ready-is-2", allowed: NO_QUEUE, run: |rig| laid_out(rig, |_, own| own.ready = 2) },
+    Case { name: "queue/set-up-before-features-ok", allowed: NO_QUEUE, run: |rig| {
         rig.queues(|_| ());
         rig.negotiate(rig.features());
         rig.go();

@@ -351,7 +351,7 @@ impl Rig {
 
     /// Waits until `count` more requests have come back, or the device needs a reset.
     pub fn settle(&mut self, count: u16) -> Outcome {
-        let end = clock::deadline(PATIENCE);
+        let (unanswered, end) = (clock::deadline(200_000), clock::deadline(PATIENCE));
         let goal = self.seen.wrapping_add(count);
         loop {
             if self.status() & DEVICE_NEEDS_RESET != 0 {
@@ -366,11 +366,21 @@ impl Rig {
                 fence(Ordering::SeqCst);
                 return self.answer();
             }
-            if cpu::tsc() > end {
+            let now = cpu::tsc();
+            if now > unanswered && !self.is_enabled() {
+                return Outcome::Ignored;
+            }
+            if now > end {
                 return Outcome::Stuck;
             }
             cpu::pause();
         }
+    }
+
+    /// Whether the device knows the queue under attack as ready.
+    fn is_enabled(&self) -> bool {
+        self.window.write(reg::QUEUE_SEL, u32::from(self.target.queue));
+        self.window.read(reg::QUEUE_READY) != 0
     }
 
     /// What the last request that came back says.

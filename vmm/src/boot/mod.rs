@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 pub use cmdline::CmdlineError;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::load;
+pub use x86_64::{BootFiles, load};
 
 /// A virtio-mmio device with its two register windows; a kernel drives it through exactly one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +66,9 @@ pub struct Platform<'a> {
     pub serial: Option<SerialPort>,
     /// ACPI registers.
     pub acpi: AcpiPorts,
-    /// Guest RAM may hold old data (it is backed by a file), so what must be zero has to be written.
+    /// Interrupt (GSI) of the power button.
+    pub button_irq: u32,
+    /// Guest RAM may hold old data (it is backed by a file, or a guest has run), so what must be zero has to be written.
     pub dirty_memory: bool,
 }
 

@@ -13,6 +13,8 @@
 //!                                    v
 //!                                Shutdown
 //! ```
+//!
+//! A reset leads from each state but the last back to itself; asking the guest to power down changes none.
 
 use crate::machine::GuestEvent;
 
@@ -38,6 +40,10 @@ pub enum Input {
     Cont,
     /// A client says `quit`.
     Quit,
+    /// A client says `system_reset`.
+    Reset,
+    /// A client says `system_powerdown`.
+    Powerdown,
     /// The guest ended its run.
     Guest(GuestEvent),
     /// This process was told to end: the number of the signal.
@@ -103,6 +109,14 @@ pub(super) enum Effect {
     Stopped,
     /// Tell everybody that it runs again.
     Resumed,
+    /// Put the machine, which is paused, back to its start.
+    Reset,
+    /// Tell everybody that it was reset.
+    WasReset,
+    /// Press the power button.
+    PressButton,
+    /// Tell everybody that it was pressed.
+    Pressed,
     /// Answer the client.
     Reply,
     /// Tell everybody that it ends, and end the loop.
@@ -128,6 +142,14 @@ pub(super) fn step(state: State, input: &Input) -> Result<Step, Refusal> {
             to(State::Running, vec![Effect::Resume, Effect::Resumed, Effect::Reply])
         }
         (State::Running, Input::Cont) => Err(Refusal::AlreadyRunning),
+        (State::Running, Input::Reset) => {
+            let effects = vec![Effect::Pause, Effect::Reset, Effect::Resume, Effect::Reply, Effect::WasReset];
+            to(State::Running, effects)
+        }
+        (State::Prelaunch | State::Paused, Input::Reset) => {
+            to(state, vec![Effect::Reset, Effect::Reply, Effect::WasReset])
+        }
+        (_, Input::Powerdown) => to(state, vec![Effect::PressButton, Effect::Reply, Effect::Pressed]),
         (_, Input::Quit) => to(State::Shutdown, vec![Effect::Reply, Effect::End(End::Quit)]),
         (_, Input::Signal(number)) => to(State::Shutdown, vec![Effect::End(End::Signal(*number))]),
         // Also when paused: the guest may have ended in the moment before.
@@ -146,6 +168,8 @@ mod tests {
             4 => Just(Input::Stop),
             4 => Just(Input::Cont),
             1 => Just(Input::Quit),
+            2 => Just(Input::Reset),
+            1 => Just(Input::Powerdown),
             1 => Just(Input::Signal(15)),
             1 => Just(Input::Guest(GuestEvent::PowerOff)),
             1 => Just(Input::Guest(GuestEvent::InternalError(String::new()))),
@@ -169,14 +193,20 @@ mod tests {
                     match effect {
                         Effect::Pause => prop_assert!(std::mem::replace(&mut machine_runs, false)),
                         Effect::Resume => prop_assert!(!std::mem::replace(&mut machine_runs, true)),
+                        Effect::Reset => prop_assert!(!machine_runs, "reset while it runs"),
                         Effect::End(_) => ends += 1,
-                        Effect::Stopped | Effect::Resumed | Effect::Reply => {}
+                        Effect::Stopped
+                        | Effect::Resumed
+                        | Effect::WasReset
+                        | Effect::PressButton
+                        | Effect::Pressed
+                        | Effect::Reply => {}
                     }
                 }
                 let replies = step.effects.iter().filter(|e| **e == Effect::Reply).count();
-                let asked = matches!(input, Input::Stop | Input::Cont | Input::Quit);
+                let asked = !matches!(input, Input::Signal(_) | Input::Guest(_));
                 prop_assert_eq!(replies, usize::from(asked), "one answer for each question");
-                prop_assert_ne!(step.next, State::Prelaunch, "nothing leads back to the beginning");
+                prop_assert!(step.next != State::Prelaunch || before == State::Prelaunch, "nothing leads back to the beginning");
                 state = step.next;
                 if state != State::Shutdown {
                     prop_assert_eq!(machine_runs, state == State::Running);

@@ -19,6 +19,9 @@ use crate::machine::{
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
 
+/// After this a machine cannot go on.
+const RESET_FAILED: &str = "cannot reset the VM";
+
 /// What a management client can ask of a VM. One meaning each, whoever asks.
 #[derive(Debug)]
 pub enum Command {
@@ -61,6 +64,10 @@ pub enum Command {
     QueryName,
     /// `query-uuid`.
     QueryUuid,
+    /// `system_powerdown`.
+    SystemPowerdown,
+    /// `system_reset`.
+    SystemReset,
     /// `stop`.
     Stop,
     /// `cont`.
@@ -125,6 +132,10 @@ pub trait Vm: Send {
     fn resume(&mut self) -> Result<(), BoxError>;
     /// The online vCPUs.
     fn cpus(&self) -> Vec<CpuInfo>;
+    /// Puts a paused machine back to its start; after an error it cannot go on.
+    fn reset(&mut self) -> Result<(), BoxError>;
+    /// Asks the guest to power down.
+    fn press_power_button(&mut self);
     /// Adds, removes, plugs or unplugs a back end or device; after an error everything is as before.
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError>;
     /// Block nodes, those that devices use first.
@@ -145,6 +156,12 @@ impl Vm for Machine {
     }
     fn cpus(&self) -> Vec<CpuInfo> {
         Self::cpus(self)
+    }
+    fn reset(&mut self) -> Result<(), BoxError> {
+        Ok(Self::reset(self)?)
+    }
+    fn press_power_button(&mut self) {
+        Self::press_power_button(self);
     }
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         Self::hotplug(self, request)
@@ -252,15 +269,22 @@ impl Control {
                 return reply(self.name.as_ref().map_or_else(|| json!({}), |name| json!({ "name": name })));
             }
             Command::QueryUuid => return reply(json!({ "UUID": self.uuid.unwrap_or_default().to_string() })),
+            Command::SystemPowerdown => Input::Powerdown,
+            Command::SystemReset => Input::Reset,
             Command::Stop => Input::Stop,
             Command::Cont => Input::Cont,
             Command::Quit => Input::Quit,
         };
         let (outcomes, error) = self.apply(&input);
-        match error {
-            Some(error) => vec![Outcome::Reply(Err(error))],
-            None => outcomes,
+        let Some(error) = error else { return outcomes };
+        // A machine that was reset by half cannot go on.
+        let broken = matches!(&error, CommandError::Machine { what: RESET_FAILED, .. });
+        let why = broken.then(|| one_line(&error));
+        let mut outcomes = vec![Outcome::Reply(Err(error))];
+        if let Some(why) = why {
+            outcomes.extend(self.happened(&Input::Guest(GuestEvent::InternalError(why))));
         }
+        outcomes
     }
 
     /// Something happened that nobody asked for: the guest ended, a signal came. Returns what clients must be told.
@@ -282,6 +306,20 @@ impl Control {
             let done = match effect {
                 Effect::Pause => self.machine("cannot pause the VM", |vm| vm.pause()),
                 Effect::Resume => self.machine("cannot resume the VM", |vm| vm.resume()),
+                Effect::Reset => self.machine(RESET_FAILED, |vm| vm.reset()),
+                Effect::PressButton => self.machine("cannot press the power button", |vm| {
+                    vm.press_power_button();
+                    Ok(())
+                }),
+                Effect::WasReset => {
+                    // What the guest did itself is no other thing to clients (StratoVirt says so in both cases).
+                    outcomes.push(Outcome::Event(Event { name: "RESET", data: json!({ "guest": true }) }));
+                    Ok(())
+                }
+                Effect::Pressed => {
+                    outcomes.push(Outcome::Event(Event { name: "POWERDOWN", data: json!({}) }));
+                    Ok(())
+                }
                 Effect::Reply => {
                     outcomes.push(Outcome::Reply(Ok(json!({}))));
                     Ok(())
@@ -390,6 +428,14 @@ fn reply(value: Value) -> Vec<Outcome> {
     vec![Outcome::Reply(Ok(value))]
 }
 
+/// An error and what caused it, for the log.
+fn one_line(error: &CommandError) -> String {
+    match error {
+        CommandError::Machine { what, source } => format!("{what}: {source}"),
+        error => error.to_string(),
+    }
+}
+
 /// The die is written with a dash by some clients and with an underscore by others.
 fn props(socket: u8, die: u8, core: u8, thread: u8) -> Value {
     json!({ "socket-id": socket, "die-id": die, "die_id": die, "core-id": core, "thread-id": thread })
@@ -428,6 +474,10 @@ mod tests {
         fn cpus(&self) -> Vec<CpuInfo> {
             vec![CpuInfo { index: 0, socket_id: 0, die_id: 0, core_id: 0, thread_id: 0, host_tid: 42 }]
         }
+        fn reset(&mut self) -> Result<(), BoxError> {
+            self.pause()
+        }
+        fn press_power_button(&mut self) {}
         fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
             match request {
                 Hotplug::Unplug(id) if self.fails => Err(SlotRefusal::NoDevice(id).into()),
@@ -501,6 +551,26 @@ mod tests {
                 ["error: cannot pause the VM: vCPU 0 did not stop"]
             );
         }
+    }
+
+    #[test]
+    fn a_reset_answers_before_it_tells_and_leaves_a_paused_vm_paused() {
+        let (mut works, _loop) = control(&VmConfig::default(), false);
+        let reset = [r#"{}"#, r#"RESET {"guest":true}"#];
+        assert_eq!(names(&works.execute(Command::SystemReset)), reset);
+        works.execute(Command::Stop);
+        assert_eq!(names(&works.execute(Command::SystemReset)), reset);
+        assert_eq!(names(&works.execute(Command::Cont)), ["RESUME {}", "{}"]);
+        assert_eq!(names(&works.execute(Command::SystemPowerdown)), ["{}", "POWERDOWN {}"]);
+        let config = VmConfig { start_paused: true, ..Default::default() };
+        let (mut fails, _loop) = control(&config, true);
+        assert_eq!(
+            names(&fails.execute(Command::SystemReset)),
+            [
+                "error: cannot reset the VM: vCPU 0 did not stop",
+                r#"SHUTDOWN {"guest":false,"reason":"host-error"}"#
+            ]
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::shared::{Shared, Target};
+use super::shared::{Parked, Shared, Target};
 use crate::bus::Bus;
 
 thread_local! {
@@ -96,7 +96,7 @@ impl Vcpu {
         // SAFETY: `run` points to the mapping that `self.fd` holds until the end of this function.
         IMMEDIATE_EXIT.set(unsafe { &raw mut (*run).immediate_exit });
         shared.arrived(self.index);
-        let (mut ended, mut half_done) = (false, false);
+        let (mut ended, mut half_done, mut errands) = (false, false, 0);
         loop {
             self.fd.set_kvm_immediate_exit(0);
             compiler_fence(Ordering::SeqCst);
@@ -110,8 +110,15 @@ impl Vcpu {
                     // Tells the guest's watchdogs that it was not its fault. EINVAL: this guest does not use kvmclock.
                     let _ = self.fd.kvmclock_ctrl();
                 }
-                if shared.park(ended) == Target::Stop {
-                    break;
+                match shared.park(ended, &mut errands) {
+                    Parked::Told(Target::Stop) => break,
+                    Parked::Told(_) => {}
+                    Parked::Errand(errand) => {
+                        let result = errand(&self);
+                        // Whatever ended it is over: an errand is a reset.
+                        ended = ended && result.is_err();
+                        shared.done(result);
+                    }
                 }
                 continue;
             }

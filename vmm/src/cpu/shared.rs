@@ -4,8 +4,11 @@
 //! One lock, [`Shared::state`], never held across a KVM call or a device's code.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use super::CpuError;
+use super::run::Vcpu;
 
 /// A vCPU that was told to leave the guest does so in microseconds, unless its host CPU is busy or a device's code blocks.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
@@ -17,6 +20,17 @@ pub(super) enum Target {
     Run,
     Pause,
     Stop,
+}
+
+/// Something that each vCPU's own thread is to do while the vCPU is out of the guest.
+pub(super) type Errand = Arc<dyn Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync>;
+
+/// What ended a vCPU's wait.
+pub(super) enum Parked {
+    /// An order.
+    Told(Target),
+    /// This is to be done, reported with [`Shared::done`], and waited again.
+    Errand(Errand),
 }
 
 /// What the vCPU threads and their owner share.
@@ -35,6 +49,12 @@ struct State {
     parked: usize,
     gone: usize,
     tids: Vec<i32>,
+    /// Counts errands: a vCPU does each once.
+    errands: u64,
+    errand: Option<Errand>,
+    /// How many vCPUs have done it, and the first failure.
+    done: usize,
+    failure: Option<CpuError>,
     /// Whether somebody waits on `progress`: a wake-up is a system call.
     watched: bool,
 }
@@ -42,7 +62,17 @@ struct State {
 impl Shared {
     /// For `total` vCPUs, which are to wait.
     pub(super) fn new(total: usize) -> Self {
-        let state = State { target: Target::Pause, parked: 0, gone: 0, tids: vec![0; total], watched: false };
+        let state = State {
+            target: Target::Pause,
+            parked: 0,
+            gone: 0,
+            tids: vec![0; total],
+            errands: 0,
+            errand: None,
+            done: 0,
+            failure: None,
+            watched: false,
+        };
         Self {
             target: AtomicU8::new(Target::Pause as u8),
             state: Mutex::new(state),
@@ -99,15 +129,48 @@ impl Shared {
         self.note(|s| s.gone += 1);
     }
 
-    /// The calling vCPU is out of the guest until told otherwise; one that `ended` stays out for good.
-    pub(super) fn park(&self, ended: bool) -> Target {
+    /// The calling vCPU is out of the guest until told otherwise; one that `ended` stays out until it has done an errand. `errands`
+    /// is the number of the last one that it has done.
+    pub(super) fn park(&self, ended: bool, errands: &mut u64) -> Parked {
         self.note(|s| s.parked += 1);
         let mut state = self.lock();
-        while state.target == Target::Pause || (ended && state.target == Target::Run) {
+        let why = loop {
+            if let Some(errand) = state.errand.clone().filter(|_| state.errands != *errands) {
+                *errands = state.errands;
+                break Parked::Errand(errand);
+            }
+            match state.target {
+                Target::Stop => break Parked::Told(Target::Stop),
+                Target::Run if !ended => break Parked::Told(Target::Run),
+                Target::Run | Target::Pause => {}
+            }
             state = self.retarget.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        };
         state.parked -= 1;
-        state.target
+        why
+    }
+
+    /// The calling vCPU has done its errand.
+    pub(super) fn done(&self, result: Result<(), CpuError>) {
+        self.note(|s| {
+            s.done += 1;
+            s.failure = s.failure.take().or(result.err());
+        });
+    }
+
+    /// Sends every vCPU on an errand and waits until `total` of them have done it; returns how many are missing when time is up.
+    /// All must be out of the guest.
+    pub(super) fn send(&self, errand: Errand, total: usize) -> Result<usize, CpuError> {
+        let mut state = self.lock();
+        state.errands += 1;
+        state.errand = Some(errand);
+        (state.done, state.failure) = (0, None);
+        self.retarget.notify_all();
+        drop(state);
+        let missing = self.wait(total, |s| s.done);
+        let mut state = self.lock();
+        state.errand = None;
+        state.failure.take().map_or(Ok(missing), Err)
     }
 
     /// Waits until `done` counts to `total`; returns how many are missing when time is up.

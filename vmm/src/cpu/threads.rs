@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 
 use super::CpuError;
 use super::run::{Buses, Ended, OnEnd, Vcpu, kicked};
-use super::shared::{DEADLINE, Shared, Target};
+use super::shared::{DEADLINE, Errand, Parked, Shared, Target};
 use crate::sandbox;
 
 /// vCPU threads only exit to devices: they need little stack.
@@ -59,7 +59,11 @@ impl Vcpus {
                         Err(e) => {
                             shared.arrived(vcpu.index());
                             on_end(Ended::Failed(e.to_string()));
-                            while shared.park(true) != Target::Stop {}
+                            {
+                                let mut errands = 0;
+                                while !matches!(shared.park(true, &mut errands), Parked::Told(Target::Stop)) {
+                                }
+                            }
                         }
                     }
                     shared.left();
@@ -87,6 +91,19 @@ impl Vcpus {
     /// Lets every vCPU enter the guest.
     pub fn resume(&self) {
         self.shared.set_target(Target::Run);
+    }
+
+    /// Has each vCPU's thread run `reset`, and makes those runnable again that had ended. All must be out of the guest, and stay so.
+    pub fn reset(
+        &self,
+        reset: impl Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync + 'static,
+    ) -> Result<(), CpuError> {
+        let total = self.threads.len();
+        let errand: Errand = Arc::new(reset);
+        match self.shared.send(errand, total)? {
+            0 => Ok(()),
+            missing => Err(CpuError::Deadline { missing, total, deadline: DEADLINE }),
+        }
     }
 
     /// Ends the threads. After an error some still run, and with them their hold on guest memory and devices.

@@ -56,6 +56,7 @@ impl SerialEvents for Drained {
 pub struct SerialDevice {
     uart: Mutex<Serial<Interrupt, Drained, Output>>,
     drained: Drained,
+    line: Arc<dyn Line>,
     backend: Arc<dyn CharBackend>,
 }
 
@@ -66,10 +67,19 @@ impl SerialDevice {
     /// A port that interrupts through `line`, connected to `backend`.
     pub fn new(line: Arc<dyn Line>, backend: Arc<dyn CharBackend>) -> Arc<Self> {
         let drained = Drained::default();
-        let uart = Serial::with_events(Interrupt(line), drained.clone(), Output(Arc::clone(&backend)));
-        let device = Arc::new(Self { uart: Mutex::new(uart), drained, backend });
+        let uart =
+            Serial::with_events(Interrupt(Arc::clone(&line)), drained.clone(), Output(Arc::clone(&backend)));
+        let device = Arc::new(Self { uart: Mutex::new(uart), drained, line, backend });
         device.backend.attach(Arc::clone(&device) as Arc<dyn FrontEnd>);
         device
+    }
+
+    /// The machine is reset: registers as new, what the guest has not read is lost.
+    pub fn reset(&self) {
+        let (line, output) = (Interrupt(Arc::clone(&self.line)), Output(Arc::clone(&self.backend)));
+        *self.uart() = Serial::with_events(line, self.drained.clone(), output);
+        self.drained.0.store(false, Ordering::Relaxed);
+        self.backend.front_end_ready();
     }
 
     fn uart(&self) -> MutexGuard<'_, Serial<Interrupt, Drained, Output>> {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_ioctls::VmFd;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, create_controllers};
+pub use x86_64::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, create_controllers, reset_controllers};
 
 /// An edge-triggered interrupt line into the guest.
 pub trait Line: Send + Sync {

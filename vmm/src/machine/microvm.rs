@@ -20,8 +20,8 @@ use super::others::Others;
 use super::replaceable::Replaceable;
 use super::slots::{self, Slot, Workers};
 use super::{CpuInfo, Environment, GuestEvent, MachineError};
-use crate::boot::{self, AcpiPorts, MmioSlot, Platform, SerialPort};
-use crate::bus::Bus;
+use crate::boot::{self, AcpiPorts, BootFiles, MmioSlot, Platform, SerialPort};
+use crate::bus::{Bus, BusDevice};
 use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, I8042Reset, NoClock, OnPower, PowerRequest, SerialDevice};
@@ -31,6 +31,36 @@ use crate::virtio::{Doorbell, balloon};
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 const ACPI_BASE: u16 = 0x600;
+/// Of the power button. Below the slots' interrupts, and a line of which no PC has anything that Linux looks for on its own here.
+const BUTTON_IRQ: u32 = 3;
+
+/// What a guest is told about the machine each time it starts.
+struct Wiring {
+    cpus: u8,
+    topology: Topology,
+    places: Vec<MmioSlot>,
+    has_serial: bool,
+    append: String,
+}
+
+impl Wiring {
+    fn platform(&self, dirty_memory: bool) -> Platform<'_> {
+        Platform {
+            cpus: self.cpus,
+            topology: &self.topology,
+            slots: &self.places,
+            serial: self.has_serial.then_some(SERIAL),
+            acpi: AcpiPorts {
+                sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
+                sleep_status: ACPI_BASE + AcpiRegisters::SLEEP_STATUS,
+                reset: ACPI_BASE + AcpiRegisters::RESET,
+                claim: ACPI_BASE + AcpiRegisters::CLAIM,
+            },
+            button_irq: BUTTON_IRQ,
+            dirty_memory,
+        }
+    }
+}
 
 /// A microvm. Fields drop in this order: vCPUs stop before anything that they use goes.
 pub(super) struct Microvm {
@@ -38,11 +68,14 @@ pub(super) struct Microvm {
     pub(super) replaceable: Replaceable,
     workers: Workers,
     slots: Arc<[Slot]>,
-    topology: Topology,
+    wiring: Wiring,
+    files: BootFiles,
+    serial: Option<Arc<SerialDevice>>,
+    button: Arc<dyn Line>,
     pub(super) balloon: Option<Arc<balloon::Port>>,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
-    _vm: Arc<VmFd>,
-    _memory: Arc<GuestMemory>,
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Microvm {
@@ -80,33 +113,66 @@ impl Microvm {
         };
         let registers = AcpiRegisters::new(on_power, Box::new(on_claim));
         buses.ports.insert(ACPI_BASE.into(), AcpiRegisters::PORTS, Arc::new(registers))?;
-        let has_serial = serial.is_some();
-        if let Some(backend) = serial {
-            let port = SerialDevice::new(line(SERIAL.irq), backend);
+        let serial = serial.map(|backend| SerialDevice::new(line(SERIAL.irq), backend));
+        if let Some(port) = &serial {
+            let port = Arc::clone(port) as Arc<dyn BusDevice>;
             buses.ports.insert(SERIAL.port.into(), SerialDevice::PORTS, port)?;
         }
 
-        let places: Vec<MmioSlot> = (0..slots.len()).map(slots::place).collect();
-        let platform = Platform {
+        let wiring = Wiring {
             cpus: config.smp.cpus,
-            topology: &topology,
-            slots: &places,
-            serial: has_serial.then_some(SERIAL),
-            acpi: AcpiPorts {
-                sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
-                sleep_status: ACPI_BASE + AcpiRegisters::SLEEP_STATUS,
-                reset: ACPI_BASE + AcpiRegisters::RESET,
-                claim: ACPI_BASE + AcpiRegisters::CLAIM,
-            },
-            dirty_memory: memory::may_be_dirty(&config.memory),
+            topology,
+            places: (0..slots.len()).map(slots::place).collect(),
+            has_serial: serial.is_some(),
+            append: config.boot.append.clone(),
         };
-        let state = boot::load(&memory, &config.boot, &platform, &inherited)?;
+        let mut files = BootFiles::open(&config.boot, &inherited)?;
+        let dirty = config.memory.path.is_some();
+        let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
         if let Some(first) = vcpus.first() {
             state.apply(first.fd())?;
         }
         let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
         let balloon = others.balloon;
-        Ok(Self { vcpus, replaceable, workers, slots, topology, balloon, _vm: vm, _memory: memory })
+        Ok(Self {
+            vcpus,
+            replaceable,
+            workers,
+            slots,
+            wiring,
+            files,
+            serial,
+            button: line(BUTTON_IRQ),
+            balloon,
+            vm,
+            memory,
+        })
+    }
+
+    /// Presses the power button. A guest that has not asked for its interrupt does not notice.
+    pub(super) fn press_power_button(&self) {
+        self.button.trigger();
+    }
+
+    /// Everything as at power-on, and the kernel loaded again. The vCPUs must be paused, and stay so.
+    pub(super) fn reset(&mut self) -> Result<(), MachineError> {
+        for slot in self.slots.iter() {
+            slot.transport.reset();
+        }
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
+        irq::reset_controllers(&self.vm)?;
+        let platform = self.wiring.platform(true);
+        let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
+        // The topology has checked that every id fits.
+        let ids: Vec<u8> =
+            (0..self.wiring.cpus).map(|index| self.wiring.topology.apic_id(index) as u8).collect();
+        self.vcpus.reset(move |vcpu| {
+            let id = ids.get(usize::from(vcpu.index())).copied().unwrap_or_default();
+            x86_64::reset(vcpu, id, &state)
+        })?;
+        Ok(())
     }
 
     pub(super) fn iothreads(&self) -> Vec<(String, i32)> {
@@ -118,12 +184,12 @@ impl Microvm {
         (0u8..)
             .zip(tids)
             .map(|(index, host_tid)| {
-                let place = self.topology.place(index);
+                let place = self.wiring.topology.place(index);
                 CpuInfo {
                     index,
                     socket_id: place.socket as u8,
                     die_id: place.die as u8,
-                    core_id: self.topology.core_in_die(&place) as u8,
+                    core_id: self.wiring.topology.core_in_die(&place) as u8,
                     thread_id: place.thread as u8,
                     host_tid,
                 }

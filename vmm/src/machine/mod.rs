@@ -6,6 +6,8 @@
 //!               └────────────────────────┴──────── shut_down ───────┘ (or drop: the same, without the flush)
 //! ```
 //!
+//! A reset leads from paused to paused.
+//!
 //! Only the thread that owns the VM's life calls a [`Machine`]. What the guest does comes back through
 //! [`Environment::guest_events`], from vCPU threads.
 
@@ -195,6 +197,18 @@ impl Machine {
     pub fn resume(&self) {
         if let Some(board) = &self.board {
             board.vcpus.resume();
+        }
+    }
+
+    /// Puts the machine back to where it was after [`start`](Self::start), paused; it must be paused. After an error it cannot go on.
+    pub fn reset(&mut self) -> Result<(), MachineError> {
+        self.board.as_mut().map_or(Ok(()), Microvm::reset)
+    }
+
+    /// Presses the power button: the guest decides what follows.
+    pub fn press_power_button(&self) {
+        if let Some(board) = &self.board {
+            board.press_power_button();
         }
     }
 

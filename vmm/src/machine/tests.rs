@@ -141,6 +141,36 @@ fn starts_paused_and_pauses_a_spinning_guest() {
 }
 
 #[test]
+fn a_reset_starts_the_guest_again_from_whatever_it_had_come_to() {
+    for (pvh, cpus) in [(false, 1), (true, 3)] {
+        let Some(mut rig) = rig(&print_and(&[]), pvh, cpus) else { return };
+        rig.machine.start(false).unwrap();
+        for _ in 0..3 {
+            assert_eq!(rig.screen.recv_timeout(LIMIT), Ok(b'h'));
+            assert_eq!(rig.screen.recv_timeout(LIMIT), Ok(b'i'));
+            rig.machine.pause().unwrap();
+            rig.machine.reset().unwrap();
+            assert!(rig.screen.try_recv().is_err(), "it runs though it is paused");
+            rig.machine.press_power_button();
+            rig.machine.resume();
+        }
+        rig.machine.shut_down().unwrap();
+    }
+    // One that has crashed, too.
+    let Some(mut rig) = rig(&print_and(&CRASH), false, 1) else { return };
+    rig.machine.start(false).unwrap();
+    for _ in 0..2 {
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::TripleFault));
+        rig.machine.pause().unwrap();
+        rig.machine.reset().unwrap();
+        rig.machine.resume();
+    }
+    assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::TripleFault));
+    rig.machine.shut_down().unwrap();
+    assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), b"hihihi");
+}
+
+#[test]
 fn the_smallest_and_the_missing_boards() {
     let environment = || Environment {
         inherited: Arc::default(),

@@ -201,6 +201,8 @@ pub(super) const COMMANDS: &[Spec] = &[
     answer!("query-version", &[], VERSION, answers::version()),
     control!("quit", Quit, NOTHING),
     control!("stop", Stop, NOTHING),
+    control!("system_powerdown", SystemPowerdown, NOTHING),
+    control!("system_reset", SystemReset, NOTHING),
 ];
 
 /// No capability is offered, so none can be enabled; a client need not negotiate at all.

@@ -16,6 +16,8 @@ pub(super) struct EventSpec {
 /// Events that this version can send, by name.
 pub(super) const EVENTS: &[EventSpec] = &[
     EventSpec { name: "DEVICE_DELETED", data: &[must("device", Kind::Text), must("path", Kind::Text)] },
+    EventSpec { name: "POWERDOWN", data: &[] },
+    EventSpec { name: "RESET", data: &[must("guest", Kind::Bool)] },
     EventSpec { name: "RESUME", data: &[] },
     EventSpec { name: "SHUTDOWN", data: &[must("guest", Kind::Bool), must("reason", Kind::Text)] },
     EventSpec { name: "STOP", data: &[] },

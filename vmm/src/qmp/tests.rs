@@ -41,6 +41,10 @@ impl Vm for FakeVm {
             })
             .collect()
     }
+    fn reset(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+    fn press_power_button(&mut self) {}
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         let words = match request {
             Hotplug::AddDrive(drive) => format!("{drive:?}"),

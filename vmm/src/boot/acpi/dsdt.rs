@@ -3,6 +3,7 @@
 //! ```text
 //! \_S5    soft off, through the sleep control register
 //! \_SB.CLMP/CLMF   the claim port
+//! \_SB.PWRB        PNP0C0C, the power button; \_SB.GED (ACPI0013) tells the guest of it when its interrupt comes
 //! \_SB.COM1        PNP0501, when there is a serial port
 //! \_SB.Vxxx        LNRO0005: virtio-mmio device xxx (hexadecimal). _STA writes xxx to the claim port.
 //! ```
@@ -11,9 +12,9 @@
 //! That is how the machine knows which of the device's two register windows the kernel will use.
 
 use acpi_tables::aml::{
-    Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, Interrupt,
-    Memory32Fixed, Method, Name, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Return, Scope,
-    Store,
+    Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
+    Interrupt, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate,
+    Return, Scope, Store,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -41,10 +42,11 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"CLMF", 8)],
     );
+    let button = PowerButton(platform.button_irq);
     let com1 = platform.serial.map(Com1);
     let devices: Vec<Virtio> =
         (0..).zip(platform.slots).map(|(number, slot)| Virtio { number, slot }).collect();
-    let mut children: Vec<&dyn Aml> = vec![&region, &field];
+    let mut children: Vec<&dyn Aml> = vec![&region, &field, &button];
     children.extend(com1.iter().map(|d| d as &dyn Aml));
     children.extend(devices.iter().map(|d| d as &dyn Aml));
     Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
@@ -57,6 +59,36 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
 /// A line of ours: edge-triggered, active high, not shared.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
+}
+
+/// Notification of a button that was pressed while the machine is on (ACPI 6.4 §4.8.2.2.1.2).
+const PRESSED: u8 = 0x80;
+
+/// The power button, and the generic event device that turns its interrupt into a notification (ACPI 6.4 §5.6.9): what a
+/// hardware-reduced platform has instead of the fixed button.
+struct PowerButton(u32);
+
+impl Aml for PowerButton {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "PWRB".into(),
+            vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &0u8)],
+        )
+        .to_aml_bytes(sink);
+        let (button, event) = (Path::new("PWRB"), Arg(0));
+        let notify = Notify::new(&button, &PRESSED);
+        let ours = Equal::new(&event, &self.0);
+        Device::new(
+            "GED_".into(),
+            vec![
+                &Name::new("_HID".into(), &"ACPI0013"),
+                &Name::new("_UID".into(), &0u8),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt(self.0)])),
+                &Method::new("_EVT".into(), 1, true, vec![&If::new(&ours, vec![&notify])]),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
 }
 
 /// The first serial port. A hardware-reduced Linux gives ports no interrupt that ACPI does not name.

@@ -23,6 +23,7 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
         slots: &slots,
         serial: serial.then_some(SerialPort { port: 0x3f8, irq: 4 }),
         acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
+        button_irq: 3,
         dirty_memory: false,
     };
     tables(AT, &platform)
@@ -76,4 +77,14 @@ fn the_serial_port_is_described_only_if_there_is_one() {
     assert_eq!(count(&blob(1, true), b"COM1"), 1);
     assert_eq!(count(&blob(1, false), b"COM1"), 0);
     assert_eq!(count(&blob(1, false), b"LNRO0005"), 8);
+}
+
+#[test]
+fn the_power_button_is_a_device_that_an_interrupt_reports() {
+    let blob = blob(1, false);
+    let find = |name: &[u8]| blob.windows(name.len()).position(|w| w == name);
+    assert!(find(b"ACPI0013").is_some() && find(b"_EVT").is_some());
+    // PNP0C0C as a compressed EISA id, and Notify (PWRB, 0x80).
+    assert!(find(&[0x0c, 0x41, 0xd0, 0x0c, 0x0c]).is_some());
+    assert!(find(b"\x86PWRB\x0a\x80").is_some());
 }

@@ -78,26 +78,37 @@ struct MapEntry {
     usable: bool,
 }
 
-/// Puts everything into guest memory and says how the first vCPU starts.
+/// The files that the guest starts from, open for as long as the machine may start it again.
+pub struct BootFiles {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+}
+
+impl BootFiles {
+    /// Opens them, or takes their inherited descriptors.
+    pub fn open(config: &BootConfig, inherited: &Inherited) -> Result<Self, BootError> {
+        let path = config.kernel.as_ref().ok_or(BootError::NoKernel)?;
+        let kernel = BootFile::open("-kernel", path, inherited)?;
+        let initrd = config.initrd.as_ref().map(|path| BootFile::open("-initrd", path, inherited));
+        Ok(Self { kernel, initrd: initrd.transpose()? })
+    }
+}
+
+/// Puts everything into guest memory and says how the first vCPU starts. May be called again when the guest is to start again.
 pub fn load(
     memory: &GuestMemory,
-    config: &BootConfig,
+    files: &mut BootFiles,
+    append: &str,
     platform: &Platform<'_>,
-    inherited: &Inherited,
 ) -> Result<BootState, BootError> {
-    let path = config.kernel.as_ref().ok_or(BootError::NoKernel)?;
-    let mut file = BootFile::open("-kernel", path, inherited)?;
-    let kernel = load_kernel(&mut file, memory, platform.dirty_memory)?;
+    let kernel = load_kernel(&mut files.kernel, memory, platform.dirty_memory)?;
 
     let words: Vec<String> = platform.slots.iter().map(cmdline::virtio_mmio).collect();
-    let line = cmdline::build(&config.append, &words, kernel.cmdline_limit)?;
+    let line = cmdline::build(append, &words, kernel.cmdline_limit)?;
     write(memory, CMDLINE, &line, "the command line")?;
 
-    let initrd = match &config.initrd {
-        Some(path) => {
-            let mut file = BootFile::open("-initrd", path, inherited)?;
-            Some(initrd::load(&mut file, memory, &kernel)?)
-        }
+    let initrd = match &mut files.initrd {
+        Some(file) => Some(initrd::load(file, memory, &kernel)?),
         None => None,
     };
     let map = memory_map(memory);

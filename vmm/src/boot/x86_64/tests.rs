@@ -25,9 +25,11 @@ fn boot(memory: &GuestMemory, config: &BootConfig) -> Result<BootState, BootErro
         slots: &slots,
         serial: None,
         acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
+        button_irq: 3,
         dirty_memory: false,
     };
-    load(memory, config, &platform, &Inherited::default())
+    let mut files = BootFiles::open(config, &Inherited::default())?;
+    load(memory, &mut files, &config.append, &platform)
 }
 
 fn file(data: &[u8]) -> tempfile::NamedTempFile {

@@ -2,6 +2,7 @@
 
 pub mod boot_state;
 mod cpuid;
+mod reset;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -9,6 +10,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use super::{CpuError, Topology, Vcpu, kvm};
 pub use boot_state::BootState;
 use cpuid::CpuidPolicy;
+pub use reset::reset;
 
 /// Four pages below the LAPIC's, in the hole: Intel processors without "unrestricted guest" run real mode in an address space
 /// that KVM keeps there (three pages of TSS after one page of identity-mapped page table).

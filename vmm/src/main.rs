@@ -15,6 +15,7 @@ use std::ffi::c_int;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -22,13 +23,14 @@ use vmm::chardev::{self, CharBackend, ChardevError, Traffic};
 use vmm::config::cmdline::{self, Request};
 use vmm::config::{ChardevKind, Device, DeviceDriver, Monitor, VmConfig};
 use vmm::control::{Control, End, Input, Terminal};
-use vmm::event::{EventLoop, Ops};
+use vmm::event::{EventLoop, LoopHandle, Ops};
 use vmm::inherit::Inherited;
 use vmm::machine::{Environment, GuestEvent, Machine};
 use vmm::process::daemon::{self, PidFile, Side};
 use vmm::process::{self, log, signals};
 use vmm::qmp::Qmp;
 use vmm::sandbox::{self, Needs};
+use vmm::virtio::balloon;
 
 /// How long the last output may take to reach a receiver that is slow.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -183,6 +185,9 @@ impl Running {
             chardevs: host_ends.by_id.clone(),
         };
         let mut machine = Machine::build(config, environment)?;
+        if let Some(balloon) = machine.balloon() {
+            watch_balloon(&balloon, &hub, &event_loop.handle());
+        }
         let needs = needs(config);
         sandbox::confine(needs)?;
         machine.start(config.start_paused)?;
@@ -221,6 +226,26 @@ impl Running {
         drop(control);
         exit_code
     }
+}
+
+/// Has clients told what the guest does with the balloon. However often it does something, one job at a time is on its way.
+fn watch_balloon(balloon: &balloon::Port, hub: &Arc<OnceLock<Weak<Qmp>>>, main_loop: &LoopHandle) {
+    let (hub, main_loop) = (Arc::clone(hub), main_loop.clone());
+    let (newest, posted) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    balloon.on_change(move |actual| {
+        newest.store(actual, Ordering::Release);
+        if posted.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (hub, newest, posted) = (Arc::clone(&hub), Arc::clone(&newest), Arc::clone(&posted));
+        main_loop.post(move |ops| {
+            // First this, so that a value stored from now on brings a job of its own.
+            posted.store(false, Ordering::Release);
+            if let Some(qmp) = hub.get().and_then(Weak::upgrade) {
+                qmp.balloon_changed(newest.load(Ordering::Acquire), ops);
+            }
+        });
+    });
 }
 
 fn happened(hub: &OnceLock<Weak<Qmp>>, input: &Input) {

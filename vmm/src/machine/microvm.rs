@@ -26,6 +26,7 @@ use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, I8042Reset, NoClock, OnPower, PowerRequest, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
+use crate::memory::discard::Discarder;
 use crate::memory::{self, GuestMemory};
 use crate::virtio::{Doorbell, balloon};
 
@@ -41,6 +42,8 @@ struct Wiring {
     places: Vec<MmioSlot>,
     has_serial: bool,
     append: String,
+    /// Memory that was filled beforehand stays where it is.
+    clears_memory: bool,
 }
 
 impl Wiring {
@@ -125,9 +128,10 @@ impl Microvm {
             places: (0..slots.len()).map(slots::place).collect(),
             has_serial: serial.is_some(),
             append: config.boot.append.clone(),
+            clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;
-        let dirty = config.memory.path.is_some();
+        let dirty = memory::may_be_dirty(&config.memory);
         let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
         if let Some(first) = vcpus.first() {
             state.apply(first.fd())?;
@@ -163,6 +167,13 @@ impl Microvm {
             serial.reset();
         }
         irq::reset_controllers(&self.vm)?;
+        if self.wiring.clears_memory {
+            // As after power-on: what ran before is nobody's business, and its pages need not be kept.
+            let ram = Discarder::new(Arc::clone(&self.memory));
+            if let Err(error) = ram.discard(0, u64::MAX) {
+                tracing::warn!("guest memory keeps what it held before the reset: {error}");
+            }
+        }
         let platform = self.wiring.platform(true);
         let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
         // The topology has checked that every id fits.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::answers;
 use super::arguments::Kind::{Any, Bool, Int, List, Object, Text};
-use super::arguments::{Arguments, Kind, Member, check, may, must, quote};
+use super::arguments::{Arguments, Get, Kind, Member, check, may, must, quote};
 use super::descriptors::{Descriptors, NoName};
 use super::message::{Class, QmpError, Request};
 use super::{plug, schema};
@@ -143,6 +143,9 @@ const VERSION: Kind = Object(&[
 
 /// All commands, by name.
 pub(super) const COMMANDS: &[Spec] = &[
+    command("balloon", &[must("value", Int)], NOTHING, |a, _| {
+        Ok(Action::Control(Command::Balloon(a.int("value").unwrap_or(u64::MAX))))
+    }),
     command("blockdev-add", plug::BLOCKDEV, NOTHING, |a, _| plug::blockdev(a).map(Action::Control)),
     command("blockdev-del", plug::NODE_NAME, NOTHING, |a, _| {
         Ok(Action::Control(Command::BlockdevDel(plug::name(a, "node-name")?)))
@@ -166,6 +169,7 @@ pub(super) const COMMANDS: &[Spec] = &[
         List(&Object(&[must("name", Text), may("parent", Text)])),
         answers::types()
     ),
+    control!("query-balloon", QueryBalloon, Object(&[must("actual", Int)])),
     control!("query-block", QueryBlock, BLOCK),
     answer!("query-block-jobs", &[], List(&Any), json!([])),
     control!("query-blockstats", QueryBlockstats, BLOCKSTATS),
@@ -189,10 +193,12 @@ pub(super) const COMMANDS: &[Spec] = &[
         json!({ "enabled": true, "present": true })
     ),
     answer!("query-machines", &[], MACHINES, answers::machines()),
+    control!("query-mem", QueryMem, NOTHING),
     answer!("query-migrate-capabilities", &[], List(&Any), json!([])),
     control!("query-name", QueryName, Object(&[may("name", Text)])),
     control!("query-named-block-nodes", QueryNamedBlockNodes, List(&Object(NODE))),
     answer!("query-qmp-schema", &[], List(&Any), schema::schema(COMMANDS)),
+    answer!("query-sev-capabilities", &[], Any, json!({})),
     control!("query-status", QueryStatus, STATUS),
     answer!("query-target", &[], Object(&[must("arch", Text)]), json!({ "arch": std::env::consts::ARCH })),
     answer!("query-tpm-models", &[], List(&Text), json!([])),

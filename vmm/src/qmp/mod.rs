@@ -15,22 +15,27 @@ mod message;
 mod plug;
 mod schema;
 mod syntax;
+mod throttle;
 
 use std::os::fd::OwnedFd;
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::chardev::{CharBackend, FrontEnd};
 use crate::control::{CommandError, Control, Event, Input, Outcome};
+use crate::event::{EventFlags, Ops, Token};
 
 use codec::{Codec, Frame};
 use commands::{Action, resolve};
 use descriptors::Descriptors;
 use message::{Class, QmpError, encode_event, encode_reply, greeting, parse};
+use throttle::{Throttle, Verdict};
 
 /// Bytes taken at once. A shorter read means that nothing more was waiting.
 const READ: usize = 4096;
@@ -39,6 +44,7 @@ const READ: usize = 4096;
 pub struct Qmp {
     control: Mutex<Control>,
     sessions: Mutex<Vec<Arc<Session>>>,
+    balloon: Mutex<Throttle>,
 }
 
 /// One monitor: at most one client at a time.
@@ -57,7 +63,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Qmp {
     /// No monitors yet.
     pub fn new(control: Control) -> Arc<Self> {
-        Arc::new(Self { control: Mutex::new(control), sessions: Mutex::default() })
+        Arc::new(Self { control: Mutex::new(control), sessions: Mutex::default(), balloon: Mutex::default() })
     }
 
     /// Serves the clients of `backend`.
@@ -86,6 +92,49 @@ impl Qmp {
                 self.tell(&event, None);
             }
         }
+    }
+
+    /// The guest has so much memory now. Told at most once a second; the last number always.
+    pub fn balloon_changed(self: &Arc<Self>, actual: u64, ops: &mut Ops<'_>) {
+        let verdict = lock(&self.balloon).offer(Instant::now(), actual);
+        match verdict {
+            Verdict::Now => self.tell_balloon(actual),
+            Verdict::After(wait) => {
+                if let Err(error) = self.tell_balloon_after(wait, ops) {
+                    // Without a timer the next change brings it.
+                    tracing::warn!("no timer for BALLOON_CHANGED: {error}");
+                    if let Some(actual) = lock(&self.balloon).due(Instant::now()) {
+                        self.tell_balloon(actual);
+                    }
+                }
+            }
+            Verdict::Kept => {}
+        }
+    }
+
+    fn tell_balloon(&self, actual: u64) {
+        self.tell(&Event { name: "BALLOON_CHANGED", data: json!({ "actual": actual }) }, None);
+    }
+
+    fn tell_balloon_after(self: &Arc<Self>, wait: Duration, ops: &mut Ops<'_>) -> std::io::Result<()> {
+        let mut timer = TimerFd::new()?;
+        timer.reset(wait, None)?;
+        let (qmp, token) = (Arc::downgrade(self), Arc::new(Mutex::new(None::<Token>)));
+        let mine = Arc::clone(&token);
+        let rang = move |_: EventFlags, ops: &mut Ops<'_>| {
+            if let Some(token) = lock(&mine).take() {
+                ops.remove(token);
+            }
+            let Some(qmp) = qmp.upgrade() else { return };
+            let due = lock(&qmp.balloon).due(Instant::now());
+            if let Some(actual) = due {
+                qmp.tell_balloon(actual);
+            }
+        };
+        // SAFETY: the timer is open until the end of this function; the loop keeps its own duplicate.
+        let fd = unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) };
+        *lock(&token) = Some(ops.add(fd, EventFlags::IN, rang)?);
+        Ok(())
     }
 
     fn tell(&self, event: &Event, but: Option<&Session>) {

@@ -41,6 +41,10 @@ impl Vm for FakeVm {
             })
             .collect()
     }
+    fn balloon(&self) -> Option<u64> {
+        None
+    }
+    fn set_balloon(&mut self, _: u64) {}
     fn reset(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
@@ -118,14 +122,14 @@ impl World {
 
     /// The next line of `client`; the deadline only guards against a hang.
     fn line(&mut self, client: &mut Client) -> String {
-        let end = std::time::Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(20);
         loop {
             if let Some((line, rest)) = client.text.split_once("\r\n") {
                 let line = line.to_owned();
                 client.text = rest.to_owned();
                 return line;
             }
-            assert!(std::time::Instant::now() < end, "no line came; so far: {}", client.text);
+            assert!(Instant::now() < end, "no line came; so far: {}", client.text);
             self.event_loop.turn(Some(Duration::from_millis(2))).unwrap();
             let mut buffer = [0; 4096];
             match client.socket.read(&mut buffer) {
@@ -286,10 +290,10 @@ fn a_client_that_does_not_read_is_dropped_and_the_next_one_served() {
     let mut deaf = world.connect("a");
     let mut queued = world.connect("a");
     let request = "{\"execute\":\"query-commands\"}\n".repeat(400);
-    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(20);
     // Never reads; ends when the VMM has hung up.
     loop {
-        assert!(std::time::Instant::now() < end);
+        assert!(Instant::now() < end);
         match deaf.socket.write(request.as_bytes()) {
             Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => break,
             _ => world.event_loop.turn(Some(Duration::from_millis(2))).unwrap(),
@@ -456,10 +460,10 @@ fn a_monitor_over_tcp_speaks_the_same() {
     let mut socket = std::net::TcpStream::connect(port).unwrap();
     socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
     socket.write_all(b"{\"execute\":\"query-name\"}").unwrap();
-    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(20);
     let mut text = Vec::new();
     while !text.ends_with(b"{\"return\":{\"name\":\"web\"}}\r\n") {
-        assert!(std::time::Instant::now() < end, "{}", String::from_utf8_lossy(&text));
+        assert!(Instant::now() < end, "{}", String::from_utf8_lossy(&text));
         world.event_loop.turn(Some(Duration::from_millis(2))).unwrap();
         let mut buffer = [0; 4096];
         if let Ok(n) = socket.read(&mut buffer) {
@@ -486,5 +490,28 @@ fn the_schema_names_every_command_and_event_there_is() {
                 "{named}"
             );
         }
+    }
+}
+
+#[test]
+fn changes_of_the_balloon_come_at_most_once_a_second_and_the_last_always() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    let inactive = world.ask(&mut client, r#"{"execute":"balloon","arguments":{"value":1}}"#);
+    assert_eq!(
+        inactive,
+        r#"{"error":{"class":"DeviceNotActive","desc":"No balloon device has been activated"}}"#
+    );
+    let qmp = Arc::clone(&world.qmp);
+    for actual in [5, 6, 7] {
+        qmp.balloon_changed(actual, &mut world.event_loop.ops());
+    }
+    for want in [5, 7] {
+        let line = world.line(&mut client);
+        assert!(
+            line.starts_with(&format!(r#"{{"event":"BALLOON_CHANGED","data":{{"actual":{want}}},"#)),
+            "{line}"
+        );
     }
 }

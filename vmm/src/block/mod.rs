@@ -16,10 +16,12 @@ use crate::inherit::Inherited;
 mod align;
 mod engine;
 mod lock;
+mod throttle;
 mod uring;
 
 pub(crate) use align::Bounce;
 pub(crate) use engine::{Engine, Op};
+pub(crate) use throttle::Throttle;
 
 /// Bytes in the unit that virtio-blk counts in, whatever the disk's block size (virtio 1.2 §5.2.6).
 pub const SECTOR: u64 = 512;
@@ -88,13 +90,17 @@ pub struct Disk {
     discard: bool,
     aio: Aio,
     alignment: align::Alignment,
+    iops: u64,
+    detect_zeroes: DetectZeroes,
+    no_flush: bool,
 }
 
 impl Disk {
     /// Opens the image of `drive`, or takes its inherited descriptor, and locks it.
     ///
-    /// `aio=native` and the default use io_uring, which does all that Linux native AIO does; `threads` and `off` use plain
-    /// synchronous calls on the I/O thread, as does a host without io_uring.
+    /// `aio=native` and the default use io_uring, which does all that Linux native AIO does, and reads what the page cache has
+    /// without waiting; `threads` has the kernel's pool of threads do each call; `off` uses plain synchronous calls on the I/O
+    /// thread, as does a host without io_uring.
     pub fn open(drive: &Drive, inherited: &Inherited) -> Result<Self, BlockError> {
         Self::try_open(drive, inherited).map_err(|problem| BlockError {
             drive: drive.id.clone(),
@@ -138,6 +144,9 @@ impl Disk {
             discard: drive.discard && !drive.readonly,
             aio: drive.aio.unwrap_or(Aio::IoUring),
             alignment,
+            iops: drive.iops_total.unwrap_or(0),
+            detect_zeroes: drive.detect_zeroes,
+            no_flush: drive.no_flush,
         })
     }
 
@@ -161,6 +170,25 @@ impl Disk {
         self.discard
     }
 
+    /// Limit on requests, if there is one.
+    pub(crate) fn throttle(&self) -> Option<Throttle> {
+        Throttle::new(self.iops)
+    }
+
+    /// What becomes of writes of zeroes: `None`, they are written; else whether they may give their blocks back.
+    pub(crate) fn detect_zeroes(&self) -> Option<bool> {
+        match self.detect_zeroes {
+            DetectZeroes::Off => None,
+            DetectZeroes::On => Some(false),
+            DetectZeroes::Unmap => Some(self.discard),
+        }
+    }
+
+    /// Whether the guest's flushes are not to be carried out.
+    pub(crate) fn no_flush(&self) -> bool {
+        self.no_flush
+    }
+
     /// Smallest unit, in bytes, that a guest should read or write.
     pub fn block_size(&self) -> u32 {
         // At most 64 KiB: `Alignment` sees to it.
@@ -174,8 +202,8 @@ impl Disk {
 
     /// A new engine for at most `depth` requests in flight. Costs a few system calls: call it when the disk is really used.
     pub(crate) fn engine(&self, depth: u16) -> Box<dyn Engine> {
-        if matches!(self.aio, Aio::IoUring | Aio::Native) {
-            match uring::Uring::new(&self.file, depth) {
+        if self.aio != Aio::Off {
+            match uring::Uring::new(&self.file, depth, self.aio == Aio::Threads) {
                 Ok(uring) => return Box::new(uring),
                 Err(error) => {
                     tracing::info!(drive = self.id, "no io_uring ({error}): using synchronous I/O");
@@ -210,12 +238,6 @@ impl Drop for Disk {
 fn refuse_unsupported(drive: &Drive) -> Result<(), Problem> {
     if drive.format == ImageFormat::Qcow2 {
         return Err(Problem::Unsupported("format=qcow2", "convert the image with `qemu-img convert -O raw`"));
-    }
-    if drive.iops_total.is_some_and(|n| n > 0) {
-        return Err(Problem::Unsupported("throttling.iops-total", "remove it from the drive"));
-    }
-    if drive.detect_zeroes != DetectZeroes::Off {
-        return Err(Problem::Unsupported("detect-zeroes", "remove it from the drive"));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use io_uring::types::{Fd, FsyncFlags};
-use io_uring::{IoUring, opcode};
+use io_uring::{IoUring, opcode, squeue};
 
 use super::engine::{Engine, Op};
 use super::raw;
@@ -20,17 +20,20 @@ const SUBMIT_TRIES: u32 = 1000;
 pub(super) struct Uring {
     ring: IoUring,
     fd: Fd,
+    flags: squeue::Flags,
 }
 
 impl Uring {
-    /// A ring for `depth` requests on `file`, which must outlive it.
-    pub(super) fn new(file: &File, depth: u16) -> io::Result<Self> {
+    /// A ring for `depth` requests on `file`, which must outlive it. `threads`: every request goes to the kernel's pool of threads
+    /// at once, and none is tried on ours.
+    pub(super) fn new(file: &File, depth: u16, threads: bool) -> io::Result<Self> {
         let ring = IoUring::builder().dontfork().build(u32::from(depth))?;
         // Before 5.5 the kernel might read the list of buffers after `submit`; none that old is supported, but be sure.
         if !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        Ok(Self { ring, fd: Fd(raw(file)) })
+        let flags = if threads { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        Ok(Self { ring, fd: Fd(raw(file)), flags })
     }
 }
 
@@ -48,7 +51,8 @@ impl Engine for Uring {
             Op::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
             Op::Allocate { mode, len } => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build(),
         }
-        .user_data(u64::from(tag));
+        .user_data(u64::from(tag))
+        .flags(self.flags);
         // SAFETY: the caller vouches for the buffers.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.submit()?;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    Aio, ChardevKind, DetectZeroes, Device, DeviceDriver, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
+    Aio, ChardevKind, Device, DeviceDriver, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
     MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, MachineKind, Monitor, NetBackend, TapSource, VmConfig,
 };
 
@@ -132,8 +132,6 @@ fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
         }
         let unsupported = [
             (drive.format == ImageFormat::Qcow2, "format=qcow2"),
-            (drive.iops_total.is_some_and(|n| n > 0), "throttling.iops-total"),
-            (drive.detect_zeroes != DetectZeroes::Off, "detect-zeroes"),
             (drive.pflash_unit.is_some(), "if=pflash"),
         ];
         if let Some((_, what)) = unsupported.iter().find(|(asked, _)| *asked) {

@@ -140,8 +140,8 @@ impl VirtioDevice for Blk {
             interrupt: Arc::clone(&interrupt),
         });
         let gate = Gate::new(server);
-        let (on_thread, medium, signal) = (Arc::clone(&gate), state.medium.clone(), Arc::clone(&interrupt));
-        io_thread.post(move |ops: &mut Ops<'_>| serve::start(&on_thread, ops, medium, &*signal));
+        let (on_thread, medium, signal) = (Arc::clone(&gate), state.medium(), Arc::clone(&interrupt));
+        io_thread.post(move |ops: &mut Ops<'_>| serve::start(&on_thread, ops, &medium, &*signal));
         state.session = Some(Session { gate, io_thread, interrupt });
         Ok(())
     }

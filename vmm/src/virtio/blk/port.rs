@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -175,11 +175,12 @@ impl Port {
             return Err(PortError::Occupied);
         }
         let medium = Arc::new(Medium::new(disk, serial, false));
-        state.medium = Some(Arc::clone(&medium));
+        state.medium = Some(medium);
         state.describe();
         if let Some(Session { gate, io_thread, interrupt }) = state.session.clone() {
+            let medium = state.medium();
             // The interrupt comes from there, so that the driver's first request finds the disk.
-            io_thread.post(move |ops: &mut Ops<'_>| serve::insert(&gate, ops, medium, &*interrupt));
+            io_thread.post(move |ops: &mut Ops<'_>| serve::insert(&gate, ops, &medium, &*interrupt));
         }
         Ok(())
     }
@@ -330,6 +331,11 @@ impl State {
             put(config::WRITE_ZEROES_MAY_UNMAP, &[u8::from(self.features & feature::DISCARD != 0)]);
         }
         self.config = space;
+    }
+
+    /// For the I/O thread.
+    pub(super) fn medium(&self) -> Weak<Medium> {
+        self.medium.as_ref().map_or_else(Weak::new, Arc::downgrade)
     }
 
     /// The driver is gone: what is offered may change again.

@@ -132,6 +132,21 @@ impl Request {
         Ok(if discard { Kind::Discard { len } } else { Kind::WriteZeroes { len, unmap: flags & UNMAP != 0 } })
     }
 
+    /// Whether all that is to be written is zeroes. The guest can still change it: then it gets what it wrote, or zeroes.
+    pub(super) fn writes_zeroes(&self) -> bool {
+        let mut piece = [0u8; SECTOR as usize];
+        self.chain.readable.parts().iter().all(|part| {
+            (0..part.iov_len).step_by(piece.len()).all(|at| {
+                let n = piece.len().min(part.iov_len - at);
+                // SAFETY: the range is inside this part of guest RAM, and host memory does not overlap it.
+                unsafe {
+                    piece.as_mut_ptr().copy_from_nonoverlapping(part.iov_base.cast::<u8>().add(at), n);
+                }
+                piece[..n].iter().all(|b| *b == 0)
+            })
+        })
+    }
+
     /// The buffers that data moves through.
     pub(super) fn buffers(&mut self, kind: Kind) -> &mut Buffers {
         if kind == Kind::Read { &mut self.chain.writable } else { &mut self.chain.readable }

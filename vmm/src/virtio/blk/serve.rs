@@ -4,16 +4,18 @@
 //! (the number of its head) back; no path drops one earlier.
 
 use std::io;
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
-use crate::block::{Bounce, Engine, Op};
+use crate::block::{Bounce, Engine, Op, Throttle};
 use crate::event::{EventFlags, Ops, Token};
 use crate::virtio::queue::{Queue, QueueError};
 use crate::virtio::worker::Gate;
@@ -46,6 +48,7 @@ pub(super) struct Server {
     /// The watch of the engine's descriptor.
     watch: Option<Token>,
     bounce: Option<Bounce>,
+    limit: Option<Limit>,
     medium: Option<Arc<Medium>>,
     rules: Rules,
     /// By head; as long as the largest head so far needs, so that a disk that is hardly used takes hardly any memory.
@@ -61,18 +64,45 @@ pub(super) struct Server {
     leaving: Option<Sender<()>>,
 }
 
-/// The first thing of a session, on the I/O thread.
+/// A limit on requests per second. Requests above it stay in the ring, in their order, until the timer says so.
+struct Limit {
+    throttle: Throttle,
+    since: Instant,
+    timer: TimerFd,
+    watch: Token,
+    /// The timer runs.
+    waiting: bool,
+}
+
+impl Limit {
+    /// False: not now; the timer will say when.
+    fn allows_one(&mut self) -> bool {
+        if self.waiting {
+            return false;
+        }
+        let Err(wait) = self.throttle.ready(self.since.elapsed()) else { return true };
+        match self.timer.reset(wait, None) {
+            Ok(()) => self.waiting = true,
+            // Never seen; better no limit than a disk that stands still.
+            Err(error) => complain(|| tracing::warn!("virtio-blk: cannot set a timer: {error}")),
+        }
+        !self.waiting
+    }
+}
+
+/// The first thing of a session, on the I/O thread. Weak, here and below: a job that waits for its turn, or comes after the
+/// driver's reset, must not keep a disk that has left.
 pub(super) fn start(
     gate: &Arc<Gate<Server>>,
     ops: &mut Ops<'_>,
-    medium: Option<Arc<Medium>>,
+    medium: &Weak<Medium>,
     interrupt: &dyn Interrupt,
 ) {
     let started = gate.enter(|server| -> io::Result<()> {
         let notified = Arc::clone(gate);
         let edge = EventFlags::IN | EventFlags::ET;
         gate.watch(ops, fd_of(&server.parts.notify), edge, move |_, ops: &mut Ops<'_>| turn(&notified, ops))?;
-        if let Some(medium) = medium {
+        if let Some(medium) = medium.upgrade() {
             server.load(gate, ops, medium)?;
         }
         server.run();
@@ -85,15 +115,22 @@ pub(super) fn start(
 pub(super) fn insert(
     gate: &Arc<Gate<Server>>,
     ops: &mut Ops<'_>,
-    medium: Arc<Medium>,
+    medium: &Weak<Medium>,
     interrupt: &dyn Interrupt,
 ) {
     let inserted = gate.enter(|server| {
-        server.load(gate, ops, medium)?;
-        interrupt.config();
+        if let Some(medium) = medium.upgrade() {
+            server.load(gate, ops, medium)?;
+            interrupt.config();
+        }
         Ok(())
     });
     give_up_on_error(inserted, interrupt);
+}
+
+fn borrow_timer(timer: &TimerFd) -> BorrowedFd<'_> {
+    // SAFETY: the timer keeps its descriptor open as long as the borrow lasts.
+    unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
 fn give_up_on_error(result: Option<io::Result<()>>, interrupt: &dyn Interrupt) {
@@ -127,6 +164,7 @@ impl Server {
             engine: None,
             watch: None,
             bounce: None,
+            limit: None,
             medium: None,
             rules: Rules::default(),
             in_flight: Vec::new(),
@@ -143,6 +181,21 @@ impl Server {
         let Parts { unmap, zero, read_only, .. } = self.parts;
         self.rules =
             Rules { size: medium.disk.size(), read_only: read_only || medium.read_only, unmap, zero };
+        if let Some(throttle) = medium.disk.throttle() {
+            let timer = TimerFd::new().map_err(io::Error::from)?;
+            let over = Arc::clone(gate);
+            // Never read: each time it is set and runs out makes an edge.
+            let edge = EventFlags::IN | EventFlags::ET;
+            let watch = gate.watch(ops, borrow_timer(&timer), edge, move |_, ops: &mut Ops<'_>| {
+                over.enter(|server| {
+                    if let Some(limit) = &mut server.limit {
+                        limit.waiting = false;
+                    }
+                });
+                turn(&over, ops);
+            })?;
+            self.limit = Some(Limit { throttle, since: Instant::now(), timer, watch, waiting: false });
+        }
         let engine = self.engine.insert(medium.disk.engine(self.parts.queue.size()));
         self.medium = Some(medium);
         if let Some(fd) = engine.ready() {
@@ -161,6 +214,9 @@ impl Server {
         // The watch has a duplicate of the engine's descriptor.
         if let Some(token) = self.watch.take() {
             gate.unwatch(ops, token);
+        }
+        if let Some(limit) = self.limit.take() {
+            gate.unwatch(ops, limit.watch);
         }
         (self.engine, self.bounce, self.medium) = (None, None, None);
         let _ = gone.send(());
@@ -188,11 +244,19 @@ impl Server {
         let mut left = BATCH;
         loop {
             self.reap();
+            let mut limited = false;
             while left > 0 {
+                limited = self.limit.as_mut().is_some_and(|l| !l.allows_one());
+                if limited {
+                    break;
+                }
                 let mut request = self.spare.pop().unwrap_or_default();
                 if !self.parts.queue.pop(&mut request.chain)? {
                     self.spare.push(request);
                     break;
+                }
+                if let Some(limit) = &mut self.limit {
+                    limit.throttle.spend(limit.since.elapsed());
                 }
                 left -= 1;
                 self.start(request);
@@ -200,7 +264,8 @@ impl Server {
             self.submit();
             self.reap();
             self.publish();
-            if self.broken {
+            if self.broken || limited {
+                // The driver need not notify while the timer runs.
                 return Ok(false);
             }
             if left == 0 {
@@ -237,6 +302,14 @@ impl Server {
                 request.written = request.chain.writable.fill(&serial) as u32;
                 self.finish(request, Status::Ok);
             }
+            Ok(Kind::Write) => {
+                let detect = self.medium.as_ref().and_then(|m| m.disk.detect_zeroes());
+                let kind = match detect.filter(|_| request.writes_zeroes()) {
+                    Some(unmap) => Kind::WriteZeroes { len: request.chain.readable.len(), unmap },
+                    None => Kind::Write,
+                };
+                self.push(kind, request);
+            }
             Ok(kind) => self.push(kind, request),
         }
     }
@@ -262,6 +335,7 @@ impl Server {
                     _ => Op::Write { parts: buffers.parts(), durable: self.parts.durable_writes },
                 }
             }
+            Kind::Flush if disk.no_flush() => return self.finish(request, Status::Ok),
             Kind::Flush => Op::Flush,
             // §5.2.6.2 lets the device do nothing: a disk that came into a slot which had offered discards need not support them.
             Kind::Discard { .. } if !disk.discard() => return self.finish(request, Status::Ok),

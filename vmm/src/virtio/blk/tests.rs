@@ -103,7 +103,7 @@ impl Disked {
 
 #[test]
 fn every_kind_of_request_on_each_engine() {
-    for aio in [Aio::IoUring, Aio::Off] {
+    for aio in [Aio::IoUring, Aio::Threads, Aio::Off] {
         for features in [!0, PLAIN] {
             let mut d = start(|drive| drive.aio = Some(aio), features);
             // Over several buffers, one of odd length.
@@ -407,4 +407,65 @@ fn one_thread_serves_many_devices_and_ends_with_them() {
     drop(disks);
     drop(worker);
     assert_eq!(threads(), 0);
+}
+
+#[test]
+fn a_limit_delays_requests_and_keeps_their_order() {
+    // A burst of one, then one each two milliseconds: most of these wait for the timer.
+    let mut d = start(
+        |drive| {
+            drive.iops_total = Some(500);
+            drive.aio = Some(Aio::Off);
+        },
+        !0,
+    );
+    for round in 0..40u64 {
+        let heads: Vec<u16> = (0..5)
+            .map(|i| {
+                let base = DATA + 0x1_0000 * (i + 1);
+                write_header(&d.rig, base, IN, round);
+                d.ring.add(&[(base, 16, false), (base + 0x1000, 512, true), (base + 0x800, 1, true)])
+            })
+            .collect();
+        d.rig.kick(&d.ring);
+        for head in heads {
+            assert_eq!(d.rig.used(&mut d.ring), (u32::from(head), 513));
+        }
+    }
+    // A reset while requests wait leaves nothing behind.
+    for _ in 0..14 {
+        d.ring.add(&[(HEADER, 16, false)]);
+    }
+    d.rig.kick(&d.ring);
+    d.ring = d.rig.start(!0, 1, 16).remove(0);
+    assert_eq!(d.ask(IN, 1, &[(BUFFER, 512, true)]), (OK, 513));
+}
+
+#[test]
+fn zeroes_are_found_out_and_flushes_may_be_left_out() {
+    use crate::config::DetectZeroes;
+    for (detect, discard, blocks) in
+        [(DetectZeroes::Off, true, 64), (DetectZeroes::On, true, 64), (DetectZeroes::Unmap, true, 48)]
+    {
+        let mut d = start(
+            |drive| {
+                drive.detect_zeroes = detect;
+                drive.discard = discard;
+                drive.no_flush = true;
+            },
+            !0,
+        );
+        d.rig.memory.write_slice(&[0; 8192], GuestAddress(BUFFER)).unwrap();
+        assert_eq!(d.ask(OUT, 16, &[(BUFFER, 1000, false), (BUFFER + 1000, 7192, false)]), (OK, 1));
+        assert_eq!(d.file(15, 512), [15; 512]);
+        assert_eq!(d.file(16, 8192), [0; 8192]);
+        assert_eq!(d.file(32, 512), [32; 512]);
+        // One byte that is not zero, at the very end.
+        d.rig.memory.write_obj(1u8, GuestAddress(BUFFER + 4095)).unwrap();
+        assert_eq!(d.ask(OUT, 40, &[(BUFFER, 4096, false)]), (OK, 1));
+        assert_eq!(d.file(47, 512)[511], 1);
+        assert_eq!(d.ask(FLUSH, 0, &[]), (OK, 1));
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(d.image.as_file().metadata().unwrap().blocks(), blocks, "{detect:?}");
+    }
 }

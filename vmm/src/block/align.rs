@@ -38,6 +38,10 @@ impl Alignment {
         Self { direct, memory: offset as usize, offset: u64::from(offset).max(SECTOR) }
     }
 
+    pub(super) fn direct(&self) -> bool {
+        self.direct
+    }
+
     /// What the guest is told as the block size.
     pub(super) fn block_size(&self) -> u64 {
         if self.direct { self.offset } else { SECTOR }

@@ -21,13 +21,78 @@ pub(crate) enum Op<'a> {
     },
     /// Make everything written so far durable.
     Flush,
-    /// `fallocate` with this mode and length.
-    Allocate {
-        /// `FALLOC_FL_*`.
-        mode: i32,
+    /// Give these blocks back; they read as zeroes then, or as before.
+    Discard {
         /// Bytes.
         len: u64,
     },
+    /// Make these blocks read as zeroes.
+    Zero {
+        /// Bytes.
+        len: u64,
+        /// They may be given back.
+        unmap: bool,
+    },
+}
+
+impl Op<'_> {
+    /// What `fallocate` is to do: mode and length.
+    pub(super) fn allocation(&self) -> Option<(i32, u64)> {
+        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        match self {
+            Op::Discard { len } | Op::Zero { len, unmap: true } => Some((PUNCH, *len)),
+            Op::Zero { len, unmap: false } => Some((ZERO, *len)),
+            _ => None,
+        }
+    }
+}
+
+/// What engines are made of: moves data between memory and files. Used by one thread at a time.
+pub(crate) trait Mover: Send {
+    /// Queues `op` on the file of descriptor `fd`; it is done when [`reap`](Self::reap) gives its tag back.
+    ///
+    /// # Safety
+    /// The buffers, and the list of them, must stay valid until then, and the descriptor open.
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()>;
+    /// As [`Engine::submit`].
+    fn submit(&mut self) -> io::Result<()>;
+    /// As [`Engine::reap`].
+    fn reap(&mut self) -> Option<(u16, io::Result<u32>)>;
+    /// As [`Engine::ready`].
+    fn ready(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// The engine of a raw image: one file, as it is.
+pub(super) struct Raw {
+    mover: Box<dyn Mover>,
+    fd: i32,
+}
+
+impl Raw {
+    /// The file must outlive it.
+    pub(super) fn new(mover: Box<dyn Mover>, file: &File) -> Self {
+        Self { mover, fd: raw(file) }
+    }
+}
+
+impl Engine for Raw {
+    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+        // SAFETY: the caller vouches for the buffers, the owner of the engine for the file.
+        unsafe { self.mover.push(self.fd, tag, op, offset) }
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        self.mover.submit()
+    }
+
+    fn reap(&mut self) -> Option<(u16, io::Result<u32>)> {
+        self.mover.reap()
+    }
+
+    fn ready(&self) -> Option<BorrowedFd<'_>> {
+        self.mover.ready()
+    }
 }
 
 /// Moves data. Used by one thread at a time.
@@ -46,33 +111,30 @@ pub(crate) trait Engine: Send {
 }
 
 /// Plain calls on the caller's thread.
+#[derive(Default)]
 pub(super) struct Sync {
-    fd: i32,
     done: VecDeque<(u16, io::Result<u32>)>,
 }
 
 impl Sync {
-    pub(super) fn new(file: &File) -> Self {
-        Self { fd: raw(file), done: VecDeque::new() }
-    }
-
-    fn run(&self, op: Op<'_>, offset: u64) -> io::Result<u32> {
+    fn run(fd: i32, op: Op<'_>, offset: u64) -> io::Result<u32> {
         let at = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         loop {
             // SAFETY: the caller of `push` vouches for the buffers; the owner of the engine keeps the file open.
             let n = unsafe {
                 match op {
-                    Op::Read(parts) => libc::preadv(self.fd, parts.as_ptr(), parts.len() as i32, at),
+                    Op::Read(parts) => libc::preadv(fd, parts.as_ptr(), parts.len() as i32, at),
                     Op::Write { parts, durable: false } => {
-                        libc::pwritev(self.fd, parts.as_ptr(), parts.len() as i32, at)
+                        libc::pwritev(fd, parts.as_ptr(), parts.len() as i32, at)
                     }
                     Op::Write { parts, durable: true } => {
-                        libc::pwritev2(self.fd, parts.as_ptr(), parts.len() as i32, at, libc::RWF_DSYNC)
+                        libc::pwritev2(fd, parts.as_ptr(), parts.len() as i32, at, libc::RWF_DSYNC)
                     }
-                    Op::Flush => libc::fdatasync(self.fd) as isize,
-                    Op::Allocate { mode, len } => {
+                    Op::Flush => libc::fdatasync(fd) as isize,
+                    Op::Discard { .. } | Op::Zero { .. } => {
+                        let (mode, len) = op.allocation().ok_or(io::ErrorKind::InvalidInput)?;
                         let len = i64::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
-                        libc::fallocate(self.fd, mode, at, len) as isize
+                        libc::fallocate(fd, mode, at, len) as isize
                     }
                 }
             };
@@ -88,9 +150,9 @@ impl Sync {
     }
 }
 
-impl Engine for Sync {
-    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
-        let result = self.run(op, offset);
+impl Mover for Sync {
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+        let result = Self::run(fd, op, offset);
         self.done.push_back((tag, result));
         Ok(())
     }

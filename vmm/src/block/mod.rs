@@ -1,12 +1,14 @@
 //! Host side of block devices: owns disk images (opening, locking, alignment) and the engines that move data.
 //!
-//! `virtio::blk` is the only caller. Images are raw; the format is never guessed from content, because the guest writes it.
+//! `virtio::blk` is the only caller. Images are raw or qcow2, as the configuration says; the format is never guessed from content,
+//! because the guest writes it.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::OFlags;
 
@@ -16,12 +18,21 @@ use crate::inherit::Inherited;
 mod align;
 mod engine;
 mod lock;
+mod qcow2;
 mod throttle;
 mod uring;
 
-pub(crate) use align::Bounce;
+use align::Bounce;
+use engine::Mover;
 pub(crate) use engine::{Engine, Op};
+pub use qcow2::FormatError;
+use qcow2::{Layer, QcowEngine, Stack, Store};
 pub(crate) use throttle::Throttle;
+
+/// Most backing files under one image.
+const BACKING_MAX: usize = 64;
+/// Bytes read at a time on the slow way.
+const PIECE: usize = 64 << 10;
 
 /// Bytes in the unit that virtio-blk counts in, whatever the disk's block size (virtio 1.2 §5.2.6).
 pub const SECTOR: u64 = 512;
@@ -71,6 +82,18 @@ pub enum Problem {
     /// Too small to hold one sector.
     #[error("the image is empty; make it at least 512 bytes long")]
     Empty,
+    /// A qcow2 image that cannot be used.
+    #[error(transparent)]
+    Qcow2(#[from] FormatError),
+    /// A backing file that cannot be used.
+    #[error("backing file {}: {problem}", path.display())]
+    Backing {
+        /// Which.
+        path: PathBuf,
+        /// What was wrong with it.
+        #[source]
+        problem: Box<Problem>,
+    },
     /// Something that this version does not do.
     #[error("{0} is not supported in this version; {1}")]
     Unsupported(&'static str, &'static str),
@@ -80,7 +103,6 @@ pub enum Problem {
 }
 
 /// An open disk image, locked against other processes for as long as it lives.
-#[derive(Debug)]
 pub struct Disk {
     file: File,
     id: String,
@@ -93,6 +115,10 @@ pub struct Disk {
     iops: u64,
     detect_zeroes: DetectZeroes,
     no_flush: bool,
+    /// A qcow2 image's content; used by the I/O thread, and by the machine's when no driver runs.
+    stack: Option<Arc<Mutex<Stack>>>,
+    /// Keeps the files under it open and locked.
+    under: Vec<File>,
 }
 
 impl Disk {
@@ -110,24 +136,31 @@ impl Disk {
     }
 
     fn try_open(drive: &Drive, inherited: &Inherited) -> Result<Self, Problem> {
-        refuse_unsupported(drive)?;
-        let file = match inherited.take_path(&drive.file) {
-            Some(fd) => adopt(fd, drive)?,
-            None => open_path(&drive.file, drive)?,
-        };
+        let file = open_locked(drive, inherited)?;
         let metadata = file.metadata().map_err(|e| Problem::Host("examine it", e))?;
-        check_kind(&metadata)?;
-        let bytes = if metadata.file_type().is_block_device() {
-            rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))
-                .map_err(|e| Problem::Host("find its size", e.into()))?
-        } else {
-            metadata.size()
-        };
+        let mut bytes = length(&file, &metadata)?;
+        let alignment = align::Alignment::of(&file, drive.direct, &metadata);
+        let (mut stack, mut under) = (None, Vec::new());
+        if drive.format == ImageFormat::Qcow2 {
+            let (opened, files) = open_stack(drive, inherited, &file, bytes, &alignment)?;
+            let (size, cluster) = opened.geometry();
+            if cluster < alignment.block_size() {
+                return Err(Problem::Unsupported(
+                    "direct=on with clusters smaller than the file's blocks",
+                    "add direct=off to the drive",
+                ));
+            }
+            bytes = size;
+            (stack, under) = (Some(Arc::new(Mutex::new(opened))), files);
+        } else if !drive.backing.is_empty() {
+            return Err(Problem::Unsupported(
+                "a backing file under a raw image",
+                "say format=qcow2, or take it away",
+            ));
+        }
         if bytes < SECTOR {
             return Err(Problem::Empty);
         }
-        lock::lock(&file, !drive.readonly)?;
-        let alignment = align::Alignment::of(&file, drive.direct, &metadata);
         let size = bytes - bytes % alignment.block_size().max(SECTOR);
         if size != bytes {
             tracing::warn!(
@@ -147,6 +180,8 @@ impl Disk {
             iops: drive.iops_total.unwrap_or(0),
             detect_zeroes: drive.detect_zeroes,
             no_flush: drive.no_flush,
+            stack,
+            under,
         })
     }
 
@@ -195,22 +230,38 @@ impl Disk {
         self.alignment.block_size() as u32
     }
 
-    /// Makes everything written durable. Blocks.
+    /// Makes everything written durable. Blocks. Not while a driver runs.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.stack {
+            Some(stack) if !self.read_only => {
+                let mut stack = qcow2::lock(stack);
+                stack.flush(true)?;
+                // The counts that fell with the first.
+                stack.flush(true)
+            }
+            _ => self.file.sync_data(),
+        }
     }
 
     /// A new engine for at most `depth` requests in flight. Costs a few system calls: call it when the disk is really used.
     pub(crate) fn engine(&self, depth: u16) -> Box<dyn Engine> {
+        let mover = self.mover(depth);
+        match &self.stack {
+            Some(stack) => Box::new(QcowEngine::new(mover, Arc::clone(stack), raw(&self.file))),
+            None => Box::new(engine::Raw::new(mover, &self.file)),
+        }
+    }
+
+    fn mover(&self, depth: u16) -> Box<dyn Mover> {
         if self.aio != Aio::Off {
-            match uring::Uring::new(&self.file, depth, self.aio == Aio::Threads) {
+            match uring::Uring::new(depth, self.aio == Aio::Threads) {
                 Ok(uring) => return Box::new(uring),
                 Err(error) => {
                     tracing::info!(drive = self.id, "no io_uring ({error}): using synchronous I/O");
                 }
             }
         }
-        Box::new(engine::Sync::new(&self.file))
+        Box::new(engine::Sync::default())
     }
 
     /// The open image.
@@ -223,23 +274,139 @@ impl Disk {
         self.alignment.refuses(parts, offset)
     }
 
-    /// A new way around misaligned buffers.
-    pub(crate) fn bounce(&self) -> io::Result<Bounce> {
-        Bounce::new(&self.alignment)
+    /// A new way around buffers that the kernel would refuse.
+    pub(crate) fn around(&self) -> io::Result<Around> {
+        Ok(match &self.stack {
+            Some(stack) => Around::Qcow2(Arc::clone(stack)),
+            None => Around::Raw(Bounce::new(&self.alignment)?),
+        })
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        lock::unlock(&self.file);
+        self.under.iter().chain([&self.file]).for_each(lock::unlock);
     }
 }
 
-fn refuse_unsupported(drive: &Drive) -> Result<(), Problem> {
-    if drive.format == ImageFormat::Qcow2 {
-        return Err(Problem::Unsupported("format=qcow2", "convert the image with `qemu-img convert -O raw`"));
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("id", &self.id).field("file", &self.file).finish_non_exhaustive()
     }
-    Ok(())
+}
+
+/// The slow way to a disk's content, through host memory. Waits for the host.
+pub(crate) enum Around {
+    /// A raw image.
+    Raw(Bounce),
+    /// A qcow2 image.
+    Qcow2(Arc<Mutex<Stack>>),
+}
+
+impl Around {
+    /// Whether a request here must be the only one in flight.
+    pub(crate) fn needs_quiet(&self, offset: u64, len: u64) -> bool {
+        match self {
+            Self::Raw(bounce) => bounce.needs_quiet(offset, len),
+            Self::Qcow2(_) => true,
+        }
+    }
+
+    /// Reads `len` bytes at `offset` of the disk, `file`, piece by piece, and gives the pieces to `take` in order.
+    pub(crate) fn read(
+        &mut self,
+        file: &File,
+        offset: u64,
+        len: u64,
+        mut take: impl FnMut(&[u8]),
+    ) -> io::Result<()> {
+        let stack = match self {
+            Self::Raw(bounce) => return bounce.read(file, offset, len, take),
+            Self::Qcow2(stack) => stack,
+        };
+        let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut buffer = vec![0; PIECE.min(len as usize)];
+        let mut at = offset;
+        while at < end {
+            let n = buffer.len().min((end - at) as usize);
+            let piece = &mut buffer[..n];
+            qcow2::lock(stack).read(at, piece)?;
+            take(piece);
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes `len` bytes at `offset` of the disk, `file`, piece by piece, from pieces that `give` fills in order.
+    pub(crate) fn write(
+        &mut self,
+        file: &File,
+        offset: u64,
+        len: u64,
+        give: impl FnMut(&mut [u8]),
+    ) -> io::Result<()> {
+        match self {
+            Self::Raw(bounce) => bounce.write(file, offset, len, give),
+            Self::Qcow2(stack) => qcow2::lock(stack).write(offset, len, give),
+        }
+    }
+}
+
+/// Opens, examines and locks the file of `drive`.
+fn open_locked(drive: &Drive, inherited: &Inherited) -> Result<File, Problem> {
+    let file = match inherited.take_path(&drive.file) {
+        Some(fd) => adopt(fd, drive)?,
+        None => open_path(&drive.file, drive)?,
+    };
+    check_kind(&file.metadata().map_err(|e| Problem::Host("examine it", e))?)?;
+    lock::lock(&file, !drive.readonly)?;
+    Ok(file)
+}
+
+fn length(file: &File, metadata: &std::fs::Metadata) -> Result<u64, Problem> {
+    if metadata.file_type().is_block_device() {
+        return rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))
+            .map_err(|e| Problem::Host("find its size", e.into()));
+    }
+    Ok(metadata.size())
+}
+
+/// Opens a qcow2 image, and what the drive says lies under it. Returns the files under it too.
+fn open_stack(
+    drive: &Drive,
+    inherited: &Inherited,
+    file: &File,
+    len: u64,
+    alignment: &align::Alignment,
+) -> Result<(Stack, Vec<File>), Problem> {
+    let twin = |file: &File| file.try_clone().map_err(|e| Problem::Host("duplicate its descriptor", e));
+    let host = |e| Problem::Host("read it", e);
+    if drive.backing.len() > BACKING_MAX {
+        return Err(Problem::Unsupported("so long a chain of backing files", "commit some of them"));
+    }
+    let caches = (drive.l2_cache_size, drive.refcount_cache_size);
+    let top = Store::new(twin(file)?, len, alignment).map_err(host)?;
+    let mut layers = vec![Layer::qcow2(top, !drive.readonly, caches)?];
+    let mut files = Vec::new();
+    for backing in &drive.backing {
+        // Through the page cache: what lies under one disk often lies under others.
+        let under = Drive { readonly: true, direct: false, ..Drive::new(&drive.id, &backing.file) };
+        let mut open = || {
+            let file = open_locked(&under, inherited)?;
+            let metadata = file.metadata().map_err(host)?;
+            let alignment = align::Alignment::of(&file, false, &metadata);
+            let store = Store::new(twin(&file)?, length(&file, &metadata)?, &alignment).map_err(host)?;
+            layers.push(match backing.format {
+                ImageFormat::Raw => Layer::raw(store),
+                ImageFormat::Qcow2 => Layer::qcow2(store, false, caches)?,
+            });
+            files.push(file);
+            Ok(())
+        };
+        open()
+            .map_err(|problem| Problem::Backing { path: backing.file.clone(), problem: Box::new(problem) })?;
+    }
+    Ok((Stack::new(layers)?, files))
 }
 
 fn check_kind(metadata: &std::fs::Metadata) -> Result<(), Problem> {

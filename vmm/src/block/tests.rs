@@ -48,7 +48,7 @@ fn what_cannot_be_a_disk_is_refused_in_words() {
     }
     let file = image(512);
     let qcow2 = Drive { format: ImageFormat::Qcow2, ..drive(file.path()) };
-    assert!(open(&qcow2).unwrap_err().to_string().contains("not supported"));
+    assert!(open(&qcow2).unwrap_err().to_string().contains("is not a qcow2 image"));
 }
 
 #[test]

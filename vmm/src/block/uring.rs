@@ -3,7 +3,6 @@
 //! The ring's own descriptor is watched for completions (it polls readable while there are any), so no eventfd has to be made,
 //! signalled or read.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
@@ -11,35 +10,33 @@ use std::time::Duration;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 
-use super::engine::{Engine, Op};
-use super::raw;
+use super::engine::{Mover, Op};
 
 /// Times to try again when the kernel is out of memory for requests, one millisecond apart.
 const SUBMIT_TRIES: u32 = 1000;
 
 pub(super) struct Uring {
     ring: IoUring,
-    fd: Fd,
     flags: squeue::Flags,
 }
 
 impl Uring {
-    /// A ring for `depth` requests on `file`, which must outlive it. `threads`: every request goes to the kernel's pool of threads
+    /// A ring for `depth` requests. `threads`: every request goes to the kernel's pool of threads
     /// at once, and none is tried on ours.
-    pub(super) fn new(file: &File, depth: u16, threads: bool) -> io::Result<Self> {
+    pub(super) fn new(depth: u16, threads: bool) -> io::Result<Self> {
         let ring = IoUring::builder().dontfork().build(u32::from(depth))?;
         // Before 5.5 the kernel might read the list of buffers after `submit`; none that old is supported, but be sure.
         if !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let flags = if threads { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-        Ok(Self { ring, fd: Fd(raw(file)), flags })
+        Ok(Self { ring, flags })
     }
 }
 
-impl Engine for Uring {
-    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
-        let fd = self.fd;
+impl Mover for Uring {
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+        let fd = Fd(fd);
         let entry = match op {
             Op::Read(parts) => {
                 opcode::Readv::new(fd, parts.as_ptr(), parts.len() as u32).offset(offset).build()
@@ -49,7 +46,10 @@ impl Engine for Uring {
                 .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
             Op::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            Op::Allocate { mode, len } => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build(),
+            Op::Discard { .. } | Op::Zero { .. } => {
+                let (mode, len) = op.allocation().ok_or(io::ErrorKind::InvalidInput)?;
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+            }
         }
         .user_data(u64::from(tag))
         .flags(self.flags);

@@ -130,12 +130,11 @@ fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
             }
             _ => {}
         }
-        let unsupported = [
-            (drive.format == ImageFormat::Qcow2, "format=qcow2"),
-            (drive.pflash_unit.is_some(), "if=pflash"),
-        ];
-        if let Some((_, what)) = unsupported.iter().find(|(asked, _)| *asked) {
-            return bad(format!("drive \"{id}\": {what} is not supported in this version"));
+        if drive.pflash_unit.is_some() {
+            return bad(format!("drive \"{id}\": if=pflash is not supported in this version"));
+        }
+        if drive.format == ImageFormat::Raw && !drive.backing.is_empty() {
+            return bad(format!("drive \"{id}\": a raw image has no backing file: add format=qcow2"));
         }
     }
     Ok(())

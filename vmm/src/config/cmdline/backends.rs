@@ -4,15 +4,17 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use super::props::{Props, path_value};
+use super::props::{Props, path_value, size};
 use super::{CmdlineError, Given};
 use crate::config::{
-    Aio, Chardev, ChardevKind, DetectZeroes, Drive, ImageFormat, Monitor, NetBackend, Netdev, TapSource,
-    VmConfig,
+    Aio, BackingImage, Chardev, ChardevKind, DetectZeroes, Drive, ImageFormat, Monitor, NetBackend, Netdev,
+    TapSource, VmConfig,
 };
 
 /// Most requests per second that a throttle can be set to.
 const IOPS_MAX: u64 = 1_000_000;
+/// Most bytes of a cache for a qcow2 image's tables.
+const CACHE_MAX: u64 = 32 << 20;
 /// Most queue pairs of a network back end.
 const QUEUE_PAIRS_MAX: u64 = 16;
 
@@ -76,7 +78,7 @@ fn drive(text: &str) -> Result<Drive, CmdlineError> {
     let format = match props.text("format")?.as_deref() {
         None | Some("raw") => ImageFormat::Raw,
         Some("qcow2") => ImageFormat::Qcow2,
-        Some(other) => return Err(props.bad(format!("format={other}: use raw"))),
+        Some(other) => return Err(props.bad(format!("format={other}: use raw or qcow2"))),
     };
     match props.text("media")?.as_deref() {
         None | Some("disk") => {}
@@ -91,11 +93,38 @@ fn drive(text: &str) -> Result<Drive, CmdlineError> {
         Some("unmap") => DetectZeroes::Unmap,
         Some(other) => return Err(props.bad(format!("detect-zeroes={other}: use off, on or unmap"))),
     };
-    for key in ["unit", "l2-cache-size", "refcount-cache-size"] {
-        props.refuse(key)?;
-    }
+    let l2_cache_size = cache_size(&mut props, "l2-cache-size")?;
+    let refcount_cache_size = cache_size(&mut props, "refcount-cache-size")?;
+    let backing_format = match props.text("backing-format")?.as_deref() {
+        None | Some("qcow2") => ImageFormat::Qcow2,
+        Some("raw") => ImageFormat::Raw,
+        Some(other) => return Err(props.bad(format!("backing-format={other}: use raw or qcow2"))),
+    };
+    let backing = props.path("backing")?.map(|file| BackingImage { file, format: backing_format });
+    props.refuse("unit")?;
     props.finish()?;
-    Ok(Drive { readonly, direct, aio, format, iops_total, discard, detect_zeroes, ..Drive::new(id, file) })
+    Ok(Drive {
+        readonly,
+        direct,
+        aio,
+        format,
+        iops_total,
+        discard,
+        detect_zeroes,
+        backing: backing.into_iter().collect(),
+        l2_cache_size,
+        refcount_cache_size,
+        ..Drive::new(id, file)
+    })
+}
+
+/// `key=SIZE`, at most 32 MiB.
+fn cache_size(props: &mut Props, key: &'static str) -> Result<Option<u64>, CmdlineError> {
+    let Some(text) = props.text(key)? else { return Ok(None) };
+    match size(&text).filter(|n| *n <= CACHE_MAX) {
+        Some(bytes) => Ok(Some(bytes)),
+        None => Err(props.bad(format!("{key}={text}: write a size of at most 32M"))),
+    }
 }
 
 fn netdev(text: &str) -> Result<Netdev, CmdlineError> {

@@ -15,7 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
-use crate::block::{Bounce, Engine, Op, Throttle};
+use crate::block::{Around, Engine, Op, Throttle};
 use crate::event::{EventFlags, Ops, Token};
 use crate::virtio::queue::{Queue, QueueError};
 use crate::virtio::worker::Gate;
@@ -25,8 +25,6 @@ use crate::virtio::{Interrupt, complain, fd_of};
 const BATCH: u32 = 256;
 /// Times that one request is tried again when the kernel says EINTR or EAGAIN.
 const TRIES: u32 = 16;
-const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
 /// What a session is made from.
 pub(super) struct Parts {
@@ -47,7 +45,7 @@ pub(super) struct Server {
     engine: Option<Box<dyn Engine>>,
     /// The watch of the engine's descriptor.
     watch: Option<Token>,
-    bounce: Option<Bounce>,
+    around: Option<Around>,
     limit: Option<Limit>,
     medium: Option<Arc<Medium>>,
     rules: Rules,
@@ -163,7 +161,7 @@ impl Server {
         Self {
             engine: None,
             watch: None,
-            bounce: None,
+            around: None,
             limit: None,
             medium: None,
             rules: Rules::default(),
@@ -218,7 +216,7 @@ impl Server {
         if let Some(limit) = self.limit.take() {
             gate.unwatch(ops, limit.watch);
         }
-        (self.engine, self.bounce, self.medium) = (None, None, None);
+        (self.engine, self.around, self.medium) = (None, None, None);
         let _ = gone.send(());
     }
 
@@ -339,9 +337,8 @@ impl Server {
             Kind::Flush => Op::Flush,
             // §5.2.6.2 lets the device do nothing: a disk that came into a slot which had offered discards need not support them.
             Kind::Discard { .. } if !disk.discard() => return self.finish(request, Status::Ok),
-            Kind::Discard { len } => Op::Allocate { mode: PUNCH, len },
-            Kind::WriteZeroes { len, unmap: true } if disk.discard() => Op::Allocate { mode: PUNCH, len },
-            Kind::WriteZeroes { len, .. } => Op::Allocate { mode: ZERO, len },
+            Kind::Discard { len } => Op::Discard { len },
+            Kind::WriteZeroes { len, unmap } => Op::Zero { len, unmap: unmap && disk.discard() },
             Kind::GetId => return self.finish(request, Status::Unsupported),
         };
         if let Kind::Discard { len: 0 } | Kind::WriteZeroes { len: 0, .. } = kind {
@@ -466,26 +463,26 @@ impl Server {
     fn bounce(&mut self, kind: Kind, request: &mut Request) -> io::Result<()> {
         let Some(medium) = self.medium.clone() else { return Err(io::ErrorKind::NotFound.into()) };
         let disk = &medium.disk;
-        let mut bounce = match self.bounce.take() {
-            Some(bounce) => bounce,
-            None => disk.bounce()?,
+        let mut around = match self.around.take() {
+            Some(around) => around,
+            None => disk.around()?,
         };
         let offset = request.offset;
         let len = if let Kind::WriteZeroes { len, .. } = kind { len } else { request.buffers(kind).len() };
-        if bounce.needs_quiet(offset, len) {
+        if around.needs_quiet(offset, len) {
             // It reads and writes back the rest of blocks, which another request may be writing.
             self.wait_idle();
         }
         let result = match kind {
-            Kind::Read => bounce.read(disk.file(), offset, len, |bytes| {
+            Kind::Read => around.read(disk.file(), offset, len, |bytes| {
                 request.written += request.chain.writable.fill(bytes) as u32;
             }),
-            Kind::WriteZeroes { .. } => bounce.write(disk.file(), offset, len, |bytes| bytes.fill(0)),
-            _ => bounce.write(disk.file(), offset, len, |bytes| {
+            Kind::WriteZeroes { .. } => around.write(disk.file(), offset, len, |bytes| bytes.fill(0)),
+            _ => around.write(disk.file(), offset, len, |bytes| {
                 request.chain.readable.take(bytes);
             }),
         };
-        self.bounce = Some(bounce);
+        self.around = Some(around);
         result.and_then(
             |()| if kind != Kind::Read && self.parts.durable_writes { disk.flush() } else { Ok(()) },
         )
@@ -494,8 +491,11 @@ impl Server {
     fn wait_idle(&mut self) {
         while self.busy > 0 && !self.broken {
             self.submit();
-            self.wait(None);
+            // Before the wait: an engine may have done some at once, and then nothing becomes readable.
             self.reap();
+            if self.busy > 0 {
+                self.wait(None);
+            }
         }
     }
 

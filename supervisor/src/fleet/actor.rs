@@ -8,19 +8,19 @@ use std::time::Duration;
 
 use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::inbox::{Answer, Handle, Internal, Request};
 use super::life::{Command, Effect, Exit, Input, Intent, State};
+use super::link::Link;
 use super::prepare::{Plan, prepare};
 use super::view::{News, View, now};
 use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network, spec};
 use crate::launch::{Notice, Prepared};
-use crate::qmp::{Monitor, Proxy, QmpEvent};
+use crate::qmp::{Proxy, QmpEvent};
 use crate::store::{Definition, Process, Runtime};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
@@ -51,9 +51,7 @@ struct Actor {
     command_line: Arc<[String]>,
     exit: Option<Exit>,
     deadline: Option<Instant>,
-    proxy: Option<Proxy>,
-    monitor: Option<Monitor>,
-    link: Option<JoinHandle<()>>,
+    link: Link,
     own_start: bool,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
@@ -70,8 +68,9 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
-    if let Some(proxy) = proxy.as_ref().filter(|_| alive) {
-        proxy.expect_monitor();
+    let link = Link::new(proxy);
+    if alive {
+        link.expect();
     }
     let (view, _) = watch::channel(Arc::new(View {
         name: Arc::clone(&name),
@@ -106,9 +105,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
             .map_or_else(Arc::default, |record| record.command_line.clone().into()),
         exit: record.and_then(|record| record.exit),
         deadline: None,
-        proxy,
-        monitor: None,
-        link: None,
+        link,
         own_start: false,
         internal: internal.clone(),
         context,
@@ -169,11 +166,6 @@ impl Actor {
         }
     }
 
-    fn proxy(&self) -> Result<&Proxy, FleetError> {
-        let missing = || FleetError::NotSupported("its QMP socket could not be made: see the log".to_owned());
-        self.proxy.as_ref().ok_or_else(missing)
-    }
-
     async fn serve(&mut self, request: Request) {
         match request {
             Request::Job { verb, answer } => {
@@ -191,13 +183,13 @@ impl Actor {
             Request::HandOver { answer } => self.hand_over(answer).await,
             Request::EndByUnit { answer } => self.end_by_unit(answer).await,
             Request::Caller { answer } => {
-                let _ = answer.send(self.proxy().map(Proxy::caller));
+                let _ = answer.send(self.link.proxy().map(Proxy::caller));
             }
             Request::OpenQmp { answer } => {
                 let failed = |error: std::io::Error| {
                     FleetError::ResourceExhausted(format!("no stream to the QMP proxy: {error}"))
                 };
-                let _ = answer.send(self.proxy().and_then(|proxy| proxy.open().map_err(failed)));
+                let _ = answer.send(self.link.proxy().and_then(|proxy| proxy.open().map_err(failed)));
             }
             Request::Undefine { .. } => {}
         }
@@ -230,10 +222,7 @@ impl Actor {
                 if run != self.vm.run() || self.vm.state().idle() {
                     return;
                 }
-                if let Some(proxy) = &self.proxy {
-                    proxy.set_monitor(Some(monitor.clone()));
-                }
-                self.monitor = Some(monitor);
+                self.link.linked(monitor);
                 Input::Connected { run, paused }
             }
             Internal::Ended { invocation, exit } => {
@@ -245,7 +234,7 @@ impl Actor {
             Internal::Silent { run } => Input::Silent { run },
             Internal::Disconnected { run } => {
                 if run == self.vm.run() && !self.vm.state().idle() {
-                    self.expect_monitor();
+                    self.link.expect();
                 }
                 Input::Disconnected { run }
             }
@@ -318,8 +307,7 @@ impl Actor {
 
     /// The kernel tells of a process's end at once; what it said last may still be unread. That says why it ended, so it goes first.
     async fn last_words(&mut self, invocation: String, exit: Exit) {
-        let link = if self.monitor.is_some() { self.link.take() } else { None };
-        let Some(mut link) = link else { return self.ended(exit).await };
+        let Some(mut link) = self.link.last_words() else { return self.ended(exit).await };
         let internal = self.internal.clone();
         tokio::spawn(async move {
             // Its end of the connection is closed: reading ends by itself, unless somebody else holds the socket.
@@ -357,7 +345,7 @@ impl Actor {
                 Effect::Record => self.record().await,
                 Effect::Launch { paused } => self.launch(paused),
                 Effect::Connect => self.connect(),
-                Effect::Unlink => self.unlink(),
+                Effect::Unlink => self.link.cut(),
                 Effect::Send(command) => self.send(command),
                 Effect::Kill => self.kill(),
                 Effect::Arm(after) => self.deadline = Some(Instant::now() + after),
@@ -443,46 +431,22 @@ impl Actor {
     async fn end_by_unit(&mut self, answer: Answer<()>) {
         let run = self.vm.run();
         self.feed(Input::StopSeen { run }).await;
-        let monitor = self.monitor.clone();
+        let sent = self.link.send(Command::Quit);
         tokio::spawn(async move {
-            let _ = answer.send(monitor::send(monitor, Command::Quit).await);
+            let _ = answer.send(sent.await);
         });
     }
 
     fn connect(&mut self) {
-        self.end_link();
-        self.expect_monitor();
         let path = self.context.launcher.sockets(&self.name).join("qmp.sock");
         let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
-        self.link = Some(tokio::spawn(task));
-    }
-
-    fn unlink(&mut self) {
-        self.end_link();
-        self.monitor = None;
-        if let Some(proxy) = &self.proxy {
-            proxy.set_monitor(None);
-        }
-    }
-
-    fn end_link(&mut self) {
-        if let Some(task) = self.link.take() {
-            task.abort();
-        }
-    }
-
-    /// There is a process, and no connection to it yet, or any more.
-    fn expect_monitor(&mut self) {
-        self.monitor = None;
-        if let Some(proxy) = &self.proxy {
-            proxy.expect_monitor();
-        }
+        self.link.connect(task);
     }
 
     fn send(&self, command: Command) {
-        let (monitor, run, internal) = (self.monitor.clone(), self.vm.run(), self.internal.clone());
+        let (sent, run, internal) = (self.link.send(command), self.vm.run(), self.internal.clone());
         tokio::spawn(async move {
-            let result = monitor::send(monitor, command).await;
+            let result = sent.await;
             let _ = internal.send(Internal::CommandDone { run, command, result });
         });
     }
@@ -540,10 +504,10 @@ impl Actor {
         if let Ok(Err(error)) = outcome.await {
             return Err(FleetError::StoreFailed(error.to_string()));
         }
-        self.unlink();
+        self.link.cut();
         self.context.network.remove_taps(&self.name, self.uuid, &[]).await;
         self.context.launcher.clean(&self.name).await;
-        self.proxy = None;
+        self.link.remove();
         Ok(())
     }
 

@@ -5,7 +5,8 @@
 //! adopt.rs      what to do at start-up with what is found
 //! actor.rs      one task per VM: feeds the state machine, carries out its effects
 //! inbox.rs      what an actor can be told, and the way to it
-//! monitor.rs    the actor's connection to its VMM: tries, reports, forwards events
+//! link.rs       the actor's connection to its VMM, the proxy on it, and the commands that wait for it
+//! monitor.rs    the task behind it: tries, reports, forwards events
 //! prepare.rs    files, taps and command line for a start
 //! network.rs    bridges and taps of a definition
 //! jobs.rs       numbers, ends and waiters of jobs
@@ -22,6 +23,7 @@ mod error;
 mod inbox;
 pub mod jobs;
 pub mod life;
+mod link;
 mod monitor;
 pub mod network;
 mod prepare;

@@ -23,7 +23,7 @@ const SILENT: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Commands that change the run state answer at once.
-const COMMAND: Duration = Duration::from_secs(5);
+pub(super) const COMMAND: Duration = Duration::from_secs(5);
 
 /// Keeps trying until the VMM answers, then forwards its events until the connection ends.
 pub(super) async fn run(
@@ -106,8 +106,7 @@ pub(super) fn ending(event: &QmpEvent) -> String {
 }
 
 /// Sends a command of the state machine.
-pub(super) async fn send(monitor: Option<Monitor>, command: Command) -> Result<(), FleetError> {
-    let monitor = monitor.ok_or_else(|| FleetError::QmpTimeout("the VMM does not answer".to_owned()))?;
+pub(super) async fn send(monitor: &Monitor, command: Command) -> Result<(), FleetError> {
     let word = match command {
         Command::Powerdown => "system_powerdown",
         Command::Quit => "quit",

@@ -33,6 +33,17 @@ impl<'a> Fleet<'a> {
         Self { host }
     }
 
+    /// Prints what the host knows about its VMs: for a scenario that has failed.
+    pub fn tell(&self) {
+        let said = self.host.run(
+            "flotilla list; journalctl --no-pager -q -o short-monotonic -u flotillad -u 'flotilla-vm@*' | tail -n 60",
+        );
+        match said {
+            Ok(output) => println!("{}{}", output.stdout, output.stderr),
+            Err(error) => println!("and the host does not answer: {error}"),
+        }
+    }
+
     /// Defines a guest with the `flotilla` command.
     ///
     /// # Errors

@@ -25,6 +25,10 @@ const APT: Duration = Duration::from_secs(300);
 /// The bridge that fleets' guests are on, and the host's address there.
 pub const BRIDGE: &str = "br0";
 
+/// Kernel command line of a guest inside an emulated host. `noxsave`: the emulator does not tell KVM there that the guest has
+/// set XCR0, so KVM goes on with the old value, and a program of the guest that uses AVX dies now and then.
+pub const EMULATED: &str = "console=ttyS0 quiet mitigations=off noxsave reboot=k panic=1";
+
 /// Prints what is about to happen, with the time since the first step.
 pub fn step(what: impl std::fmt::Display) {
     static BEGAN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
@@ -148,10 +152,7 @@ impl Guest {
     /// Its kernel command line.
     #[must_use]
     pub fn append(&self) -> String {
-        format!(
-            "console=ttyS0 quiet mitigations=off reboot=k panic=1 guest.name={} guest.ip={}/24",
-            self.name, self.address
-        )
+        format!("{EMULATED} guest.name={} guest.ip={}/24", self.name, self.address)
     }
 
     /// Its definition for flotillad.

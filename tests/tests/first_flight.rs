@@ -1,19 +1,29 @@
 //! An installed package runs three Debian VMs: defined and started with `flotilla` and with `busctl` alone, seen by systemd's own
-//! tools, and alive through the daemon's death and an upgrade.
+//! tools, alive through the daemon's death and an upgrade, true to what happens to them, and gone without a trace in the end.
+
+use std::time::{Duration, Instant};
 
 use tests::fleet::Fleet;
 use tests::host::Host;
-use tests::scenario::{Guest, Outcome, SOON, check, host_with_package, install, next_package, step};
+use tests::scenario::{BOOT, Guest, Outcome, SOON, check, host_with_package, install, next_package, step};
 
 #[test]
 fn three_debian_vms_from_an_installed_package() -> Outcome {
     let host = host_with_package("first-flight")?;
     let fleet = Fleet::on(&host);
+    let outcome = first_flight(&host, &fleet);
+    if outcome.is_err() {
+        fleet.tell();
+    }
+    outcome
+}
+
+fn first_flight(host: &Host, fleet: &Fleet<'_>) -> Outcome {
     host.ok("systemctl is-active flotillad && flotilla list")?;
 
     step("web and db with the flotilla command, mail with busctl alone");
     let (web, db, mail) =
-        (Guest::new(&host, "web", 1)?, Guest::new(&host, "db", 2)?, Guest::new(&host, "mail", 3)?);
+        (Guest::new(host, "web", 1)?, Guest::new(host, "db", 2)?, Guest::new(host, "mail", 3)?);
     let guests = [&web, &db, &mail];
     fleet.define(&web)?;
     fleet.define(&db)?;
@@ -23,16 +33,25 @@ fn three_debian_vms_from_an_installed_package() -> Outcome {
 
     step("the host pings each");
     for guest in guests {
-        guest.answers(&host)?;
+        guest.answers(host)?;
     }
     step("list, QMP and console of each work");
     for guest in guests {
         fleet.works(guest)?;
     }
-    systemd_shows_each(&host, &fleet, &guests)?;
-    the_bus_shows_them(&host, &fleet)?;
-    kill_the_daemon(&host, &fleet, &guests)?;
-    upgrade(&host, &fleet, &guests)
+    systemd_shows_each(host, fleet, &guests)?;
+    the_bus_shows_them(host, fleet)?;
+    kill_the_daemon(host, fleet, &guests)?;
+    upgrade(host, fleet, &guests)?;
+    by_hand_from_ps(host, fleet, &guests)?;
+    pause_and_resume(host, fleet, &web)?;
+
+    step("the package cannot be removed while VMs run");
+    host.refused("DEBIAN_FRONTEND=noninteractive apt-get remove -q -y flotilla")?;
+    fleet.works(&web)?;
+
+    ends_are_noticed(host, fleet, &guests)?;
+    nothing_is_left(host, fleet, &guests)
 }
 
 fn systemd_shows_each(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
@@ -138,4 +157,94 @@ fn upgrade(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
         let new = host.ok("systemctl show -P MainPID flotillad")?;
         check(new != old && new != "0", || format!("the daemon's process was {old} and is {new}"))
     })
+}
+
+fn by_hand_from_ps(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
+    step("the same three by hand, from the command lines that ps shows, as root");
+    let mut lines = Vec::new();
+    for guest in guests {
+        // Word by word as the kernel has it, quoted for the shell: what a person gets who copies it with care.
+        let pid = fleet.pid(&guest.name)?;
+        lines.push(host.ok(&format!("xargs -0 printf '%q ' < /proc/{pid}/cmdline"))?);
+    }
+    for guest in guests {
+        host.ok(&format!("flotilla stop --now {}", guest.name))?;
+        fleet.becomes(&guest.name, "stopped", SOON)?;
+    }
+    for (guest, line) in guests.iter().zip(&lines) {
+        host.ok(&format!("(setsid {line} </dev/null >/root/by-hand.{} 2>&1 &)", guest.name))?;
+    }
+    for (guest, line) in guests.iter().zip(&lines) {
+        if guest.answers(host).is_err() {
+            let says = host.ok(&format!("cat /root/by-hand.{}", guest.name))?;
+            return Err(format!("{line}\nsays: {says}").into());
+        }
+    }
+    for guest in guests {
+        let process = format!("'^[^ ]*flotilla-vmm -name {} '", guest.name);
+        host.ok(&format!("pkill -f -- {process}"))?;
+        host.eventually(SOON, &format!("! pgrep -f -- {process}"))?;
+    }
+    step("and the fleet takes them up again");
+    for guest in guests {
+        host.ok(&format!("flotilla start {}", guest.name))?;
+    }
+    for guest in guests {
+        guest.answers(host)?;
+        fleet.works(guest)?;
+    }
+    Ok(())
+}
+
+fn pause_and_resume(host: &Host, fleet: &Fleet<'_>, guest: &Guest) -> Outcome {
+    step("pause stops the guest's clock, resume lets it go on");
+    let name = &guest.name;
+    host.ok(&format!("flotilla pause {name}"))?;
+    fleet.becomes(name, "paused", SOON)?;
+    host.refused(&format!("ping -c 2 -W 1 {}", guest.address))?;
+    host.ok(&format!("flotilla resume {name}"))?;
+    fleet.becomes(name, "running", SOON)?;
+    guest.answers(host)
+}
+
+fn ends_are_noticed(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
+    let [web, db, mail] = guests else { return Err("three guests".into()) };
+    step("systemctl stop of a VM's unit shows in the list");
+    host.ok(&format!("systemctl stop flotilla-vm@{}", web.name))?;
+    fleet.becomes(&web.name, "stopped", SOON)?;
+    step("a guest that powers itself off shows in the list");
+    db.ask(host, "poweroff")?;
+    fleet.becomes(&db.name, "stopped", SOON)?;
+    step("a VMM that is killed shows in the list, with the signal");
+    host.ok(&format!("kill -9 {}", fleet.pid(&mail.name)?))?;
+    fleet.becomes(&mail.name, "failed", SOON)?;
+    let status = fleet.shown(&mail.name, "exit_status")?;
+    check(status.contains("signal") && status.contains("KILL"), || status.clone())?;
+    step("a VM that failed starts again");
+    host.ok(&format!("flotilla start {}", mail.name))?;
+    mail.answers(host)?;
+    let began = Instant::now();
+    host.ok(&format!("flotilla stop --timeout 5s {}", mail.name))?;
+    fleet.becomes(&mail.name, "stopped", BOOT)?;
+    step(format!("stopped after {:.1} s", began.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+fn nothing_is_left(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
+    step("flotilla rm leaves nothing behind, and takes nothing that is not its own");
+    for guest in guests {
+        host.ok(&format!("flotilla rm {}", guest.name))?;
+    }
+    for guest in guests {
+        let left = fleet.traces(&guest.name)?;
+        check(left == tests::fleet::Traces::default(), || format!("{} has left {left}", guest.name))?;
+        host.ok(&format!("test -f {}", guest.disk))?;
+    }
+    let taps = fleet.taps()?;
+    check(taps.is_empty(), || format!("taps are left: {taps:?}"))?;
+    host.ok("ip link show br0")?;
+    step("the package goes too");
+    host.ok("DEBIAN_FRONTEND=noninteractive apt-get remove -q -y flotilla")?;
+    let gone = host.eventually(Duration::from_secs(20), "! pgrep -x flotillad");
+    check(gone.is_ok(), || "flotillad runs on without its package".into())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tests::host::Host;
-use tests::scenario::{BOOT, Guest, Outcome, SOON, Vmm, check, host_with_vmm};
+use tests::scenario::{BOOT, EMULATED, Guest, Outcome, SOON, Vmm, check, host_with_vmm};
 
 /// One host for all tests of this file; they run side by side on it.
 fn host() -> Outcome<&'static Host> {
@@ -134,8 +134,7 @@ fn without_acpi_debian_boots_and_sees_no_devices() -> Outcome {
 #[test]
 fn the_serial_line_goes_to_standard_output_a_file_and_a_pty() -> Outcome {
     let host = host()?;
-    let probe =
-        format!("{KERNEL} -append 'console=ttyS0 quiet mitigations=off reboot=k panic=1 guest.probe'");
+    let probe = format!("{KERNEL} -append '{EMULATED} guest.probe'");
     let vmm = Vmm::start(host, "stdio", &format!("{probe} -serial stdio"))?;
     check(vmm.exit(BOOT)? == 0, || "not 0".into())?;
     check(vmm.output()?.contains("probe: block"), || vmm.output().unwrap_or_default())?;

@@ -75,6 +75,8 @@ fn bad_input_leaves_a_clear_line_and_nothing_else() -> Outcome {
     )?;
     check(named.stderr.contains("org.flotilla.Flotilla1.Error.NoSuchVm"), || named.stderr.clone())?;
 
+    who_may_do_what(&host, &fleet)?;
+
     step("the good one never noticed");
     good.answers(&host)?;
     fleet.works(&good)?;
@@ -82,6 +84,25 @@ fn bad_input_leaves_a_clear_line_and_nothing_else() -> Outcome {
     check(before == after, || format!("taps were {before:?}, are {after:?}"))?;
     let rows = fleet.list()?;
     check(rows.len() == 1, || format!("{rows:?}"))
+}
+
+fn who_may_do_what(host: &Host, fleet: &Fleet<'_>) -> Outcome {
+    step("an ordinary user sees VMs and changes none; a member of the group does");
+    host.ok("useradd ann && useradd --groups flotilla bob")?;
+    let seen = host.ok("runuser -u ann -- flotilla list")?;
+    check(seen.contains("good"), || seen.clone())?;
+    for verb in ["pause good", "stop good", "rm --force good", "qmp good quit", "run mine --detach"] {
+        let command = format!("runuser -u ann -- flotilla {verb} </dev/null");
+        let text = host.refused(&command)?.stderr;
+        check(text.contains("not allowed") || text.contains("authoriz"), || format!("{verb}: {text}"))?;
+    }
+    let called = format!("runuser -u ann -- {}", manager_call("StopVm", "'ssa{sv}' good force 0"));
+    host.refused(&called)?;
+    host.refused("runuser -u ann -- socat - UNIX-CONNECT:/run/flotilla/qmp/good.sock </dev/null")?;
+    let rows = fleet.list()?;
+    check(rows.len() == 1 && rows[0]["state"] == "running", || format!("{rows:?}"))?;
+    host.ok("runuser -u bob -- flotilla pause good && runuser -u bob -- flotilla resume good")?;
+    Ok(())
 }
 
 #[test]

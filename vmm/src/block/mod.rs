@@ -17,6 +17,8 @@ use crate::inherit::Inherited;
 
 mod align;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod lock;
 mod qcow2;
 mod throttle;

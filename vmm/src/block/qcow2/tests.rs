@@ -423,3 +423,16 @@ fn what_cannot_be_used_is_refused_in_words() {
     drop(disk);
     drop(Disk::open(&writer, &Inherited::default()).unwrap());
 }
+
+#[test]
+fn the_way_of_the_fuzz_target_works() {
+    let lab = Lab::create("cluster_size=512", 65536);
+    let image = std::fs::read(&lab.drive.file).unwrap();
+    let requests =
+        [[1, 0, 0, 0, 3, 9], [3, 0, 0, 0, 4, 2], [4, 0, 0, 0, 5, 3], [5, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 20]];
+    assert_eq!(crate::block::fuzz::qcow2(&image, true, requests.as_flattened()), Some(5));
+    assert_eq!(crate::block::fuzz::qcow2(&image, false, requests.as_flattened()), Some(5));
+    for len in (0..image.len()).step_by(97) {
+        let _ = crate::block::fuzz::qcow2(&image[..len], true, requests.as_flattened());
+    }
+}

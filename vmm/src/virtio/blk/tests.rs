@@ -469,3 +469,49 @@ fn zeroes_are_found_out_and_flushes_may_be_left_out() {
         assert_eq!(d.image.as_file().metadata().unwrap().blocks(), blocks, "{detect:?}");
     }
 }
+
+#[test]
+fn a_qcow2_disk_is_a_disk_like_any_other() {
+    use crate::config::ImageFormat;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    for (aio, features) in [(Aio::IoUring, !0), (Aio::Off, !0), (Aio::Threads, !feature::FLUSH)] {
+        let mut create = std::process::Command::new("qemu-img");
+        let create = create.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M");
+        assert!(create.status().unwrap().success());
+        let drive = Drive { format: ImageFormat::Qcow2, ..drive(&path, aio) };
+        let blk = device(None);
+        let port = blk.port();
+        let rig = Rig::new(blk);
+        let ring = rig.start(features, 1, 16).remove(0);
+        let mut d = Disked { rig, ring, image: image() };
+        for round in 1..4u8 {
+            port.insert(Disk::open(&drive, &Inherited::default()).unwrap(), None).unwrap();
+            d.rig.wait(|| (d.rig.get(0x60) & 2 != 0).then_some(()));
+            d.rig.set(0x64, 2);
+            assert_eq!(d.rig.get(0x100), 2048);
+            // Zeroes, a place made for it, and then in place.
+            for (sector, want) in [(0, round - 1), (100, round - 1), (900, 0)] {
+                assert_eq!(d.ask(IN, sector, &[(BUFFER, 512, true)]), (OK, 513));
+                assert_eq!(d.guest(BUFFER, 512), [want; 512], "{sector} in round {round}");
+            }
+            for (at, len) in [(0, 8192), (100, 1024), (100, 512), (700, 4096)] {
+                d.rig.memory.write_slice(&vec![round; len as usize], GuestAddress(BUFFER)).unwrap();
+                assert_eq!(
+                    d.ask(OUT, at, &[(BUFFER, 300, false), (BUFFER + 300, len - 300, false)]),
+                    (OK, 1)
+                );
+            }
+            let segment = [&512u64.to_le_bytes()[..], &1024u32.to_le_bytes(), &1u32.to_le_bytes()].concat();
+            d.rig.memory.write_slice(&segment, GuestAddress(BUFFER)).unwrap();
+            assert_eq!(d.ask(WRITE_ZEROES, 0, &[(BUFFER, 16, false)]), (OK, 1));
+            assert_eq!(d.ask(FLUSH, 0, &[]), (OK, 1));
+            assert_eq!(d.ask(IN, 698, &[(BUFFER, 4096, true)]), (OK, 4097));
+            assert_eq!(d.guest(BUFFER, 4096), [0; 4096]);
+            port.eject().unwrap();
+            d.rig.set(0x64, 2);
+            let check = std::process::Command::new("qemu-img").arg("check").arg(&path).output().unwrap();
+            assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+        }
+    }
+}

@@ -199,10 +199,17 @@ pub(super) fn compile(kind: Kind, rotates_log: bool) -> Result<BpfProgram, Sandb
         }
         runs.push((number + 1, Verdict::Trap));
     }
-    let mut program =
-        vec![op(LOAD, ARCH_OFFSET), jump(JUMP_EQ, ARCH, 1, 0), op(RETURN, TRAP), op(LOAD, NUMBER_OFFSET)];
-    program.extend(tree(&runs)?);
-    Ok(program)
+    let mut rest = Vec::with_capacity(256);
+    tree(&runs, &mut rest)?;
+    // Built from its end, so that every jump knows how far its target is.
+    rest.extend([
+        op(LOAD, NUMBER_OFFSET),
+        op(RETURN, TRAP),
+        jump(JUMP_EQ, ARCH, 1, 0),
+        op(LOAD, ARCH_OFFSET),
+    ]);
+    rest.reverse();
+    Ok(rest)
 }
 
 // linux/bpf_common.h
@@ -213,6 +220,9 @@ const JUMP_GE: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
 const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const TRAP: u32 = libc::SECCOMP_RET_TRAP;
+
+/// How far back a verdict is taken up again.
+const REACH: usize = 128;
 
 // Offsets in struct seccomp_data (linux/seccomp.h); arguments are 64 bits wide and little-endian.
 const NUMBER_OFFSET: u32 = 0;
@@ -234,19 +244,32 @@ fn jump(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
 }
 
 /// Finds the run of the number in the accumulator. x32 numbers are beyond the last run's start, which traps.
-fn tree(runs: &[(u32, Verdict)]) -> Result<BpfProgram, SandboxError> {
-    let (left, right) = runs.split_at(runs.len() / 2);
-    let Some((middle, verdict)) = right.first() else { return Ok(vec![op(RETURN, TRAP)]) };
-    if left.is_empty() {
-        return Ok(leaf(*verdict));
+///
+/// `program` is in reverse: what runs first is pushed last. Returns where the subtree's first instruction is. Most runs are one of
+/// two verdicts, each of which is there once for all whose jump, of 255 instructions at most, reaches it.
+fn tree(runs: &[(u32, Verdict)], program: &mut BpfProgram) -> Result<usize, SandboxError> {
+    let middle = runs.len() / 2;
+    match runs {
+        [] => Ok(leaf(Verdict::Trap, program)),
+        [(_, verdict)] => Ok(leaf(*verdict, program)),
+        _ => {
+            let (left, right) = runs.split_at(middle);
+            let start = right.first().map_or(0, |(start, _)| *start);
+            let right = tree(right, program)?;
+            let left = tree(left, program)?;
+            let next = program.len();
+            let over = |target: usize| {
+                u8::try_from(next - 1 - target).map_err(|e| SandboxError::Filter(Box::new(e)))
+            };
+            program.push(jump(JUMP_GE, start, over(right)?, over(left)?));
+            Ok(next)
+        }
     }
-    let (left, right) = (tree(left)?, tree(right)?);
-    let over_left = u8::try_from(left.len()).map_err(|e| SandboxError::Filter(Box::new(e)))?;
-    Ok([vec![jump(JUMP_GE, *middle, over_left, 0)], left, right].concat())
 }
 
-fn leaf(verdict: Verdict) -> BpfProgram {
-    match verdict {
+/// Adds what decides a number, unless it is there and in reach; returns where it begins.
+fn leaf(verdict: Verdict, program: &mut BpfProgram) -> usize {
+    let code = match verdict {
         Verdict::Trap => vec![op(RETURN, TRAP)],
         Verdict::Allow => vec![op(RETURN, ALLOW)],
         Verdict::Masked { argument, mask, value } => vec![
@@ -270,7 +293,16 @@ fn leaf(verdict: Verdict) -> BpfProgram {
             ]);
             code
         }
+    };
+    if let [only] = code.as_slice()
+        && let Some(at) = program.iter().rposition(|i| i == only)
+        // Subtrees that are still to come before this one's jump are far smaller than what is left of a jump's reach.
+        && program.len() - at < REACH
+    {
+        return at;
     }
+    program.extend(code.into_iter().rev());
+    program.len() - 1
 }
 
 #[cfg(test)]

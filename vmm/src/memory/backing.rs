@@ -12,9 +12,13 @@ use vm_memory::FileOffset;
 
 use super::{MemoryError, Wish};
 
+/// `f_type` of a hugetlbfs (linux/magic.h).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
 pub(super) struct Backing {
     file: Option<Arc<File>>,
     shared: bool,
+    huge: bool,
 }
 
 impl Backing {
@@ -27,7 +31,17 @@ impl Backing {
             }
             None => None,
         };
-        Ok(Self { file: file.map(Arc::new), shared: wish.shared })
+        let huge = match &file {
+            Some(file) => rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type as u64 == HUGETLBFS_MAGIC),
+            None => false,
+        };
+        Ok(Self { file: file.map(Arc::new), shared: wish.shared, huge })
+    }
+
+    /// Whether RAM is made of the host's huge pages. Those must be reserved when they are mapped: a guest that touches one that is
+    /// not there any more ends the VMM with SIGBUS.
+    pub(super) fn huge(&self) -> bool {
+        self.huge
     }
 
     /// File, offset and flags for a mapping that starts `offset` bytes into guest RAM.

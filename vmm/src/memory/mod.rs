@@ -45,6 +45,17 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// A hugetlbfs without as many free pages.
+    #[error(
+        "-mem-path {}: the host has not enough free huge pages for {size} bytes: reserve more (vm.nr_hugepages), or leave -mem-path out",
+        path.display()
+    )]
+    HugePages {
+        /// The hugetlbfs.
+        path: PathBuf,
+        /// Bytes wanted.
+        size: u64,
+    },
     /// The size does not fit the file system's pages.
     #[error("-mem-path {}: guest memory of {size} bytes is not a multiple of its {page} byte pages", path.display())]
     PageSize {
@@ -142,9 +153,16 @@ fn map(range: layout::Range, backing: &Backing, wish: &Wish<'_>) -> Result<Guest
     let offset = if range.base == 0 { 0 } else { layout::GAP_START };
     // Without MAP_NORESERVE a host with overcommit off would refuse VMs that will never touch all their memory.
     let (file, flags) = backing.mapping(offset);
-    let region =
-        MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE)
-            .map_err(|e| failed(mmap_error(e)))?;
+    let flags = if backing.huge() { flags } else { flags | libc::MAP_NORESERVE };
+    let region = MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|e| {
+        let source = mmap_error(e);
+        match (&source.raw_os_error(), wish.path) {
+            (Some(libc::ENOMEM), Some(path)) if backing.huge() => {
+                MemoryError::HugePages { path: path.into(), size: range.size }
+            }
+            _ => failed(source),
+        }
+    })?;
     if !wish.dump_guest_core {
         // SAFETY: the range is the mapping made above, and the advice changes core dumps only.
         unsafe { rustix::mm::madvise(region.as_ptr().cast(), size, Advice::LinuxDontDump) }
@@ -223,6 +241,22 @@ mod tests {
 
     fn machine(mem_share: bool) -> MachineConfig {
         MachineConfig { kind: MachineKind::Microvm, dump_guest_core: false, mem_share }
+    }
+
+    #[test]
+    fn huge_pages_are_there_before_the_guest_or_the_vm_is_refused() {
+        use std::os::fd::AsRawFd;
+        let flags = rustix::fs::MemfdFlags::HUGETLB | rustix::fs::MemfdFlags::HUGE_2MB;
+        // A kernel without huge pages has none to test.
+        let Ok(file) = rustix::fs::memfd_create("huge", flags) else { return };
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        // More than any host has.
+        let size = 1 << 44;
+        let config = MemoryConfig { size, path: Some(path.clone()), prealloc: false, backends: Vec::new() };
+        match build(&config, &machine(true)) {
+            Err(MemoryError::HugePages { path: named, .. }) => assert_eq!(named, path),
+            other => panic!("{:?}", other.map(|_| ())),
+        }
     }
 
     #[test]

@@ -127,12 +127,34 @@ impl Runner {
         }
     }
 
+    /// As the device does with buffers that the kernel would refuse.
+    fn needs_around(&self, offset: u64, bytes: &[u8]) -> bool {
+        let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: 700.min(bytes.len()) };
+        self.disk.needs_bounce(&[part], offset)
+    }
+
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.needs_around(offset, bytes) {
+            let mut at = 0;
+            let give = |piece: &mut [u8]| {
+                piece.copy_from_slice(&bytes[at..at + piece.len()]);
+                at += piece.len();
+            };
+            return self.disk.around()?.write(self.disk.file(), offset, bytes.len() as u64, give);
+        }
         self.run(offset, &mut bytes.to_vec(), |parts| Op::Write { parts, durable: false })
     }
 
     fn read(&mut self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut buffer = vec![0xee; len];
+        if self.needs_around(offset, &buffer) {
+            let mut at = 0;
+            self.disk.around()?.read(self.disk.file(), offset, len as u64, |piece| {
+                buffer[at..at + piece.len()].copy_from_slice(piece);
+                at += piece.len();
+            })?;
+            return Ok(buffer);
+        }
         self.run(offset, &mut buffer, |parts| Op::Read(parts))?;
         Ok(buffer)
     }
@@ -260,6 +282,7 @@ proptest! {
         order in 0u32..7,
         uring: bool,
         tiny_caches: bool,
+        direct: bool,
     ) {
         let bits = if compat == 0 { 16 } else { 1 << order };
         // A snapshot needs to count to two and more.
@@ -268,6 +291,11 @@ proptest! {
         let options = format!("compat={compat},cluster_size={},refcount_bits={bits}", 1 << cluster_bits);
         let mut lab = Lab::create(&options, SIZE);
         lab.drive.aio = Some(if uring { Aio::IoUring } else { Aio::Off });
+        // Where the file system has it, and blocks are not larger than clusters.
+        let with_direct = Drive { direct, aio: Some(Aio::IoUring), ..lab.drive.clone() };
+        if direct && Disk::open(&with_direct, &Inherited::default()).is_ok() {
+            lab.drive = with_direct;
+        }
         if tiny_caches {
             (lab.drive.l2_cache_size, lab.drive.refcount_cache_size) = (Some(0), Some(0));
         }

@@ -465,3 +465,33 @@ fn small_devices_that_make_no_sense() {
         assert!(error.contains(want), "{line}: {error}");
     }
 }
+
+#[test]
+fn drives_say_what_lies_under_them_and_how_they_are_kept() {
+    use crate::config::{Aio, BackingImage, DetectZeroes, Drive, ImageFormat};
+    let config = run(
+        "-kernel /k -drive id=a,file=/x,format=qcow2,direct=off,aio=iouring,backing=/b,backing-format=raw,\
+         l2-cache-size=4M,refcount-cache-size=512K,throttling.iops-total=100,discard=unmap,detect-zeroes=unmap",
+    );
+    let want = Drive {
+        format: ImageFormat::Qcow2,
+        direct: false,
+        aio: Some(Aio::IoUring),
+        backing: vec![BackingImage { file: "/b".into(), format: ImageFormat::Raw }],
+        l2_cache_size: Some(4 << 20),
+        refcount_cache_size: Some(512 << 10),
+        iops_total: Some(100),
+        discard: true,
+        detect_zeroes: DetectZeroes::Unmap,
+        ..Drive::new("a", "/x")
+    };
+    assert_eq!(config.drives, [want]);
+    for (options, problem) in [
+        ("l2-cache-size=33M", "l2-cache-size=33M: write a size of at most 32M"),
+        ("format=qcow2,backing=/b,backing-format=vmdk", "backing-format=vmdk: use raw or qcow2"),
+        ("backing=/b", "a raw image has no backing file: add format=qcow2"),
+    ] {
+        let text = error(&format!("-kernel /k -drive id=a,file=/x,{options}"));
+        assert!(text.contains(problem), "{text}");
+    }
+}

@@ -154,7 +154,8 @@ fn arguments(plan: &Plan<'_>) -> Vec<String> {
         "-accel",
         "tcg,thread=multi,tb-size=512",
         "-cpu",
-        "max,+svm",
+        // Four levels of page tables: with five, hosts have lost their stack on the way out of a guest.
+        "max,+svm,-la57",
         "-smp",
         &CPUS.to_string(),
         "-m",

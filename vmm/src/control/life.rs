@@ -73,6 +73,20 @@ impl End {
         }
     }
 
+    /// What happened, for the log: one reason has more than one cause.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::Quit => "asked over QMP",
+            Self::Signal(_) => "asked by a signal",
+            Self::Guest(GuestEvent::PowerOff) => "the guest powered off",
+            Self::Guest(GuestEvent::Reset) => "the guest asked for a reset",
+            Self::Guest(GuestEvent::TripleFault) => {
+                "triple fault: how some kernels reboot, and how a lost one ends"
+            }
+            Self::Guest(GuestEvent::InternalError(_)) => "KVM could not go on",
+        }
+    }
+
     /// Says whether the guest wanted it.
     pub fn by_guest(&self) -> bool {
         matches!(self, Self::Guest(GuestEvent::PowerOff | GuestEvent::TripleFault | GuestEvent::Reset))

@@ -371,7 +371,7 @@ impl Control {
                     Ok(())
                 }
                 Effect::End(end) => {
-                    tracing::info!("the VM ends: {}", end.reason());
+                    tracing::info!("the VM ends: {} ({})", end.reason(), end.cause());
                     let data = json!({ "guest": end.by_guest(), "reason": end.reason() });
                     outcomes.push(Outcome::Event(Event { name: "SHUTDOWN", data }));
                     self.end = Some(end);

@@ -18,6 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::Interrupt;
 use crate::event::{EventFlags, EventLoop, Handler, LoopHandle, Ops, Token};
 
 /// How long a reset waits for the host's kernel before it gives the device up. A disk that takes longer is as good as dead;
@@ -194,5 +195,42 @@ impl<T: Send + 'static> Gate<T> {
         inner.taken = false;
         self.left.notify_all();
         drained
+    }
+}
+
+/// What a device runs from DRIVER_OK to reset, for devices that have nothing in flight when no handler of theirs runs.
+pub(crate) struct Session<T> {
+    gate: Arc<Gate<T>>,
+    io_thread: LoopHandle,
+}
+
+impl<T: Send + 'static> Session<T> {
+    /// Runs `begin` on the I/O thread, which sets up the watches. When that fails the driver is told (DEVICE_NEEDS_RESET).
+    pub(crate) fn start(
+        io_thread: LoopHandle,
+        state: T,
+        device: &'static str,
+        interrupt: Arc<dyn Interrupt>,
+        begin: fn(&mut T, &Arc<Gate<T>>, &mut Ops<'_>) -> io::Result<()>,
+    ) -> Self {
+        let gate = Gate::new(state);
+        let on_thread = Arc::clone(&gate);
+        io_thread.post(move |ops: &mut Ops<'_>| {
+            if let Some(Err(error)) = on_thread.enter(|state| begin(state, &on_thread, ops)) {
+                tracing::error!("{device}: cannot watch descriptors: {error}");
+                interrupt.needs_reset();
+            }
+        });
+        Self { gate, io_thread }
+    }
+
+    /// Ends the session, if there is one. False: a handler hangs in the host's kernel; the session stays, try again later.
+    pub(crate) fn end(session: &mut Option<Self>, wait: Duration) -> bool {
+        let ended =
+            session.as_ref().is_none_or(|s| s.gate.close(&s.io_thread, Instant::now() + wait, |_| true));
+        if ended {
+            *session = None;
+        }
+        ended
     }
 }

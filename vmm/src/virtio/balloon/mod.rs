@@ -6,16 +6,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::worker::{Gate, RESET_DEADLINE, Worker};
+use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
     read_config_bytes,
 };
-use crate::event::{EventFlags, LoopHandle, Ops};
+use crate::event::{EventFlags, Ops};
 use crate::memory::discard::Discarder;
 
 #[cfg(fuzzing)]
@@ -72,13 +72,7 @@ pub struct Balloon {
     features: u64,
     queue_sizes: Vec<u16>,
     worker: Worker,
-    session: Option<Session>,
-}
-
-/// From DRIVER_OK to reset.
-struct Session {
-    gate: Arc<Gate<Server>>,
-    io_thread: LoopHandle,
+    session: Option<Session<Server>>,
 }
 
 impl Balloon {
@@ -115,12 +109,7 @@ impl Balloon {
 
     fn stop(&mut self, wait: Duration) -> bool {
         self.port.disconnect();
-        let Some(session) = &self.session else { return true };
-        let stopped = session.gate.close(&session.io_thread, Instant::now() + wait, |_| true);
-        if stopped {
-            self.session = None;
-        }
-        stopped
+        Session::end(&mut self.session, wait)
     }
 }
 
@@ -181,21 +170,14 @@ impl VirtioDevice for Balloon {
         let refresh = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Host)?);
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
         self.port.connect(Arc::clone(&interrupt), Arc::clone(&refresh));
-        let gate = Gate::new(Server::new(serve::Parts {
+        let server = Server::new(serve::Parts {
             discarder: Discarder::new(memory),
             queues,
             port: Arc::clone(&self.port),
             refresh,
             interrupt: Arc::clone(&interrupt),
-        }));
-        let on_thread = Arc::clone(&gate);
-        io_thread.post(move |ops: &mut Ops<'_>| {
-            if let Some(Err(error)) = on_thread.enter(|server| start(server, &on_thread, ops)) {
-                tracing::error!("virtio-balloon: cannot watch descriptors: {error}");
-                interrupt.needs_reset();
-            }
         });
-        self.session = Some(Session { gate, io_thread });
+        self.session = Some(Session::start(io_thread, server, "virtio-balloon", interrupt, start));
         Ok(())
     }
 

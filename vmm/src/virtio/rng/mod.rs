@@ -4,17 +4,17 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::worker::{Gate, RESET_DEADLINE, Worker};
+use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
     read_config_bytes,
 };
 use crate::config::RngLimit;
-use crate::event::{EventFlags, LoopHandle, Ops};
+use crate::event::{EventFlags, Ops};
 
 mod limit;
 mod serve;
@@ -46,13 +46,7 @@ pub struct Rng {
     /// Outlives sessions: a guest that resets the device gains no bytes by it.
     limiter: Option<Arc<Mutex<Limiter>>>,
     worker: Worker,
-    session: Option<Session>,
-}
-
-/// From DRIVER_OK to reset.
-struct Session {
-    gate: Arc<Gate<Server>>,
-    io_thread: LoopHandle,
+    session: Option<Session<Server>>,
 }
 
 impl Rng {
@@ -64,13 +58,7 @@ impl Rng {
     }
 
     fn stop(&mut self, wait: Duration) -> bool {
-        let Some(session) = &self.session else { return true };
-        // Reads are synchronous: nothing is in flight when no handler runs.
-        let stopped = session.gate.close(&session.io_thread, Instant::now() + wait, |_| true);
-        if stopped {
-            self.session = None;
-        }
-        stopped
+        Session::end(&mut self.session, wait)
     }
 }
 
@@ -105,22 +93,15 @@ impl VirtioDevice for Rng {
             None => None,
         };
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
-        let gate = Gate::new(Server::new(serve::Parts {
+        let server = Server::new(serve::Parts {
             source: Arc::clone(&self.source),
             limiter: self.limiter.clone(),
             timer,
             queue,
             notify,
             interrupt: Arc::clone(&interrupt),
-        }));
-        let on_thread = Arc::clone(&gate);
-        io_thread.post(move |ops: &mut Ops<'_>| {
-            if let Some(Err(error)) = on_thread.enter(|server| start(server, &on_thread, ops)) {
-                tracing::error!("virtio-rng: cannot watch descriptors: {error}");
-                interrupt.needs_reset();
-            }
         });
-        self.session = Some(Session { gate, io_thread });
+        self.session = Some(Session::start(io_thread, server, "virtio-rng", interrupt, start));
         Ok(())
     }
 

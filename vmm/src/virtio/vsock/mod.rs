@@ -6,16 +6,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::worker::{Gate, RESET_DEADLINE, Worker};
+use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt,
     VirtioDevice, complain, fd_of, read_config_bytes,
 };
-use crate::event::{EventFlags, LoopHandle, Ops};
+use crate::event::{EventFlags, Ops};
 use crate::inherit::Inherited;
 use crate::net;
 use crate::vhost::{Kind, Ring, Vhost, VhostError};
@@ -71,13 +71,7 @@ pub struct Vsock {
     vhost: Arc<Vhost>,
     cid: u64,
     worker: Worker,
-    session: Option<Session>,
-}
-
-/// From DRIVER_OK to reset.
-struct Session {
-    gate: Arc<Gate<Served>>,
-    io_thread: LoopHandle,
+    session: Option<Session<Served>>,
 }
 
 /// Rings that the kernel has. Dropped before anything that it works on goes.
@@ -148,12 +142,7 @@ impl Vsock {
 
     /// False: the I/O thread hangs in a handler.
     fn stop(&mut self, wait: Duration) -> bool {
-        let Some(session) = &self.session else { return true };
-        let stopped = session.gate.close(&session.io_thread, Instant::now() + wait, |_| true);
-        if stopped {
-            self.session = None;
-        }
-        stopped
+        Session::end(&mut self.session, wait)
     }
 }
 
@@ -183,17 +172,9 @@ impl VirtioDevice for Vsock {
             return Err(ActivateError::StillBusy);
         }
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
-        let gate = Gate::new(self.serve(activation)?);
-        let on_thread = Arc::clone(&gate);
-        io_thread.post(move |ops: &mut Ops<'_>| {
-            on_thread.enter(|served| {
-                if let Err(error) = watch(served, &on_thread, ops) {
-                    tracing::error!("vhost-vsock: cannot watch descriptors: {error}");
-                    served.interrupt.needs_reset();
-                }
-            });
-        });
-        self.session = Some(Session { gate, io_thread });
+        let interrupt = Arc::clone(&activation.interrupt);
+        let served = self.serve(activation)?;
+        self.session = Some(Session::start(io_thread, served, "vhost-vsock", interrupt, watch));
         Ok(())
     }
 
@@ -205,7 +186,7 @@ impl VirtioDevice for Vsock {
 }
 
 /// On the I/O thread: passes on what the kernel says.
-fn watch(served: &Served, gate: &Arc<Gate<Served>>, ops: &mut Ops<'_>) -> io::Result<()> {
+fn watch(served: &mut Served, gate: &Arc<Gate<Served>>, ops: &mut Ops<'_>) -> io::Result<()> {
     let edge = EventFlags::IN | EventFlags::ET;
     for (queue, call) in &served.calls {
         let (queue, interrupt) = (*queue, Arc::clone(&served.interrupt));

@@ -22,6 +22,7 @@ mod cpu;
 mod entry;
 mod hostile;
 mod irq;
+mod load;
 mod memory;
 mod net;
 mod paging;

@@ -2,6 +2,7 @@
 
 use crate::blk::{self, Disk};
 use crate::boot::BootInfo;
+use crate::load::{self, Pattern};
 use crate::net::{self, Card};
 use crate::text::{Interface, Ipv4, Size, number};
 use crate::virtio::{self, Window};
@@ -27,6 +28,9 @@ disk [vdX] flush                       make writes durable
 net                        the network card
 net up ADDR/LEN            give it an address
 net ping ADDR [COUNT]      ping
+load disk read|write|scan DEPTH KIB MS  keep the disk busy, polling, and count; takes it over
+load net send BYTES MS                 send frames, likewise
+load net receive MS                    count frames
 hostile [PREFIX]           misuse the devices, case by case; takes them over for good
 halt                       stop the processor for good
 poweroff, reboot, fault    end the VM: ACPI, keyboard controller, triple fault";
@@ -219,6 +223,7 @@ impl Shell {
             }
             "disk" => shell.disk(arguments),
             "net" => shell.net(arguments),
+            "load" => shell.load(arguments),
             "hostile" => Ok(hostile::run(shell.boot, arguments.first().copied().unwrap_or(""))?),
             "halt" => {
                 say!("halted");
@@ -297,6 +302,29 @@ impl Shell {
             _ => return Err(Failure::Usage),
         };
         say!("disk: {action} {sectors} sectors in {} us", clock::to_microseconds(cpu::tsc() - start));
+        Ok(())
+    }
+
+    /// The first device of its kind that is there for use: a disk with sectors, a card with a link.
+    fn load(&mut self, arguments: &[&str]) -> Outcome {
+        let disk = || self.of_kind(blk::KIND).find(|w| blk::capacity(*w) != 0).ok_or("there is no disk");
+        let card = || self.of_kind(net::KIND).find(|w| net::describe(*w).1).ok_or("there is no network card");
+        let done = match arguments {
+            ["disk", pattern, rest @ ..] => {
+                let pattern = match *pattern {
+                    "read" => Pattern::Read,
+                    "write" => Pattern::Write,
+                    "scan" => Pattern::Scan,
+                    _ => return Err(Failure::Usage),
+                };
+                load::disk(self.boot, disk()?, pattern, numbers(rest, 3)?)?
+            }
+            ["net", "send", rest @ ..] => load::transmit(self.boot, card()?, numbers(rest, 2)?)?,
+            ["net", "receive", rest @ ..] => load::receive(self.boot, card()?, numbers::<1>(rest, 1)?[0])?,
+            _ => return Err(Failure::Usage),
+        };
+        let load::Done { count, microseconds, bells, total } = done;
+        say!("load: {count} in {microseconds} us, {bells} bells, {total} in all");
         Ok(())
     }
 

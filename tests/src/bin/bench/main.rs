@@ -5,11 +5,13 @@
 //!
 //! ```text
 //! bench [--vmm PATH] [--floor PATH] [--guest PATH] [--peer NAME=PATH[,ARGUMENT...]]... [--runs N] [--fleet N] [--fleet-runs N] [--control-runs N]
-//!       [--memory MIB] [--json]
+//!       [--load-runs N] [--memory MIB] [--json]
 //! ```
 
 mod control;
 mod fleet;
+mod lan;
+mod load;
 mod process;
 mod report;
 mod subject;
@@ -31,11 +33,12 @@ usage: bench [OPTIONS]
                      tests/guest/target/release, or the installed one
   --peer NAME=PATH[,ARGUMENT...]
                      another VMM. The names stratovirt, firecracker, cloud-hypervisor, qemu and flotilla (or NAME-anything) bring
-                     their own arguments; for others give them, with {kernel} {flat} {command} {memory} {dir} filled in
+                     their own arguments; for others give them, with {kernel} {flat} {command} {memory} {dir} filled in; block and network lines are for known names only
   --runs N           rounds for single starts (default 20)
   --fleet N          VMs alive at once (default 200; 0 leaves that part out)
   --fleet-runs N     rounds of that (default 3)
   --control-runs N   rounds of QMP round trips and pauses (default 10; 0 leaves that part out)
+  --load-runs N      rounds of what disk and network carry (default 5; 0 leaves that part out). Needs root for a tap
   --memory MIB       guest memory (default 256)
   --json             one JSON object instead of tables";
 
@@ -48,6 +51,7 @@ struct Options {
     fleet: usize,
     fleet_runs: usize,
     control_runs: usize,
+    load_runs: usize,
     memory: usize,
     json: bool,
 }
@@ -62,6 +66,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
         fleet: 200,
         fleet_runs: 3,
         control_runs: 10,
+        load_runs: 5,
         memory: 256,
         json: false,
     };
@@ -76,6 +81,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--fleet" => options.fleet = number(&name, &value()?, 0, 5_000)?,
             "--fleet-runs" => options.fleet_runs = number(&name, &value()?, 1, 100)?,
             "--control-runs" => options.control_runs = number(&name, &value()?, 0, 1_000)?,
+            "--load-runs" => options.load_runs = number(&name, &value()?, 0, 1_000)?,
             "--memory" => options.memory = number(&name, &value()?, 128, 3072)?,
             "--json" => options.json = true,
             "--help" | "-h" => return Ok(None),
@@ -145,6 +151,14 @@ fn bench() -> Result<()> {
             if results[i].failure.is_none() {
                 let sample = control::measure(&subjects[i], &setting);
                 results[i].add_control(sample);
+            }
+        }
+    }
+    for round in 0..options.load_runs {
+        for i in order(round, subjects.len()) {
+            if results[i].failure.is_none() {
+                let sample = load::measure(&subjects[i], &setting);
+                results[i].add_load(sample);
             }
         }
     }

@@ -20,6 +20,8 @@ pub(crate) struct Vm {
     child: Child,
     label: String,
     errors: std::path::PathBuf,
+    /// What [`Vm::line`] has read beyond the last line.
+    text: Vec<u8>,
 }
 
 /// What one start cost.
@@ -65,7 +67,7 @@ impl Vm {
             }
         }
         let child = command.spawn().map_err(|e| format!("{}: {e}", subject.program.display()))?;
-        Ok(Self { child, label: subject.name.clone(), errors })
+        Ok(Self { child, label: subject.name.clone(), errors, text: Vec::new() })
     }
 
     /// Its process.
@@ -117,6 +119,32 @@ impl Vm {
             if self.saw_first_byte()? {
                 return Ok(());
             }
+        }
+    }
+
+    /// The rest of the next line of the guest that begins with `start`, waiting for it.
+    pub(crate) fn line(&mut self, start: &str, limit: Duration) -> Result<String> {
+        let end = Instant::now() + limit;
+        loop {
+            while let Some(length) = self.text.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.text.drain(..=length).collect();
+                let line = String::from_utf8_lossy(&line);
+                if let Some((_, rest)) = line.trim_end().split_once(start) {
+                    return Ok(rest.to_owned());
+                }
+            }
+            let timeout = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
+            let mut bytes = [0; 4096];
+            let count = match poll(&mut [self.console()?], Some(&timeout))? {
+                0 => 0,
+                _ => self.child.stdout.as_mut().map_or(Ok(0), |output| output.read(&mut bytes))?,
+            };
+            if count == 0 {
+                return Err(
+                    format!("{}: no {start:?} from its guest: {}", self.label, self.complaint()).into()
+                );
+            }
+            self.text.extend_from_slice(&bytes[..count]);
         }
     }
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::Result;
 use crate::control::Control;
 use crate::fleet::Fleet;
+use crate::load::{LINES, Rates};
 use crate::process::Single;
 use crate::subject::{Setting, Subject};
 use crate::syscalls;
@@ -29,6 +30,7 @@ pub(crate) struct Results {
     round_trip: Vec<f64>,
     halted: Vec<f64>,
     spinning: Vec<f64>,
+    loads: [Vec<f64>; LINES.len()],
 }
 
 /// Everything, ready to print.
@@ -62,6 +64,7 @@ impl Results {
             round_trip,
             halted,
             spinning,
+            loads: [const { Vec::new() }; LINES.len()],
         }
     }
 
@@ -110,8 +113,16 @@ impl Results {
         }
     }
 
-    fn metrics(&self) -> [(&'static str, &'static str, &[f64]); 12] {
-        [
+    /// Adds what disk and network carried, or the failure.
+    pub(crate) fn add_load(&mut self, sample: Result<Rates>) {
+        match sample {
+            Ok(rates) => self.loads.iter_mut().zip(rates).for_each(|(to, rate)| to.extend(rate)),
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
+    fn metrics(&self) -> Vec<(&'static str, &'static str, &[f64])> {
+        let mut all: Vec<(_, _, &[f64])> = vec![
             ("exec to first guest byte, wall", "ms", &self.wall),
             ("exec to first guest byte, CPU", "ms", &self.cpu),
             ("private memory beyond guest RAM, alone", "KiB", &self.alone),
@@ -124,7 +135,9 @@ impl Results {
             ("QMP round trip, back to back", "us", &self.round_trip),
             ("QMP stop of a halted guest", "us", &self.halted),
             ("QMP stop of a spinning guest", "us", &self.spinning),
-        ]
+        ];
+        all.extend(LINES.iter().zip(&self.loads).map(|(line, samples)| (line.name, line.unit, &samples[..])));
+        all
     }
 }
 

@@ -1,11 +1,16 @@
 //! The programs under comparison: how each is told to boot the default guest with one vCPU and a control socket.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
 use crate::Result;
+use crate::lan;
+
+/// The disk's size; no multiple of any cache's.
+const DISK_MIB: usize = 192;
 
 /// A VMM to measure.
 pub(crate) struct Subject {
@@ -13,6 +18,8 @@ pub(crate) struct Subject {
     pub(crate) name: String,
     /// The binary.
     pub(crate) program: PathBuf,
+    /// Whose arguments it takes; none if they were given.
+    kind: Option<&'static str>,
     arguments: Vec<String>,
 }
 
@@ -21,6 +28,7 @@ pub(crate) struct Setting {
     directory: TempDir,
     kernel: String,
     flat: String,
+    disk: String,
     /// Guest RAM, MiB.
     pub(crate) memory: usize,
 }
@@ -32,6 +40,12 @@ pub(crate) enum Command {
     Hold,
     /// It keeps its vCPU busy.
     Spin,
+    /// It keeps a disk busy, in the ways that `load` lists.
+    Disk,
+    /// It sends frames of 64 bytes, then of 1514.
+    Send,
+    /// It counts frames, twice.
+    Receive,
 }
 
 impl Command {
@@ -40,6 +54,12 @@ impl Command {
         match self {
             Self::Hold => "hold",
             Self::Spin => "quiet cmd=spin,600000",
+            Self::Disk => {
+                "quiet cmd=load,disk,read,32,4,700;load,disk,read,1,4,700;load,disk,write,32,4,700;\
+                 load,disk,write,1,4,700;load,disk,scan,4,128,700"
+            }
+            Self::Send => "quiet cmd=load,net,send,64,1000;load,net,send,1514,1000",
+            Self::Receive => "quiet cmd=load,net,receive,1000;load,net,receive,1000",
         }
     }
 }
@@ -62,29 +82,52 @@ fn template(kind: &str) -> Option<&'static str> {
             "--api-socket path={dir}/api.sock --kernel {kernel} --cmdline {command} --memory size={memory}M \
              --cpus boot=1 --serial tty --console off"
         }
+        // A model that every KVM can do: some lack what `host` wants, and nothing here depends on it.
         "qemu" => {
-            "-M microvm -enable-kvm -cpu host -m {memory} -kernel {kernel} -append {command} -nodefaults \
+            "-M microvm -enable-kvm -cpu qemu64 -m {memory} -kernel {kernel} -append {command} -nodefaults \
              -no-user-config -display none -serial stdio -qmp unix:{dir}/qmp.sock,server,nowait"
         }
         _ => return None,
     })
 }
 
+/// What gives a VMM that we know the disk or the tap; its name and its defaults are the host's to choose, aio and queues its own.
+fn device(kind: &str, command: Command) -> &'static str {
+    match (kind, command) {
+        (_, Command::Hold | Command::Spin) => "",
+        ("flotilla" | "stratovirt", Command::Disk) => {
+            "-drive id=disk,file={disk},direct=off -device virtio-blk-device,drive=disk,id=blk"
+        }
+        ("flotilla" | "stratovirt", _) => {
+            "-netdev tap,id=net,ifname={tap} -device virtio-net-device,netdev=net,id=nic"
+        }
+        ("qemu", Command::Disk) => {
+            "-global virtio-mmio.force-legacy=false -object iothread,id=io \
+             -drive if=none,id=disk,file={disk},format=raw -device virtio-blk-device,drive=disk,iothread=io"
+        }
+        ("qemu", _) => {
+            "-global virtio-mmio.force-legacy=false -netdev tap,id=net,ifname={tap},script=no,downscript=no \
+             -device virtio-net-device,netdev=net"
+        }
+        _ => "",
+    }
+}
+
 impl Subject {
     /// A program of a known kind: `name`, or what comes before its first `-` or digit.
     pub(crate) fn named(name: &str, program: PathBuf) -> Result<Self> {
         let kinds = ["floor", "flotilla", "stratovirt", "firecracker", "cloud-hypervisor", "qemu"];
-        let arguments = kinds
+        let (kind, arguments) = kinds
             .iter()
             .find(|kind| {
                 name == **kind || name.strip_prefix(**kind).is_some_and(|rest| rest.starts_with('-'))
             })
-            .and_then(|kind| template(kind))
+            .and_then(|kind| Some((*kind, template(kind)?)))
             .ok_or_else(|| {
                 format!("peer {name}: not a VMM whose arguments are known; give them after commas")
             })?;
         let arguments = arguments.split_whitespace().map(str::to_owned).collect();
-        Ok(Self { name: name.to_owned(), program, arguments })
+        Ok(Self { name: name.to_owned(), program, kind: Some(kind), arguments })
     }
 
     /// `NAME=PATH` or `NAME=PATH,ARGUMENT,...`.
@@ -95,6 +138,7 @@ impl Subject {
             Some((program, arguments)) => Ok(Self {
                 name: name.to_owned(),
                 program: program.into(),
+                kind: None,
                 arguments: arguments.split(',').map(str::to_owned).collect(),
             }),
         }
@@ -112,20 +156,43 @@ impl Subject {
             let config = serde_json::json!({
                 "boot-source": { "kernel_image_path": setting.kernel, "boot_args": command.line() },
                 "machine-config": { "vcpu_count": 1, "mem_size_mib": setting.memory },
-                "drives": [],
+                "drives": match command {
+                    Command::Disk => serde_json::json!([{
+                        "drive_id": "disk", "path_on_host": setting.disk, "is_root_device": false, "is_read_only": false,
+                    }]),
+                    _ => serde_json::json!([]),
+                },
+                "network-interfaces": match command {
+                    Command::Send | Command::Receive => {
+                        serde_json::json!([{ "iface_id": "nic", "host_dev_name": lan::TAP }])
+                    }
+                    _ => serde_json::json!([]),
+                },
             });
             fs::write(directory.join("vm.json"), config.to_string())?;
         }
         let memory = setting.memory.to_string();
-        let fill = |argument: &String| {
+        let fill = |argument: &str| {
             argument
                 .replace("{kernel}", &setting.kernel)
                 .replace("{flat}", &setting.flat)
                 .replace("{command}", command.line())
                 .replace("{memory}", &memory)
                 .replace("{dir}", &directory.to_string_lossy())
+                .replace("{disk}", &setting.disk)
+                .replace("{tap}", lan::TAP)
         };
-        Ok(self.arguments.iter().map(fill).collect())
+        let device = self.kind.map_or("", |kind| device(kind, command)).split_whitespace().map(str::to_owned);
+        Ok(self.arguments.iter().cloned().chain(device).map(|a| fill(&a)).collect())
+    }
+
+    /// Whether it can be given what `command` needs.
+    pub(crate) fn has(&self, command: Command) -> bool {
+        match self.kind {
+            Some("firecracker") => true,
+            Some(kind) => !device(kind, command).is_empty(),
+            None => false,
+        }
     }
 
     /// Where the standard error of VM `index` goes.
@@ -162,9 +229,22 @@ impl Setting {
         Ok(Self {
             kernel: guest.to_string_lossy().into_owned(),
             flat: flat.to_string_lossy().into_owned(),
+            disk: directory.path().join("disk").to_string_lossy().into_owned(),
             directory,
             memory,
         })
+    }
+}
+
+impl Setting {
+    /// Makes the disk's file, or what is left of the last round: in the page cache, and nothing of it still to be written.
+    pub(crate) fn fresh_disk(&self) -> Result<()> {
+        let mut file = fs::File::options().create(true).truncate(false).write(true).open(&self.disk)?;
+        let bytes: Vec<u8> = (0..1u32 << 18).flat_map(u32::to_le_bytes).collect();
+        for _ in 0..DISK_MIB {
+            file.write_all(&bytes)?;
+        }
+        Ok(file.sync_all()?)
     }
 }
 

@@ -6,5 +6,6 @@
 pub mod console;
 pub mod fleet;
 pub mod host;
+pub mod hostile;
 pub mod qmp;
 pub mod scenario;

@@ -4,9 +4,9 @@
 //! a case:  misuse ─▶ outcome ─▶ reset ─▶ a good request to the same device ─▶ a read from another disk ─▶ one line on the console
 //! ```
 //!
-//! `registers` and `rings` hold the cases that fit any device; `blk_cases`, `net_cases` and `small_cases` those of one kind. The line tells the outcome and those
-//! that are allowed, so the table has one place: here. `rig` is what cases are made with. To add a device: a row in
-//! [`TARGETS`], its good request in `rig`, and a file with its own cases.
+//! `registers` and `rings` hold the cases that fit any device; the `*_cases` those of one kind. The line tells the outcome and those
+//! that are allowed, so the table has one place: here. `rig` is what cases are made with, `good` how each queue is used by the book.
+//! To add a device: a row in [`TARGETS`], its good request in `good`, and a file with its own cases.
 
 use crate::blk::{self, Disk};
 use crate::boot::BootInfo;
@@ -14,12 +14,16 @@ use crate::virtio::{self, Problem};
 use crate::{net, put, say};
 
 mod blk_cases;
+mod control_cases;
+mod good;
 mod net_cases;
 mod registers;
 mod rig;
 mod rings;
 mod small_cases;
+mod vsock_cases;
 
+use good::Prompt;
 use rig::{Rig, Space};
 
 /// How a case ended.
@@ -90,6 +94,10 @@ pub struct Target {
     pub queues: u16,
     /// The one that is misused.
     pub queue: u16,
+    /// Feature bits that the queue comes with.
+    pub features: u64,
+    /// What makes the device give requests back.
+    pub prompt: Prompt,
     /// Requests of this queue are for the device to write to.
     pub writable: bool,
     /// The cases of `registers` run here too: once for each device.
@@ -108,16 +116,47 @@ pub const CONSOLE: u32 = 3;
 pub const RNG: u32 = 4;
 /// As above.
 pub const BALLOON: u32 = 5;
+/// As above.
+pub const VSOCK: u32 = 19;
+
+/// VIRTIO_CONSOLE_F_MULTIPORT.
+const MULTIPORT: u64 = 1 << 1;
+/// VIRTIO_BALLOON_F_STATS_VQ.
+const STATS: u64 = 1 << 1;
+/// VIRTIO_BALLOON_F_REPORTING.
+const REPORTING: u64 = 1 << 5;
+
+/// Most rows differ from this in a few fields only.
+const PLAIN: Target = Target {
+    name: "",
+    kind: 0,
+    queues: 1,
+    queue: 0,
+    features: 0,
+    prompt: Prompt::None,
+    writable: false,
+    registers: false,
+    cases: &[],
+};
 
 #[rustfmt::skip]
 const TARGETS: &[Target] = &[
-    Target { name: "blk", kind: BLK, queues: 1, queue: 0, writable: false, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS] },
-    Target { name: "net-tx", kind: NET, queues: 2, queue: 1, writable: false, registers: true, cases: &[net_cases::TRANSMIT] },
-    Target { name: "net-rx", kind: NET, queues: 2, queue: 0, writable: true, registers: false, cases: &[net_cases::RECEIVE] },
-    Target { name: "console-tx", kind: CONSOLE, queues: 2, queue: 1, writable: false, registers: true, cases: &[] },
-    Target { name: "rng", kind: RNG, queues: 1, queue: 0, writable: true, registers: true, cases: &[small_cases::RANDOM] },
-    Target { name: "balloon-inflate", kind: BALLOON, queues: 2, queue: 0, writable: false, registers: true, cases: &[small_cases::PAGES] },
-    Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, writable: false, registers: false, cases: &[small_cases::PAGES] },
+    Target { name: "blk", kind: BLK, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS], ..PLAIN },
+    Target { name: "net-tx", kind: NET, queues: 2, queue: 1, registers: true, cases: &[net_cases::TRANSMIT], ..PLAIN },
+    Target { name: "net-rx", kind: NET, queues: 2, writable: true, cases: &[net_cases::RECEIVE], ..PLAIN },
+    Target { name: "net-control", kind: NET, queues: 3, queue: 2, features: control_cases::NET_FEATURES, cases: &[control_cases::NET], ..PLAIN },
+    Target { name: "console-tx", kind: CONSOLE, queues: 2, queue: 1, registers: true, ..PLAIN },
+    Target { name: "console-rx", kind: CONSOLE, queues: 2, writable: true, cases: &[small_cases::INPUT], ..PLAIN },
+    Target { name: "serial-control-rx", kind: CONSOLE, queues: 4, queue: 2, features: MULTIPORT, prompt: Prompt::Message { queue: 3 }, writable: true, cases: &[control_cases::SERIAL_ANSWERS], ..PLAIN },
+    Target { name: "serial-control-tx", kind: CONSOLE, queues: 4, queue: 3, features: MULTIPORT, cases: &[control_cases::SERIAL], ..PLAIN },
+    Target { name: "serial-port-tx", kind: CONSOLE, queues: 6, queue: 5, features: MULTIPORT, ..PLAIN },
+    Target { name: "rng", kind: RNG, writable: true, registers: true, cases: &[small_cases::RANDOM], ..PLAIN },
+    Target { name: "balloon-inflate", kind: BALLOON, queues: 2, registers: true, cases: &[small_cases::PAGES], ..PLAIN },
+    Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, cases: &[small_cases::PAGES], ..PLAIN },
+    Target { name: "balloon-stats", kind: BALLOON, queues: 3, queue: 2, features: STATS, prompt: Prompt::Another, cases: &[small_cases::STATISTICS], ..PLAIN },
+    Target { name: "balloon-reporting", kind: BALLOON, queues: 5, queue: 4, features: STATS | REPORTING, writable: true, cases: &[small_cases::REPORTS], ..PLAIN },
+    Target { name: "vsock-tx", kind: VSOCK, queues: 3, queue: 1, registers: true, cases: &[vsock_cases::PACKETS], ..PLAIN },
+    Target { name: "vsock-rx", kind: VSOCK, queues: 3, prompt: Prompt::Message { queue: 1 }, writable: true, cases: &[vsock_cases::BUFFERS], ..PLAIN },
 ];
 
 /// Runs the cases whose full name (`TARGET/GROUP/WORDS`) starts with `prefix`, on the first device of each kind. The second disk

@@ -1,9 +1,11 @@
 //! What hostile cases are made with: owns the memory of rings and buffers, which is used again by each case, and drives the
 //! device's registers one by one, with no check of its own.
 
+use core::cell::Cell;
 use core::sync::atomic::{Ordering, fence};
 
-use super::{BALLOON, BLK, CONSOLE, NET, Outcome, RNG, Target};
+use super::good::Prompt;
+use super::{BALLOON, BLK, Outcome, Target};
 use crate::boot::BootInfo;
 use crate::virtio::{Problem, VERSION_1, Window, reg};
 use crate::{clock, cpu, memory};
@@ -32,6 +34,8 @@ const RING: u64 = 32 << 10;
 const DATA: u64 = 512 << 10;
 /// How long a device may take to answer, on a machine that does other things too.
 const PATIENCE: u64 = 10_000_000;
+/// Between two prompts of a device that speaks when it is spoken to.
+const PROMPT: u64 = 1000;
 
 /// Memory that all cases share.
 #[derive(Clone, Copy)]
@@ -96,14 +100,16 @@ pub struct Rig {
     pub target: &'static Target,
     /// Used entries that were waited for.
     seen: u16,
-    /// The status byte of the last block request.
+    /// The status byte of the last request that has one.
     status_byte: Option<u64>,
+    /// Requests that were made available, one after the other, since the reset.
+    offered: Cell<u16>,
 }
 
 impl Rig {
     /// A rig for one queue of the device in `window`.
     pub fn new(space: Space, window: Window, target: &'static Target) -> Self {
-        Self { space, window, target, seen: 0, status_byte: None }
+        Self { space, window, target, seen: 0, status_byte: None, offered: Cell::new(0) }
     }
 
     /// First address behind RAM.
@@ -133,6 +139,11 @@ impl Rig {
         }
     }
 
+    /// Puts bytes at an address of the rig's own memory.
+    pub fn put_bytes(&self, at: u64, bytes: &[u8]) {
+        bytes.iter().zip(at..).for_each(|(byte, at)| poke(at, *byte));
+    }
+
     /// One byte of the buffers.
     pub fn byte(&self, offset: u64) -> u8 {
         peek(self.data(offset))
@@ -147,6 +158,7 @@ impl Rig {
     pub fn reset(&mut self) -> bool {
         self.window.write(reg::STATUS, 0);
         (self.seen, self.status_byte) = (0, None);
+        self.offered.set(0);
         let end = clock::deadline(PATIENCE);
         while self.status() != 0 {
             if cpu::tsc() > end {
@@ -180,7 +192,7 @@ impl Rig {
 
     /// Features that cases use, of those that are offered.
     pub fn features(&self) -> u64 {
-        self.window.features() & (VERSION_1 | INDIRECT_DESC)
+        self.window.features() & (VERSION_1 | INDIRECT_DESC | self.target.features)
     }
 
     /// Chooses features and sets FEATURES_OK; whether the device agrees.
@@ -332,10 +344,41 @@ impl Rig {
         let index = self.index();
         poke(self.own().driver + 4 + 2 * u64::from(index % SIZE), head);
         self.set_index(index.wrapping_add(1));
+        self.offered.set(self.offered.get().wrapping_add(1));
+    }
+
+    /// Makes chain 0 of another queue available, with one buffer for the device to read, and rings that queue's doorbell. Does
+    /// nothing while the device has not answered many of them.
+    pub fn send(&self, queue: u16, address: u64, length: u32) {
+        let Layout { desc, driver, device, .. } = self.layout(queue);
+        let index: u16 = peek(driver + 2);
+        if index.wrapping_sub(peek(device + 2)) >= SIZE / 2 {
+            return;
+        }
+        let head = index % SIZE;
+        self.put_at(desc + 16 * u64::from(head), &[Desc(address, length, 0, 0)]);
+        poke(driver + 4 + 2 * u64::from(head), head);
+        fence(Ordering::SeqCst);
+        poke(driver + 2, index.wrapping_add(1));
+        fence(Ordering::SeqCst);
+        self.window.write(reg::QUEUE_NOTIFY, u32::from(queue));
+    }
+
+    /// Whether the driver's index is the number of requests that were made available: no case has made it something else.
+    pub fn index_is_right(&self) -> bool {
+        self.index() == self.offered.get()
+    }
+
+    /// Whether nobody has written descriptor `number` since the reset, or it is `desc` already.
+    pub fn is_free(&self, number: u16, desc: Desc) -> bool {
+        let at = self.own().desc + 16 * u64::from(number);
+        let (address, length): (u64, u32) = (peek(at), peek(at + 8));
+        (address, length) == (0, 0) || (address, length) == (desc.0, desc.1)
     }
 
     /// Rings the doorbell of the queue under attack.
     pub fn notify(&self) {
+        self.prompt();
         self.window.write(reg::QUEUE_NOTIFY, u32::from(self.target.queue));
     }
 
@@ -352,7 +395,12 @@ impl Rig {
     /// Waits until `count` more requests have come back, or the device needs a reset.
     pub fn settle(&mut self, count: u16) -> Outcome {
         let (unanswered, end) = (clock::deadline(200_000), clock::deadline(PATIENCE));
-        let goal = self.seen.wrapping_add(count);
+        let goal = match self.target.prompt {
+            // The last one stays with the device.
+            Prompt::Another if self.index_is_right() => self.index().wrapping_sub(1),
+            _ => self.seen.wrapping_add(count),
+        };
+        let mut again = clock::deadline(PROMPT);
         loop {
             if self.status() & DEVICE_NEEDS_RESET != 0 {
                 return Outcome::NeedsReset;
@@ -372,6 +420,10 @@ impl Rig {
             }
             if now > end {
                 return Outcome::Stuck;
+            }
+            if now > again {
+                self.remind();
+                again = clock::deadline(PROMPT);
             }
             cpu::pause();
         }
@@ -393,6 +445,8 @@ impl Rig {
                 _ => Outcome::Wrong("no-such-status"),
             },
             None if self.target.kind == BLK => Outcome::Refused,
+            // Pages that are reported are not written to.
+            None if self.target.kind == BALLOON => Outcome::Served,
             None if self.target.writable && written == 0 => Outcome::Refused,
             None => Outcome::Served,
         }
@@ -404,45 +458,6 @@ impl Rig {
         poke(at, 0xffu8);
         self.status_byte = Some(at);
         at
-    }
-
-    /// Writes a good request for this queue, from descriptor `first` on, with buffers of its own; not yet available.
-    pub fn put_good(&mut self, first: u16) {
-        let place = 0x4_0000 + u64::from(first) * 0x1000;
-        let at = self.data(place);
-        match self.target.kind {
-            BLK => {
-                self.fill(place, &[0; 16]);
-                let status = self.expect_status(place + 16);
-                self.put(
-                    first,
-                    &[
-                        Desc(at, 16, NEXT, first + 1),
-                        Desc(at + 0x200, 512, NEXT | WRITE, first + 2),
-                        Desc(status, 1, WRITE, 0),
-                    ],
-                );
-            }
-            NET if self.target.queue == 1 => {
-                // Header without offloads; a broadcast of an EtherType for experiments (IEEE 802).
-                self.fill(place, &[0; 72]);
-                self.fill(place + 12, &[0xff; 6]);
-                self.fill(place + 18, &[2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
-                self.put(first, &[Desc(at, 72, 0, 0)]);
-            }
-            NET => self.put(first, &[Desc(at, 2048, WRITE, 0)]),
-            RNG => self.put(first, &[Desc(at, 64, WRITE, 0)]),
-            CONSOLE => {
-                self.fill(place, b"hostile\n");
-                self.put(first, &[Desc(at, 8, 0, 0)]);
-            }
-            BALLOON => {
-                let page = (self.data(0x7_e000) >> 12) as u32;
-                self.fill(place, &page.to_le_bytes());
-                self.put(first, &[Desc(at, 4, 0, 0)]);
-            }
-            _ => {}
-        }
     }
 
     /// A good request to a running device, from descriptor 0 on.

@@ -93,9 +93,9 @@ pub const CASES: &[Case] = &[
         rig.put_good(0);
         rig.offer(0);
         rig.notify();
-        // The device goes by its own index: it writes 2.
+        // The device goes by its own index: it writes 2, or a few more where requests come back by others.
         for _ in 0..200_000 {
-            if rig.used() == 2 { return Outcome::Served; }
+            if (2..8).contains(&rig.used()) { return Outcome::Served; }
             if rig.status() & 64 != 0 { return Outcome::NeedsReset; }
         }
         Outcome::Stuck

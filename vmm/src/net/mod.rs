@@ -164,6 +164,16 @@ impl Backend {
             .unzip();
         (Self { id: "fake".into(), taps, vhosts: Vec::new() }, peers)
     }
+
+    /// The same with vhost=on: nothing moves but what the doubles are told to.
+    #[cfg(test)]
+    pub(crate) fn fake_vhosts(queues: usize) -> (Self, Vec<OwnedFd>, Vec<Arc<crate::vhost::double::Double>>) {
+        let (mut backend, peers) = Self::fakes(queues);
+        let (vhosts, doubles) =
+            (0..queues).map(|_| crate::vhost::double::Double::make(Kind::Net, VHOST_FEATURES)).unzip();
+        backend.vhosts = vhosts;
+        (backend, peers, doubles)
+    }
 }
 
 impl Tap {

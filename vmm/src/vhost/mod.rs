@@ -19,6 +19,8 @@ use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 use crate::inherit::Inherited;
 use crate::memory::GuestMemory;
 
+#[cfg(test)]
+pub(crate) mod double;
 mod ioctl;
 
 /// Which device.
@@ -108,6 +110,9 @@ pub struct Vhost {
     fd: OwnedFd,
     kind: Kind,
     features: u64,
+    /// Stands for the kernel.
+    #[cfg(test)]
+    double: Option<std::sync::Arc<double::Double>>,
 }
 
 impl Vhost {
@@ -147,7 +152,13 @@ impl Vhost {
             return Err(wrong());
         }
         match required & !features {
-            0 => Ok(Self { fd, kind, features }),
+            0 => Ok(Self {
+                fd,
+                kind,
+                features,
+                #[cfg(test)]
+                double: None,
+            }),
             missing => Err(VhostError::Features(kind, missing)),
         }
     }
@@ -159,6 +170,10 @@ impl Vhost {
 
     /// Says what the driver has accepted and where guest RAM is. Before the rings.
     pub fn prepare(&self, features: u64, memory: &GuestMemory) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.prepare(features & self.features, memory);
+        }
         ioctl::set_features(&self.fd, features & self.features)?;
         let regions = memory.iter().map(|region| ioctl::Region {
             guest: region.start_addr().0,
@@ -171,6 +186,10 @@ impl Vhost {
 
     /// Hands a ring over; the kernel works on it once the device has its tap, or runs.
     pub fn start_ring(&self, ring: &Ring<'_>) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.start_ring(ring);
+        }
         let Ring { index, size, desc, avail, used, base, kick, call, error } = *ring;
         ioctl::set_size(&self.fd, index, size)?;
         ioctl::set_base(&self.fd, index, base)?;
@@ -181,17 +200,29 @@ impl Vhost {
 
     /// Position of the next request in a ring that the kernel has stopped working on.
     pub fn base(&self, index: u32) -> io::Result<u16> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.base(index);
+        }
         ioctl::base(&self.fd, index)
     }
 
     /// Connects a ring of `/dev/vhost-net` to a tap; `None` stops it, and when that returns the kernel no longer touches
     /// the ring or guest memory for it.
     pub fn set_tap(&self, index: u32, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.run(index, tap.is_some());
+        }
         ioctl::set_net_backend(&self.fd, index, tap)
     }
 
     /// The guest's address, of `/dev/vhost-vsock`.
     pub fn set_cid(&self, cid: u64) -> Result<(), VhostError> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.set_cid(cid);
+        }
         ioctl::set_cid(&self.fd, cid).map_err(|e| match e.raw_os_error() {
             Some(libc::EADDRINUSE) => VhostError::CidInUse(cid),
             _ => VhostError::Host(self.kind, "set the guest's address with", e),
@@ -200,6 +231,10 @@ impl Vhost {
 
     /// Starts or stops `/dev/vhost-vsock`. After a stop the kernel no longer touches the rings or guest memory.
     pub fn set_running(&self, running: bool) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(double) = &self.double {
+            return double.run_all(running);
+        }
         ioctl::set_running(&self.fd, running)
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Sends a command; `None` when the device answered nothing.
-fn command(rig: &Rig, ring: &mut Ring, bytes: &[u8]) -> Option<u8> {
+pub(super) fn command(rig: &Rig, ring: &mut Ring, bytes: &[u8]) -> Option<u8> {
     rig.memory.write_slice(bytes, GuestAddress(DATA)).unwrap();
     rig.memory.write_obj(0xffu8, GuestAddress(DATA + 0x8000)).unwrap();
     let head = ring.add(&[(DATA, bytes.len() as u32, false), (DATA + 0x8000, 1, true)]);
@@ -113,4 +113,59 @@ fn a_slot_gains_no_queues_after_boot() {
     let text = port.insert(backend, None).unwrap_err().to_string();
     assert!(text.starts_with("netdev \"fake\" has 2 queue pairs, and the slot has 1"), "{text}");
     assert_eq!(rustix::io::write(&peers[0], &[0; 64]), Err(rustix::io::Errno::PIPE));
+}
+
+/// Driver nonsense with the control queue's chains: refused, or a reset, and the device lives on.
+#[test]
+fn chains_that_are_no_commands() {
+    let answer = DATA + 0x8000;
+    // What the driver queues, how many bytes come back; `None` needs a reset.
+    type Case<'a> = (&'static str, &'a [(u64, u32, bool)], Option<u32>);
+    let cases: [Case<'_>; 9] = [
+        ("only an answer", &[(answer, 1, true)], Some(1)),
+        ("a whole page for the answer", &[(DATA, 3, false), (answer, 4096, true)], Some(1)),
+        ("empty parts", &[(DATA, 0, false), (DATA, 3, false), (answer, 0, true), (answer, 1, true)], Some(1)),
+        ("no answer and no command", &[(DATA, 0, false)], Some(0)),
+        ("four gigabytes of command", &[(DATA, u32::MAX, false), (answer, 1, true)], None),
+        ("command from a hole", &[(RAM, 3, false), (answer, 1, true)], None),
+        ("answer to a hole", &[(DATA, 3, false), (RAM, 1, true)], None),
+        ("address at the end", &[(u64::MAX - 1, 8, false), (answer, 1, true)], None),
+        ("answer first", &[(answer, 1, true), (DATA, 3, false)], None),
+    ];
+    for (name, parts, want) in cases {
+        let rig = Rig::new(device(None));
+        let mut control = rig.start(!0, 3, 256).remove(2);
+        rig.memory.write_slice(&[0, 0, 1], GuestAddress(DATA)).unwrap();
+        control.add(parts);
+        rig.kick(&control);
+        match want {
+            Some(len) => assert_eq!(rig.used(&mut control).1, len, "{name}"),
+            None => rig.wait_needs_reset(),
+        }
+        let mut control = rig.start(!0, 3, 256).remove(2);
+        assert_eq!(command(&rig, &mut control, &[0, 0, 1]), Some(0), "{name}: works after a reset");
+    }
+}
+
+#[test]
+fn storms_of_commands_and_resets_in_the_middle() {
+    let (backend, _peer) = Backend::fake();
+    let rig = Rig::new(device(Some(backend)));
+    for round in 0..40u8 {
+        let mut control = rig.start(!0, 3, 256).remove(2);
+        rig.memory.write_slice(&[1, 1, 2, 0, 0, 0, 0, round], GuestAddress(DATA)).unwrap();
+        // Many turns' worth, and one notification for all.
+        for _ in 0..120 {
+            control.add(&[(DATA, 8, false), (DATA + 0x8000, 1, true)]);
+        }
+        rig.kick(&control);
+        if round % 2 == 0 {
+            rig.set(0x70, 0);
+            assert_eq!(rig.get(0x104) & 0xff00, 0x0300, "the address is the NIC's own again");
+        } else {
+            (0..120).for_each(|_| assert_eq!(rig.used(&mut control).1, 1));
+            assert_eq!(rig.get(0x104) & 0xff00, u32::from(round) << 8);
+        }
+        assert!(!rig.needs_reset());
+    }
 }

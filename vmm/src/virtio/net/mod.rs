@@ -168,9 +168,10 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         let mut state = self.port.lock();
-        self.port.face.set_mac(state.mac);
         if !stop(&mut state, RESET_DEADLINE) {
             tracing::error!("a tap hangs; the network device stays down until it does not");
         }
+        // Not before: a command that is being obeyed may change it.
+        self.port.face.set_mac(state.mac);
     }
 }

@@ -1,6 +1,10 @@
 //! A slot that is filled and emptied at any time of the device's life.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+
 use super::*;
+use crate::vhost::double::Double;
 use proptest::prelude::*;
 
 const OTHER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
@@ -8,20 +12,26 @@ const OTHER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 #[derive(Debug, Clone, Copy)]
 enum Act {
     Insert,
+    /// A NIC that the kernel serves.
+    Lend,
     Eject,
     Start,
     Reset,
     Send,
+    /// Buffers that no packet comes for yet.
+    Stock,
     Receive,
 }
 
 fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         Just(Act::Insert),
+        Just(Act::Lend),
         Just(Act::Eject),
         Just(Act::Start),
         Just(Act::Reset),
         Just(Act::Send),
+        Just(Act::Stock),
         Just(Act::Receive)
     ]
 }
@@ -33,21 +43,42 @@ fn is_closed(peer: &OwnedFd) -> bool {
     matches!(rustix::io::write(peer, &[0; 64]), Err(Errno::PIPE | Errno::CONNRESET))
 }
 
+/// Serves one request of ring `index` as the kernel, once it has the ring.
+fn as_kernel(rig: &Rig, kernel: &Double, index: u32, bytes: &[u8]) -> Vec<u8> {
+    rig.wait(|| {
+        let mut sent = None;
+        kernel.serve(index, 1, |read| {
+            sent = Some(read.to_vec());
+            bytes.to_vec()
+        });
+        sent
+    })
+}
+
 fn play(acts: &[Act]) {
     let device = device(None);
     let port = device.port();
     let rig = Rig::new(device);
     let mut rings: Option<(Ring, Ring)> = None;
+    let mut stock = VecDeque::new();
     let mut peer: Option<OwnedFd> = None;
+    let mut kernel: Option<Arc<Double>> = None;
     for (step, act) in acts.iter().enumerate() {
         let seed = step as u8;
+        let room = DATA + 0x1_0000 + 0x1000 * step as u64;
         match act {
-            Act::Insert => {
-                let (backend, other) = Backend::fake();
+            Act::Insert | Act::Lend => {
+                let (backend, other, double) = if matches!(act, Act::Lend) {
+                    let (backend, mut others, mut doubles) = Backend::fake_vhosts(1);
+                    (backend, others.remove(0), Some(doubles.remove(0)))
+                } else {
+                    let (backend, other) = Backend::fake();
+                    (backend, other, None)
+                };
                 let result = port.insert(backend, Some(OTHER));
                 assert_eq!(result.is_ok(), peer.is_none(), "{step}");
                 if result.is_ok() {
-                    peer = Some(other);
+                    (peer, kernel) = (Some(other), double);
                 } else {
                     assert!(is_closed(&other), "{step}: what was refused is closed");
                 }
@@ -58,14 +89,17 @@ fn play(acts: &[Act]) {
                 if let Some(peer) = peer.take() {
                     assert!(is_closed(&peer), "{step}");
                 }
+                assert!(kernel.take().is_none_or(|k| k.running().is_empty()), "{step}");
             }
             Act::Start => {
                 let mut started = rig.start(!0, 2, 256).into_iter();
                 rings = Some((started.next().unwrap(), started.next().unwrap()));
+                stock.clear();
             }
             Act::Reset => {
                 rig.set(0x70, 0);
                 rings = None;
+                assert!(kernel.as_ref().is_none_or(|k| k.running().is_empty()), "{step}");
             }
             Act::Send => {
                 let Some((_, tx)) = &mut rings else { continue };
@@ -73,22 +107,38 @@ fn play(acts: &[Act]) {
                 rig.memory.write_slice(&out, GuestAddress(DATA)).unwrap();
                 let head = tx.add(&[(DATA, 72, false)]);
                 rig.kick(tx);
+                let sent = kernel.as_ref().map(|k| as_kernel(&rig, k, 1, &[]));
                 assert_eq!(rig.used(tx), (u32::from(head), 0));
                 let Some(peer) = &peer else { continue };
-                let mut bytes = vec![0; 2000];
-                let n = rustix::io::read(peer, &mut bytes).unwrap();
-                assert_eq!(bytes[..n], out, "{step}");
+                let sent = sent.unwrap_or_else(|| {
+                    let mut bytes = vec![0; 2000];
+                    let n = rustix::io::read(peer, &mut bytes).unwrap();
+                    bytes.truncate(n);
+                    bytes
+                });
+                assert_eq!(sent, out, "{step}");
+            }
+            Act::Stock => {
+                let Some((rx, _)) = &mut rings else { continue };
+                rx.add(&[(room, 2000, true)]);
+                rig.kick(rx);
+                stock.push_back(room);
             }
             Act::Receive => {
                 let (Some((rx, _)), Some(peer)) = (&mut rings, &peer) else { continue };
                 let incoming = packet(200, seed);
-                rig.memory.write_slice(&[0; 4096], GuestAddress(DATA + 0x1_0000)).unwrap();
-                assert_eq!(rustix::io::write(peer, &incoming).unwrap(), incoming.len());
-                rx.add(&[(DATA + 0x1_0000, 2000, true)]);
+                rx.add(&[(room, 2000, true)]);
+                stock.push_back(room);
+                let room = stock.pop_front().unwrap();
+                rig.memory.write_slice(&[0; 2000], GuestAddress(room)).unwrap();
+                match &kernel {
+                    Some(kernel) => drop(as_kernel(&rig, kernel, 0, &incoming)),
+                    None => assert_eq!(rustix::io::write(peer, &incoming).unwrap(), incoming.len()),
+                }
                 rig.kick(rx);
                 assert_eq!(rig.used(rx).1, 212, "{step}");
                 let mut got = vec![0; 200];
-                rig.memory.read_slice(&mut got, GuestAddress(DATA + 0x1_000c)).unwrap();
+                rig.memory.read_slice(&mut got, GuestAddress(room + 12)).unwrap();
                 assert_eq!(got, incoming[12..], "{step}");
             }
         }

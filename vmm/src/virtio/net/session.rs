@@ -184,7 +184,9 @@ fn detach(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> i
         gate.unwatch(ops, token);
     }
     server.set_taps(&[]);
-    if server.take_back() {
+    server.take_back();
+    // Also when the hand-over to the kernel came to nothing.
+    if server.driver_watches.is_empty() {
         return watch_driver(server, gate, ops);
     }
     Ok(())

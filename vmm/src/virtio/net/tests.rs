@@ -72,6 +72,9 @@ mod port_tests;
 #[path = "control_tests.rs"]
 mod control_tests;
 
+#[path = "vhost_tests.rs"]
+mod vhost_tests;
+
 #[test]
 fn packets_go_out_as_they_are() {
     for features in [!0, PLAIN] {

@@ -99,16 +99,21 @@ impl Server {
         Ok(())
     }
 
-    /// Takes all rings back from the kernel. False: it had none.
-    pub(super) fn take_back(&mut self) -> bool {
+    /// Takes all rings back from the kernel.
+    pub(super) fn take_back(&mut self) {
         let lent = std::mem::take(&mut self.lent);
         for pair in &lent {
             pair.stop();
             let (Some(vhost), Some(rings)) = (pair.vhost(), self.pairs.get_mut(pair.pair)) else { continue };
             match RINGS.map(|index| vhost.base(index)) {
                 [Ok(rx), Ok(tx)] => {
-                    rings.rx.queue.queue.take_back(rx);
-                    rings.tx.queue.queue.take_back(tx);
+                    for (queue, base) in [(&mut rings.rx.queue, rx), (&mut rings.tx.queue, tx)] {
+                        queue.queue.take_back(base);
+                        // What the kernel signalled last may not have been passed on: nobody listens to it any more. The driver
+                        // would wait for that for ever, because with EVENT_IDX it asks for one interrupt, at a position
+                        // that is past. One too many does no harm.
+                        self.interrupt.queue(queue.index);
+                    }
                 }
                 [Err(error), _] | [_, Err(error)] => {
                     let index = rings.rx.queue.index;
@@ -116,6 +121,5 @@ impl Server {
                 }
             }
         }
-        !lent.is_empty()
     }
 }

@@ -100,8 +100,12 @@ impl Vsock {
         let given = given.map_err(|problem| VsockError::Descriptor { device: device.into(), problem })?;
         let failed = |problem| VsockError::Vhost { device: device.into(), problem };
         let vhost = Vhost::open(Kind::Vsock, given, inherited, REQUIRED).map_err(failed)?;
+        Self::new(vhost, guest_cid, worker).map_err(failed)
+    }
+
+    fn new(vhost: Vhost, guest_cid: u32, worker: Worker) -> Result<Self, VhostError> {
         let cid = u64::from(guest_cid);
-        vhost.set_cid(cid).map_err(failed)?;
+        vhost.set_cid(cid)?;
         Ok(Self { vhost: Arc::new(vhost), cid, worker, session: None })
     }
 

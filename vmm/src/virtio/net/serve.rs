@@ -80,7 +80,7 @@ pub(super) struct Server {
     pub(super) watches: Vec<Token>,
     /// Of the driver's notifications, but for those of the rings that the taps fill.
     pub(super) driver_watches: Vec<Token>,
-    /// Not empty: the kernel serves the pairs.
+    /// The kernel serves so many pairs, the first ones.
     pub(super) lent: Vec<LentPair>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) pairs: Vec<Pair>,
@@ -191,7 +191,7 @@ impl Server {
 
     /// Moves packets to the guest: as many as the tap has and the guest has buffers for.
     pub(super) fn receive(&mut self, pair: usize) {
-        if self.broken || pair >= self.enabled || !self.lent.is_empty() {
+        if self.broken || pair >= self.enabled || pair < self.lent.len() {
             return;
         }
         let (Some(tap), Some(rings)) = (self.taps.get(pair), self.pairs.get_mut(pair)) else { return };
@@ -207,7 +207,7 @@ impl Server {
 
     /// Moves packets from the guest. Without a tap they are dropped.
     pub(super) fn transmit(&mut self, pair: usize) {
-        if self.broken || !self.lent.is_empty() {
+        if self.broken || pair < self.lent.len() {
             return;
         }
         let Some(rings) = self.pairs.get_mut(pair) else { return };

@@ -131,11 +131,8 @@ fn attach(
     let taps = backend.taps();
     server.set_taps(taps);
     if !backend.vhosts().is_empty() {
-        // The kernel reads the driver's notifications now.
-        for token in std::mem::take(&mut server.driver_watches) {
-            gate.unwatch(ops, token);
-        }
-        return lend(server, gate, backend, ops);
+        lend(server, gate, backend, ops)?;
+        return watch_driver(server, gate, ops);
     }
     for (pair, tap) in taps.iter().enumerate() {
         let arrived = Arc::clone(gate);
@@ -184,20 +181,19 @@ fn detach(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> i
         gate.unwatch(ops, token);
     }
     server.set_taps(&[]);
-    server.take_back();
-    // Also when the hand-over to the kernel came to nothing.
-    if server.driver_watches.is_empty() {
+    if server.take_back() {
         return watch_driver(server, gate, ops);
     }
     Ok(())
 }
 
-/// What the driver sends, unless the kernel looks after it.
+/// What the driver sends, unless the kernel looks after it: anew after each change of that. A slot may have more pairs than the
+/// kernel has rings.
 fn watch_driver(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io::Result<()> {
-    if !server.lent.is_empty() {
-        return Ok(());
+    for token in std::mem::take(&mut server.driver_watches) {
+        gate.unwatch(ops, token);
     }
-    for pair in 0..server.pairs() {
+    for pair in server.lent.len()..server.pairs() {
         let Some(notify) = server.notify_tx(pair) else { continue };
         let sent = Arc::clone(gate);
         let token = gate.watch(ops, fd_of(&notify), EDGE, move |_, _: &mut Ops<'_>| {

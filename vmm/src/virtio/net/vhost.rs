@@ -99,8 +99,8 @@ impl Server {
         Ok(())
     }
 
-    /// Takes all rings back from the kernel.
-    pub(super) fn take_back(&mut self) {
+    /// Takes all rings back from the kernel. False: it had none.
+    pub(super) fn take_back(&mut self) -> bool {
         let lent = std::mem::take(&mut self.lent);
         for pair in &lent {
             pair.stop();
@@ -121,5 +121,6 @@ impl Server {
                 }
             }
         }
+        !lent.is_empty()
     }
 }

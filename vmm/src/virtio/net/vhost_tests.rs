@@ -129,3 +129,39 @@ fn several_pairs_go_over_and_come_back_together() {
     }
     assert!(!rig.needs_reset());
 }
+
+/// The slot has had two pairs from boot on, and the guest uses both; the NIC that is plugged now has one.
+#[test]
+fn pairs_that_the_kernel_has_no_ring_for_are_served_here() {
+    let (backend, _peers) = Backend::fakes(2);
+    let device = device(Some(backend));
+    let port = device.port();
+    let rig = Rig::new(device);
+    let mut rings = rig.start(!0, 5, 256);
+    assert_eq!(control_tests::command(&rig, &mut rings[4], &[4, 0, 2, 0]), Some(0));
+    port.eject().unwrap();
+    let (backend, peers, kernels) = Backend::fake_vhosts(1);
+    port.insert(backend, None).unwrap();
+    for round in 0..2 {
+        rig.memory.write_slice(&packet(60, 1), GuestAddress(DATA)).unwrap();
+        for ring in [1, 3] {
+            rings[ring].add(&[(DATA, 72, false)]);
+            rig.kick(&rings[ring]);
+        }
+        rig.used(&mut rings[3]);
+        assert_eq!(rustix::io::read(&peers[0], &mut [0; 100]).unwrap(), 72);
+        assert!(rings[1].next_used().is_none() && rustix::io::read(&peers[0], &mut [0; 100]).is_err());
+        assert_eq!(kernels[0].serve(1, 9, |_| Vec::new()), 1, "{round}");
+        rig.used(&mut rings[1]);
+        // And the same with a driver that comes later.
+        rings = rig.start(!0, 5, 256);
+        rig.wait(|| (kernels[0].running() == [0, 1]).then_some(()));
+    }
+    port.eject().unwrap();
+    for ring in [1, 3] {
+        rings[ring].add(&[(DATA, 72, false)]);
+        rig.kick(&rings[ring]);
+        rig.used(&mut rings[ring]);
+    }
+    assert!(!rig.needs_reset());
+}

@@ -62,7 +62,7 @@ pub enum Problem {
     )]
     NotOneTap(RawFd, RawFd),
     /// Another process has it.
-    #[error("tap {0} is in use by another process; stop that process, or use another tap")]
+    #[error("tap {0} is in use; stop what uses it, or use another tap")]
     Busy(String),
     /// Not ours to use.
     #[error(

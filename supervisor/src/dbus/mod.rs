@@ -144,5 +144,6 @@ impl Shared {
 }
 
 #[cfg(test)]
-#[path = "bus_tests.rs"]
 mod bus_tests;
+#[cfg(test)]
+mod fake_launcher;

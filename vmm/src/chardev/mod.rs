@@ -3,12 +3,14 @@
 //! A front end (the guest's serial port, a QMP session, later a virtio console) attaches to a [`CharBackend`]; bytes from the host
 //! reach it through [`FrontEnd`], on the main loop's thread; bytes from the guest go out through [`CharBackend::write`], from any thread.
 //!
-//! `port` holds the one implementation of buffering and flow control; `socket`, `stdio` and `sink` only open descriptors for it.
+//! `port` holds the one implementation of buffering and flow control, over the connection in `stream`; `socket`, `stdio` and `sink` only
+//! open descriptors for it.
 
 mod port;
 mod sink;
 mod socket;
 mod stdio;
+mod stream;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,7 +23,8 @@ use rustix::fs::{Mode, OFlags};
 use crate::config::ChardevKind;
 use crate::event::Ops;
 
-use port::{Overflow, Policy, Port, Stream};
+use port::{Overflow, Policy, Port};
+use stream::Stream;
 
 /// The guest's side of a character device.
 pub trait FrontEnd: Send + Sync {

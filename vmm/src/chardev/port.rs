@@ -6,16 +6,14 @@
 //! Lock order: a front end may call in here with its own lock held, therefore nothing here calls a front end under the lock.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
+use super::stream::{AtEof, Stream};
 use super::{CharBackend, FrontEnd};
 use crate::event::{EventFlags, LoopHandle, Ops, Token};
 
@@ -23,10 +21,6 @@ use crate::event::{EventFlags, LoopHandle, Ops, Token};
 const CHUNK: usize = 4096;
 /// Reads per wake-up, so that one busy client does not starve the rest of the loop.
 const ROUNDS: usize = 16;
-/// What a terminal or pipe that polls as writable takes without blocking (tty: WAKEUP_CHARS; pipe: PIPE_BUF, which is more).
-const SAFE_WRITE: usize = 256;
-/// The most that the kernel passes with one message (SCM_MAX_FD).
-const DESCRIPTORS_MAX: usize = 253;
 
 /// What to do when the host does not take what the guest writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,95 +41,8 @@ pub(super) struct Policy {
     pub(super) descriptors: bool,
 }
 
-/// What happens when input ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum AtEof {
-    /// Output goes on: standard streams.
-    KeepOutput,
-    /// Output goes on until the peer is wholly gone: unix sockets tell a half-closed peer from a closed one.
-    AwaitHangUp,
-    /// The peer is gone: TCP cannot tell.
-    Disconnect,
-}
-
 /// Work on the loop's thread that can be done again and again.
 type Reopen = Box<dyn Fn(&mut Ops<'_>) + Send + Sync>;
-/// Turns what was typed into what the front end gets: never more bytes.
-type Filter = Box<dyn Fn(&[u8]) -> Vec<u8> + Send + Sync>;
-
-/// One connection: descriptors for both directions.
-pub(super) struct Stream {
-    input: Option<OwnedFd>,
-    output: OwnedFd,
-    /// The descriptors are shared with other processes, so O_NONBLOCK must not be set on them: poll before each transfer.
-    shared: bool,
-    at_eof: AtEof,
-    /// Looks at input first.
-    filter: Option<Filter>,
-    /// Dropped with the stream: what keeps it alive or puts things back.
-    _guard: Option<Box<dyn Send + Sync>>,
-}
-
-impl Stream {
-    pub(super) fn standard(
-        input: OwnedFd,
-        output: OwnedFd,
-        filter: Option<Filter>,
-        guard: Option<Box<dyn Send + Sync>>,
-    ) -> Self {
-        Self { input: Some(input), output, shared: true, at_eof: AtEof::KeepOutput, filter, _guard: guard }
-    }
-
-    pub(super) fn output_only(output: OwnedFd) -> Self {
-        Self { input: None, output, shared: false, at_eof: AtEof::KeepOutput, filter: None, _guard: None }
-    }
-
-    pub(super) fn pty(master: OwnedFd, other: OwnedFd) -> io::Result<Self> {
-        Ok(Self {
-            input: Some(master.try_clone()?),
-            output: master,
-            shared: false,
-            at_eof: AtEof::KeepOutput,
-            filter: None,
-            _guard: Some(Box::new(other)),
-        })
-    }
-
-    /// `tells_half_close`: see [`AtEof`].
-    pub(super) fn socket(socket: OwnedFd, tells_half_close: bool) -> io::Result<Self> {
-        let at_eof = if tells_half_close { AtEof::AwaitHangUp } else { AtEof::Disconnect };
-        Ok(Self {
-            input: Some(socket.try_clone()?),
-            output: socket,
-            shared: false,
-            at_eof,
-            filter: None,
-            _guard: None,
-        })
-    }
-
-    fn ready(&self, fd: &OwnedFd, flags: PollFlags) -> bool {
-        let mut fds = [PollFd::new(fd, flags)];
-        !self.shared || poll(&mut fds, Some(&Timespec::default())).is_ok_and(|n| n > 0)
-    }
-
-    /// Writes what goes without blocking; fewer bytes than given means that the host is slow.
-    fn send(&self, data: &[u8]) -> Result<usize, Errno> {
-        let mut sent = 0;
-        while sent < data.len() && self.ready(&self.output, PollFlags::OUT) {
-            let rest = data.get(sent..).unwrap_or_default();
-            let rest = if self.shared { rest.get(..SAFE_WRITE).unwrap_or(rest) } else { rest };
-            match rustix::io::write(&self.output, rest) {
-                Ok(n) => sent += n,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(sent)
-    }
-}
-
 /// How far input has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Input {
@@ -373,12 +280,7 @@ impl Port {
             }
             let part = room.min(CHUNK);
             let space = buffer.get_mut(..part).unwrap_or_default();
-            let got = if self.policy.descriptors && stream.at_eof == AtEof::AwaitHangUp {
-                receive(fd, space, &*front_end)
-            } else {
-                rustix::io::read(fd, space)
-            };
-            match got {
+            match stream.read(fd, space, self.policy.descriptors.then_some(&*front_end)) {
                 Ok(0) => return self.end_of_input(&stream, ops),
                 Ok(n) => {
                     let data = buffer.get(..n).unwrap_or_default();
@@ -600,24 +502,6 @@ impl CharBackend for Port {
             }
         }
     }
-}
-
-/// Reads from a unix socket; descriptors that come with the bytes go to the front end first.
-fn receive(fd: &OwnedFd, space: &mut [u8], front_end: &dyn FrontEnd) -> Result<usize, Errno> {
-    let mut control = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut control);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = rustix::net::recvmsg(fd, &mut [IoSliceMut::new(space)], &mut control, flags)?;
-    let mut fds = Vec::new();
-    for part in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(list) = part {
-            fds.extend(list);
-        }
-    }
-    if !fds.is_empty() {
-        front_end.descriptors(fds);
-    }
-    Ok(message.bytes)
 }
 
 /// Appends `data` and drops the oldest bytes beyond `limit`.

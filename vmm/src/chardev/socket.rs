@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::Mode;
 
-use super::port::{Policy, Port, Stream};
+use super::port::{Policy, Port};
+use super::stream::Stream;
 use super::{CharBackend, ChardevError};
 use crate::event::{EventFlags, Ops, Token};
 

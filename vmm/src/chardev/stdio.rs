@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::process::Signal;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use super::port::{Policy, Port, Stream};
+use super::port::{Policy, Port};
+use super::stream::Stream;
 use super::{CharBackend, ChardevError};
 use crate::event::Ops;
 

@@ -4,13 +4,14 @@
 //! pure state machine (what follows from what); this file applies its effects. `query` puts what the machine says into QMP's shapes.
 
 mod life;
+mod qom;
 mod query;
 
 use std::os::fd::OwnedFd;
 
 use serde_json::{Value, json};
 
-use crate::config::{Drive, Netdev, Smp, VmConfig};
+use crate::config::{Drive, MachineKind, Netdev, Smp, VmConfig};
 use crate::event::LoopHandle;
 use crate::machine::{
     BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Machine, NewDevice, Refusal as SlotRefusal,
@@ -26,7 +27,12 @@ const RESET_FAILED: &str = "cannot reset the VM";
 #[derive(Debug)]
 pub enum Command {
     /// `blockdev-add`.
-    BlockdevAdd(Box<Drive>),
+    BlockdevAdd {
+        /// The block node.
+        drive: Box<Drive>,
+        /// The block node that lies under it, or under the last image that it names itself.
+        node: Option<String>,
+    },
     /// `blockdev-del`.
     BlockdevDel(String),
     /// `netdev_add`.
@@ -66,6 +72,15 @@ pub enum Command {
     QueryCpus,
     /// `query-hotpluggable-cpus`.
     QueryHotpluggableCpus,
+    /// `qom-list`: what is at a path.
+    QomList(String),
+    /// `qom-get`.
+    QomGet {
+        /// Where.
+        path: String,
+        /// Which property.
+        property: String,
+    },
     /// `query-name`.
     QueryName,
     /// `query-uuid`.
@@ -100,6 +115,9 @@ pub enum CommandError {
     /// There is no such device or back end.
     #[error("{0}")]
     NotFound(String),
+    /// The command's own words make no sense.
+    #[error("{0}")]
+    Bad(String),
     /// No device that could do it.
     #[error("{0}")]
     NotActive(String),
@@ -150,6 +168,8 @@ pub trait Vm: Send {
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError>;
     /// Block nodes, those that devices use first.
     fn block_devices(&self) -> Vec<BlockDevice>;
+    /// Devices by id, with their drivers.
+    fn devices(&self) -> Vec<(String, &'static str)>;
     /// Named I/O threads with the host's thread, 0 while there is none.
     fn iothreads(&self) -> Vec<(String, i32)>;
     /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
@@ -187,6 +207,9 @@ impl Vm for Machine {
     fn block_devices(&self) -> Vec<BlockDevice> {
         Self::block_devices(self)
     }
+    fn devices(&self) -> Vec<(String, &'static str)> {
+        Self::devices(self)
+    }
     fn iothreads(&self) -> Vec<(String, i32)> {
         Self::iothreads(self)
     }
@@ -213,6 +236,7 @@ pub struct Control {
     name: Option<String>,
     uuid: Option<uuid::Uuid>,
     smp: Smp,
+    kind: MachineKind,
     /// Bytes at boot.
     memory: u64,
     terminals: Vec<Terminal>,
@@ -238,6 +262,7 @@ impl Control {
             name: config.name.clone(),
             uuid: config.uuid,
             smp: config.smp.clone(),
+            kind: config.machine.kind,
             memory: config.memory.size,
             terminals: Vec::new(),
             main_loop,
@@ -264,7 +289,9 @@ impl Control {
     /// Carries out a command.
     pub fn execute(&mut self, command: Command) -> Vec<Outcome> {
         let input = match command {
-            Command::BlockdevAdd(drive) => return self.hotplug(Hotplug::AddDrive(drive), None),
+            Command::BlockdevAdd { drive, node } => {
+                return self.hotplug(Hotplug::AddDrive { drive, node }, None);
+            }
             Command::BlockdevDel(name) => return self.hotplug(Hotplug::RemoveDrive(name), None),
             Command::NetdevAdd { netdev, fds, vhost_fds } => {
                 return self.hotplug(Hotplug::AddNetdev { netdev, fds, vhost_fds }, None);
@@ -303,6 +330,10 @@ impl Control {
             Command::QueryStatus => return reply(self.status()),
             Command::QueryCpus => return reply(self.cpus()),
             Command::QueryHotpluggableCpus => return reply(self.hotpluggable_cpus()),
+            Command::QomList(path) => return answer(qom::list(&self.objects(), &path)),
+            Command::QomGet { path, property } => {
+                return answer(qom::get(&self.objects(), &path, &property));
+            }
             Command::QueryName => {
                 return reply(self.name.as_ref().map_or_else(|| json!({}), |name| json!({ "name": name })));
             }
@@ -401,6 +432,17 @@ impl Control {
         }
     }
 
+    /// What `qom-list` shows.
+    fn objects(&self) -> qom::Objects {
+        let vm = self.vm.as_ref();
+        qom::Objects {
+            machine: self.kind,
+            cpus: self.online(),
+            devices: vm.map_or_else(Vec::new, |vm| vm.devices()),
+            iothreads: vm.map_or_else(Vec::new, |vm| vm.iothreads()),
+        }
+    }
+
     fn block_devices(&self) -> Vec<BlockDevice> {
         self.vm.as_ref().map_or_else(Vec::new, |vm| vm.block_devices())
     }
@@ -465,6 +507,10 @@ impl Control {
 fn no_balloon() -> Vec<Outcome> {
     let error = CommandError::NotActive("No balloon device has been activated".to_owned());
     vec![Outcome::Reply(Err(error))]
+}
+
+fn answer(result: Result<Value, CommandError>) -> Vec<Outcome> {
+    vec![Outcome::Reply(result)]
 }
 
 fn reply(value: Value) -> Vec<Outcome> {

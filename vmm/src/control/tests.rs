@@ -36,6 +36,9 @@ impl Vm for FakeVm {
     fn block_devices(&self) -> Vec<BlockDevice> {
         Vec::new()
     }
+    fn devices(&self) -> Vec<(String, &'static str)> {
+        Vec::new()
+    }
     fn iothreads(&self) -> Vec<(String, i32)> {
         vec![("io1".into(), 43)]
     }

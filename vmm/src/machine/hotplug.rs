@@ -62,6 +62,8 @@ pub struct NewDevice {
     pub serial: Option<String>,
     /// Address of a NIC.
     pub mac: Option<[u8; 6]>,
+    /// Thread that serves it; the one of devices that name none without it.
+    pub iothread: Option<String>,
 }
 
 /// Why a request does not fit what there is. The texts that StratoVirt's clients know are theirs.
@@ -111,6 +113,12 @@ pub enum Refusal {
     /// No device of that name.
     #[error("Device {0} not found")]
     NoDevice(String),
+    /// No I/O thread of that name.
+    #[error("iothread {0} not found: a VM has those of its command line (-object iothread,id=…)")]
+    NoIothread(String),
+    /// The descriptors of a netdev have been used and closed.
+    #[error("netdev {0} was made from descriptors that are closed: send new ones (getfd, netdev_add)")]
+    DescriptorsGone(String),
     /// A device that sits in no replaceable slot.
     #[error("Device {0} cannot be unplugged: only disks and network devices can")]
     Fixed(String),
@@ -179,15 +187,9 @@ impl<C> Bank<C> {
 
     /// Forgets a back end that no device uses.
     pub(super) fn remove(&mut self, name: &str) -> Result<(), Refusal> {
-        let missing = || match self.kind {
-            SlotKind::Block => Refusal::NoDrive(name.to_owned()),
-            SlotKind::Net => Refusal::NoNetdev(name.to_owned()),
-        };
-        let backend = self.find(name).ok_or_else(missing)?;
+        let backend = self.find(name).ok_or_else(|| self.missing(name))?;
         if backend.state == State::Plugged {
-            let device = self.slots.iter().flatten().find(|p| p.backend == name);
-            let device = device.map(|p| p.device.clone()).unwrap_or_default();
-            return Err(Refusal::InUse { name: name.to_owned(), device });
+            return Err(self.in_use(name));
         }
         self.backends.retain(|b| b.name != name);
         Ok(())
@@ -196,6 +198,33 @@ impl<C> Bank<C> {
     /// What the back end is made from.
     pub(super) fn config(&self, name: &str) -> Option<&C> {
         self.find(name).map(|b| &b.config)
+    }
+
+    /// The same, to be changed.
+    pub(super) fn config_mut(&mut self, name: &str) -> Option<&mut C> {
+        self.backends.iter_mut().find(|b| b.name == name).map(|b| &mut b.config)
+    }
+
+    /// What a back end that no device uses is made from.
+    pub(super) fn idle(&self, name: &str) -> Result<&C, Refusal> {
+        match self.find(name) {
+            Some(Backend { state: State::Plugged, .. }) => Err(self.in_use(name)),
+            Some(Backend { state: State::Idle, config, .. }) => Ok(config),
+            _ => Err(self.missing(name)),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Refusal {
+        match self.kind {
+            SlotKind::Block => Refusal::NoDrive(name.to_owned()),
+            SlotKind::Net => Refusal::NoNetdev(name.to_owned()),
+        }
+    }
+
+    fn in_use(&self, name: &str) -> Refusal {
+        let device = self.slots.iter().flatten().find(|p| p.backend == name);
+        let device = device.map(|p| p.device.clone()).unwrap_or_default();
+        Refusal::InUse { name: name.to_owned(), device }
     }
 
     /// The slot of `device`.
@@ -212,11 +241,7 @@ impl<C> Bank<C> {
         }
         match self.find(backend) {
             None => Err(Refusal::NoConfiguration),
-            Some(b) if b.state == State::Plugged => {
-                let user = self.slots.iter().flatten().find(|p| p.backend == backend);
-                let device = user.map(|p| p.device.clone()).unwrap_or_default();
-                Err(Refusal::InUse { name: backend.to_owned(), device })
-            }
+            Some(b) if b.state == State::Plugged => Err(self.in_use(backend)),
             Some(_) => Ok(()),
         }
     }
@@ -284,8 +309,8 @@ pub(super) enum Removal {
 pub(super) struct Table {
     pub(super) blocks: Bank<Drive>,
     pub(super) nets: Bank<Netdev>,
-    /// Devices in other slots.
-    fixed: Vec<String>,
+    /// Devices in other slots, with their drivers.
+    fixed: Vec<(String, &'static str)>,
 }
 
 impl Table {
@@ -297,7 +322,7 @@ impl Table {
         let mut table = Self {
             blocks: Bank::new(SlotKind::Block),
             nets: Bank::new(SlotKind::Net),
-            fixed: config.devices.iter().map(|d| d.id.clone()).collect(),
+            fixed: config.devices.iter().map(|d| (d.id.clone(), d.driver.name())).collect(),
         };
         for drive in &config.drives {
             table.blocks.add(&drive.id, drive.clone())?;
@@ -306,13 +331,24 @@ impl Table {
             table.nets.add(&netdev.id, netdev.clone())?;
         }
         for (kind, slot, device, backend) in plugged {
-            table.fixed.retain(|id| *id != device);
+            table.fixed.retain(|(id, _)| *id != device);
             match kind {
                 SlotKind::Block => table.blocks.plug(&device, &backend, slot)?,
                 SlotKind::Net => table.nets.plug(&device, &backend, slot)?,
             }
         }
         Ok(table)
+    }
+
+    fn is_fixed(&self, device: &str) -> bool {
+        self.fixed.iter().any(|(id, _)| id == device)
+    }
+
+    /// All devices with their drivers, those in replaceable slots first.
+    pub(super) fn devices(&self) -> Vec<(String, &'static str)> {
+        let blocks = self.blocks.plugged().map(|(_, id, _)| (id.to_owned(), "virtio-blk-device"));
+        let nets = self.nets.plugged().map(|(_, id, _)| (id.to_owned(), "virtio-net-device"));
+        blocks.chain(nets).chain(self.fixed.iter().cloned()).collect()
     }
 
     /// Finds slot and back end for a new device; changes nothing.
@@ -325,7 +361,7 @@ impl Table {
         } else {
             return Err(Refusal::Unsupported);
         };
-        if self.blocks.slot_of(id).is_some() || self.nets.slot_of(id).is_some() || self.fixed.contains(id) {
+        if self.blocks.slot_of(id).is_some() || self.nets.slot_of(id).is_some() || self.is_fixed(id) {
             return Err(Refusal::DeviceExists(id.clone()));
         }
         let slot = match (addr, lun) {
@@ -361,7 +397,7 @@ impl Table {
             Ok(Removal::Slot(SlotKind::Block, slot))
         } else if let Some(slot) = self.nets.slot_of(id) {
             Ok(Removal::Slot(SlotKind::Net, slot))
-        } else if self.fixed.iter().any(|f| f == id) {
+        } else if self.is_fixed(id) {
             Err(Refusal::Fixed(id.to_owned()))
         } else if idle(self.blocks.find(id).map(|b| b.state)) {
             Ok(Removal::Backend(SlotKind::Block))

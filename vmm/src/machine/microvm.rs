@@ -89,7 +89,7 @@ impl Microvm {
         let workers = Workers::new(config);
         let mut others = Others { chardevs, main_loop, balloon: None };
         let (occupants, ports) = slots::fill(config, &inherited, &workers, &mut others)?;
-        let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited))?;
+        let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited), workers.clone())?;
 
         // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
         // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.

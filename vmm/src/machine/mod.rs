@@ -223,6 +223,11 @@ impl Machine {
         self.board.as_ref().map_or_else(Vec::new, |b| b.replaceable.block_devices())
     }
 
+    /// Devices by id, with what `-device` calls their driver.
+    pub fn devices(&self) -> Vec<(String, &'static str)> {
+        self.board.as_ref().map_or_else(Vec::new, |b| b.replaceable.devices())
+    }
+
     /// I/O threads that the command line names, each with the host's thread; 0 while it has not been needed.
     pub fn iothreads(&self) -> Vec<(String, i32)> {
         self.board.as_ref().map_or_else(Vec::new, Microvm::iothreads)

@@ -9,17 +9,24 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
+use super::slots::Workers;
 use crate::block::{BlockError, Disk};
-use crate::config::{DeviceDriver, Drive, NetBackend, Netdev, TapSource, VmConfig};
+use crate::config::{BackingImage, DeviceDriver, Drive, NetBackend, Netdev, TapSource, VmConfig};
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
+use crate::virtio::net::NotInserted;
 use crate::virtio::{blk, net};
 
 /// What a client can ask for.
 #[derive(Debug)]
 pub enum Hotplug {
     /// `blockdev-add`.
-    AddDrive(Box<Drive>),
+    AddDrive {
+        /// The block node.
+        drive: Box<Drive>,
+        /// The block node that lies under the last of its images.
+        node: Option<String>,
+    },
     /// `blockdev-del`.
     RemoveDrive(String),
     /// `netdev_add`, with the descriptors that stand for its taps and its vhost ends.
@@ -82,6 +89,7 @@ pub(super) struct Replaceable {
     /// Open, and in no slot.
     backends: HashMap<String, Backend>,
     inherited: Arc<Inherited>,
+    workers: Workers,
 }
 
 /// The ports of all slots, in order.
@@ -93,7 +101,12 @@ pub(super) struct Ports {
 
 impl Replaceable {
     /// As the command line has filled the slots: devices of a kind lie in them in their order.
-    pub(super) fn new(config: &VmConfig, ports: Ports, inherited: Arc<Inherited>) -> Result<Self, Refusal> {
+    pub(super) fn new(
+        config: &VmConfig,
+        ports: Ports,
+        inherited: Arc<Inherited>,
+        workers: Workers,
+    ) -> Result<Self, Refusal> {
         let (mut blocks, mut nets) = (0, 0);
         let plugged = config.devices.iter().filter_map(|device| {
             let (kind, count, backend) = match &device.driver {
@@ -104,14 +117,21 @@ impl Replaceable {
             *count += 1;
             Some((kind, *count - 1, device.id.clone(), backend.clone()))
         });
-        let table = Table::new(config, plugged)?;
-        Ok(Self { table, ports, disks: HashMap::new(), backends: HashMap::new(), inherited })
+        let mut table = Table::new(config, plugged)?;
+        let used: Vec<String> = table.nets.plugged().map(|(_, _, netdev)| netdev.to_owned()).collect();
+        for name in &used {
+            table.nets.config_mut(name).into_iter().for_each(forget_descriptors);
+        }
+        Ok(Self { table, ports, disks: HashMap::new(), backends: HashMap::new(), inherited, workers })
     }
 
     pub(super) fn apply(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         match request {
-            Hotplug::AddDrive(drive) => {
+            Hotplug::AddDrive { mut drive, node } => {
                 self.table.blocks.check_new(&drive.id)?;
+                if let Some(node) = node {
+                    drive.backing.extend(self.lay_under(&node)?);
+                }
                 let disk = Disk::open(&drive, &self.inherited)?;
                 let id = drive.id.clone();
                 self.table.blocks.add(&id, *drive)?;
@@ -138,8 +158,20 @@ impl Replaceable {
         Ok(())
     }
 
+    /// The images of a node that no device uses, nearest first. It is only read from now on, so it gives its own hold of the image up.
+    fn lay_under(&mut self, node: &str) -> Result<Vec<BackingImage>, Refusal> {
+        let drive = self.table.blocks.idle(node)?;
+        let mut images = vec![BackingImage { file: drive.file.clone(), format: drive.format }];
+        images.extend_from_slice(&drive.backing);
+        self.disks.remove(node);
+        Ok(images)
+    }
+
     fn plug(&mut self, device: NewDevice) -> Result<(), HotplugError> {
         let plan = self.table.plan(&device)?;
+        let worker = self.workers.find(device.iothread.as_ref());
+        let worker =
+            worker.ok_or_else(|| Refusal::NoIothread(device.iothread.clone().unwrap_or_default()))?;
         match plan.kind {
             SlotKind::Block => {
                 let port = self.ports.blocks.get(plan.slot).ok_or(Refusal::NoSuchSlot(plan.kind))?;
@@ -151,6 +183,7 @@ impl Replaceable {
                         Disk::open(drive, &self.inherited)?
                     }
                 };
+                port.serve_on(worker)?;
                 port.insert(disk, device.serial)?;
                 self.table.blocks.plug(&device.id, &plan.backend, plan.slot)?;
             }
@@ -159,11 +192,29 @@ impl Replaceable {
                 let backend = match self.backends.remove(&plan.backend) {
                     Some(backend) => backend,
                     None => {
-                        let netdev = self.table.nets.config(&plan.backend).ok_or(Refusal::NoConfiguration)?;
-                        Backend::open(netdev, &self.inherited)?
+                        let netdev =
+                            self.table.nets.config_mut(&plan.backend).ok_or(Refusal::NoConfiguration)?;
+                        if is_spent(netdev) {
+                            return Err(Refusal::DescriptorsGone(plan.backend).into());
+                        }
+                        let opened = Backend::open(netdev, &self.inherited);
+                        forget_descriptors(netdev);
+                        opened?
                     }
                 };
-                port.insert(backend, device.mac)?;
+                let moved = port.serve_on(worker).map_err(HotplugError::from);
+                let inserted = match moved {
+                    Ok(()) => port.insert(backend, device.mac),
+                    Err(error) => {
+                        self.backends.insert(plan.backend, backend);
+                        return Err(error);
+                    }
+                };
+                if let Err(NotInserted { error, backend }) = inserted {
+                    // For the next try: descriptors that a client has sent cannot be opened again.
+                    self.backends.extend(backend.map(|backend| (plan.backend, backend)));
+                    return Err(error.into());
+                }
                 self.table.nets.plug(&device.id, &plan.backend, plan.slot)?;
             }
         }
@@ -196,6 +247,11 @@ impl Replaceable {
             }
         }
         Ok(())
+    }
+
+    /// All devices of the machine with their drivers.
+    pub(super) fn devices(&self) -> Vec<(String, &'static str)> {
+        self.table.devices()
     }
 
     /// Block nodes: those in slots first, in their order.
@@ -232,10 +288,21 @@ fn open_netdev(
         *vhost_fds = vhost.into_iter().map(IntoRawFd::into_raw_fd).collect();
     }
     let result = Backend::open(netdev, inherited);
-    if let NetBackend::Tap { source: TapSource::Fds(fds), vhost_fds, .. } = &mut netdev.backend {
-        // Whoever opened it owns them now: the numbers may stand for something else later.
-        fds.clear();
-        vhost_fds.clear();
-    }
+    forget_descriptors(netdev);
     result
+}
+
+/// Whoever opened the netdev owns its descriptors: the numbers may stand for something else later.
+fn forget_descriptors(netdev: &mut Netdev) {
+    if let NetBackend::Tap { source, vhost_fds, .. } = &mut netdev.backend {
+        vhost_fds.clear();
+        if let TapSource::Fds(fds) = source {
+            fds.clear();
+        }
+    }
+}
+
+/// Whether it was made from descriptors, and has been used.
+fn is_spent(netdev: &Netdev) -> bool {
+    matches!(&netdev.backend, NetBackend::Tap { source: TapSource::Fds(fds), .. } if fds.is_empty())
 }

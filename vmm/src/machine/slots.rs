@@ -47,6 +47,7 @@ pub(super) struct Slot {
 }
 
 /// The I/O threads of a VM by name. A thread starts when a guest first drives a device on it.
+#[derive(Clone)]
 pub(super) struct Workers {
     named: Vec<(String, Worker)>,
     default: Worker,
@@ -65,16 +66,18 @@ impl Workers {
         self.named.iter().map(|(id, worker)| (id.as_str(), worker))
     }
 
+    /// The one of that name, or that of devices that name none.
+    pub(super) fn find(&self, iothread: Option<&String>) -> Option<&Worker> {
+        let Some(id) = iothread else { return Some(&self.default) };
+        self.named.iter().find(|(name, _)| name == id).map(|(_, worker)| worker)
+    }
+
     fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
-        let Some(id) = iothread else { return Ok(self.default.clone()) };
-        self.named.iter().find(|(name, _)| name == id).map(|(_, worker)| worker.clone()).ok_or_else(|| {
-            MachineError::NoSuch {
-                device: device.into(),
-                what: "iothread",
-                id: id.clone(),
-                option: "-object iothread",
-            }
-        })
+        let missing = || {
+            let id = iothread.cloned().unwrap_or_default();
+            no_such(device, "iothread", &id, "-object iothread")
+        };
+        self.find(iothread).cloned().ok_or_else(missing)
     }
 }
 

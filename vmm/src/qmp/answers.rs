@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::message::package;
+use super::arguments::quote;
+use super::message::{Class, QmpError, package};
 use crate::config::MAX_CPUS;
 
 /// A list of `{"name": …}`.
@@ -45,6 +46,59 @@ pub(super) fn types() -> Value {
     TYPES.iter().map(|(name, parent)| json!({ "name": name, "parent": parent })).collect()
 }
 
+/// What each `-device` can be told, in the order of `-help`: names and QOM's words for their types.
+const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
+    ("vhost-vsock-device", &[("guest-cid", "uint64"), ("vhostfd", "str")]),
+    ("virtconsole", &[("chardev", "str"), ("nr", "uint32")]),
+    (
+        "virtio-balloon-device",
+        &[
+            ("auto-balloon", "bool"),
+            ("deflate-on-oom", "bool"),
+            ("free-page-reporting", "bool"),
+            ("membuf-percent", "uint32"),
+            ("monitor-interval", "uint32"),
+        ],
+    ),
+    (
+        "virtio-blk-device",
+        &[
+            ("bootindex", "int32"),
+            ("drive", "str"),
+            ("iothread", "link<iothread>"),
+            ("num-queues", "uint16"),
+            ("queue-size", "uint16"),
+            ("serial", "str"),
+        ],
+    ),
+    (
+        "virtio-net-device",
+        &[
+            ("iothread", "link<iothread>"),
+            ("mac", "str"),
+            ("mq", "bool"),
+            ("netdev", "str"),
+            ("queue-size", "uint16"),
+            ("rx-iothread", "link<iothread>"),
+            ("tx-iothread", "link<iothread>"),
+            ("vectors", "uint32"),
+        ],
+    ),
+    ("virtio-rng-device", &[("max-bytes", "uint64"), ("period", "uint32"), ("rng", "link<rng-backend>")]),
+    ("virtio-serial-device", &[("max-ports", "uint32")]),
+    ("virtserialport", &[("chardev", "str"), ("name", "str"), ("nr", "uint32")]),
+];
+
+/// `device-list-properties`.
+pub(super) fn properties(device: &str) -> Result<Value, QmpError> {
+    let known = PROPERTIES.iter().find(|(name, _)| *name == device);
+    let (_, properties) = known.ok_or_else(|| QmpError {
+        class: Class::DeviceNotFound,
+        desc: format!("Device '{}' not found", quote(device)),
+    })?;
+    Ok(properties.iter().map(|(name, kind)| json!({ "name": name, "type": kind })).collect())
+}
+
 /// `query-command-line-options`: what management tools look for there.
 pub(super) fn command_line_options() -> Value {
     json!([{
@@ -54,4 +108,37 @@ pub(super) fn command_line_options() -> Value {
             { "name": "detect-zeroes", "type": "string" },
         ],
     }])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::cmdline::{CmdlineError, parse};
+
+    /// The command line itself says what it knows when it is asked for what it does not.
+    #[test]
+    fn properties_are_those_of_the_command_line() {
+        for (device, properties) in PROPERTIES {
+            let required = match *device {
+                "virtio-blk-device" => ",drive=x",
+                "virtio-net-device" => ",netdev=x",
+                "virtio-rng-device" => ",rng=x",
+                "vhost-vsock-device" => ",guest-cid=3",
+                "virtconsole" | "virtserialport" => ",chardev=x",
+                _ => "",
+            };
+            let line = ["-kernel", "/k", "-device", &format!("{device}{required},no-such-key=1")];
+            let Err(CmdlineError::UnknownKey { known, .. }) = parse(line.map(Into::into)) else {
+                panic!("{device}")
+            };
+            let pci = ["addr", "bus", "driver", "id", "multifunction"];
+            let known: Vec<&str> = known.split(", ").filter(|key| !pci.contains(key)).collect();
+            let names: Vec<&str> = properties.iter().map(|(name, _)| *name).collect();
+            assert_eq!(known, names, "{device}");
+        }
+        let listed = types();
+        for (device, _) in PROPERTIES {
+            assert!(listed.as_array().unwrap().iter().any(|t| t["name"] == *device), "{device}");
+        }
+    }
 }

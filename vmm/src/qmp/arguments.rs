@@ -26,8 +26,38 @@ pub(super) enum Kind {
     List(&'static Kind),
     /// An object with these members.
     Object(&'static [Member]),
+    /// A value of one of these kinds, which JSON tells apart.
+    OneOf(&'static [Kind]),
     /// Anything.
     Any,
+}
+
+impl Kind {
+    /// Whether values of this kind have the JSON type of `value`.
+    fn takes_type_of(&self, value: &Value) -> bool {
+        match self {
+            Self::Text | Self::Word(_) => value.is_string(),
+            Self::Int => value.is_number(),
+            Self::Bool => value.is_boolean(),
+            Self::Null => value.is_null(),
+            Self::List(_) => value.is_array(),
+            Self::Object(_) => value.is_object(),
+            Self::OneOf(kinds) => kinds.iter().any(|kind| kind.takes_type_of(value)),
+            Self::Any => true,
+        }
+    }
+
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Text | Self::Word(_) => "a string",
+            Self::Int => "a number",
+            Self::Bool => "true or false",
+            Self::Null => "null",
+            Self::List(_) => "an array",
+            Self::Object(_) => "an object",
+            Self::OneOf(_) | Self::Any => "something else",
+        }
+    }
 }
 
 /// A member of an object.
@@ -97,6 +127,17 @@ fn check_value(command: &str, name: &str, kind: Kind, value: &Value) -> Result<(
         Kind::Bool => "true or false".to_owned(),
         Kind::Null if value.is_null() => return Ok(()),
         Kind::Null => "null".to_owned(),
+        Kind::OneOf(kinds) => {
+            let same = |kind: &&Kind| kind.takes_type_of(value);
+            return match kinds.iter().find(same) {
+                Some(kind) => check_value(command, name, *kind, value),
+                None => {
+                    let wanted: Vec<&str> = kinds.iter().map(Kind::word).collect();
+                    let wanted = wanted.join(" or ");
+                    Err(QmpError::generic(format!("argument '{name}' of command {command} must be {wanted}")))
+                }
+            };
+        }
     };
     Err(QmpError::generic(format!("argument '{name}' of command {command} must be {wanted}")))
 }
@@ -171,12 +212,13 @@ mod tests {
         may("file", Kind::Object(&[must("name", Kind::Text)])),
         may("list", Kind::List(&Kind::Int)),
         may("none", Kind::Null),
+        may("one", Kind::OneOf(&[Kind::Null, Kind::Text, Kind::Object(&[must("x", Kind::Int)])])),
     ];
 
     #[test]
     fn what_is_unambiguous_is_taken() {
         let arguments = json!({"id": 7, "n": "0x10", "flag": "on", "mode": "a", "file": {"name": "x"},
-                               "list": [1, "2"], "none": null});
+                               "list": [1, "2"], "none": null, "one": {"x": 1}});
         let arguments = arguments.as_object().unwrap();
         check("c", MEMBERS, arguments).unwrap();
         assert_eq!(arguments.text("id").as_deref(), Some("7"));
@@ -191,7 +233,7 @@ mod tests {
             (json!({}), "argument 'id' of command c is missing"),
             (
                 json!({"id": "x", "y": 1}),
-                "unknown argument 'y' of command c (known: id, n, flag, mode, file, list, none)",
+                "unknown argument 'y' of command c (known: id, n, flag, mode, file, list, none, one)",
             ),
             (json!({"id": null}), "argument 'id' of command c must be a string"),
             (json!({"id": "x", "n": -1}), "argument 'n' of command c must be a whole number from 0"),
@@ -211,6 +253,11 @@ mod tests {
                 "argument 'list' of command c must be a whole number from 0",
             ),
             (json!({"id": "x", "none": 0}), "argument 'none' of command c must be null"),
+            (
+                json!({"id": "x", "one": 0}),
+                "argument 'one' of command c must be null or a string or an object",
+            ),
+            (json!({"id": "x", "one": {}}), "argument 'one.x' of command c is missing"),
         ] {
             let error = check("c", MEMBERS, arguments.as_object().unwrap()).unwrap_err();
             assert_eq!(error.desc, want);

@@ -5,11 +5,13 @@
 
 use std::os::fd::OwnedFd;
 
-use super::arguments::Kind::{Any, Bool, Int, Null, Object, Text, Word};
-use super::arguments::{Arguments, Get, Member, may, must, quote};
+use serde_json::Value;
+
+use super::arguments::Kind::{self, Any, Bool, Int, Null, Object, OneOf, Text, Word};
+use super::arguments::{Arguments, Get, Member, check, may, must, quote};
 use super::descriptors::Descriptors;
 use super::message::QmpError;
-use crate::config::{Aio, DetectZeroes, Drive, ImageFormat, NetBackend, Netdev, TapSource};
+use crate::config::{Aio, BackingImage, DetectZeroes, Drive, ImageFormat, NetBackend, Netdev, TapSource};
 use crate::control::Command;
 use crate::machine::NewDevice;
 
@@ -18,6 +20,8 @@ const ID_MAX: usize = 255;
 /// Longest file name.
 const PATH_MAX: usize = 4095;
 const SERIAL_MAX: usize = 20;
+/// Most images under one.
+const BACKING_MAX: usize = 64;
 const IOPS_MAX: u64 = 1_000_000;
 /// Largest cache of a qcow2 image, in bytes.
 const CACHE_MAX: u64 = 32 << 20;
@@ -36,8 +40,8 @@ pub(super) const BLOCKDEV: &[Member] = &[
     may("throttling.iops-total", Int),
     may("l2-cache-size", Int),
     may("refcount-cache-size", Int),
-    may("backing", Null),
-    may("media", Word(&["disk"])),
+    may("backing", OneOf(BACKING)),
+    may("media", Word(&["disk", "cdrom"])),
     may("id", Text),
     may("options", Any),
 ];
@@ -46,6 +50,22 @@ const FILE: &[Member] = &[
     must("driver", Word(&["file", "host_device"])),
     must("filename", Text),
     may("aio", Word(&["off", "threads", "native", "iouring", "io_uring"])),
+];
+
+/// What lies under a qcow2 image: nothing, a node that was added before, or an image that is described here.
+const BACKING: &[Kind] = &[Null, Text, Object(UNDER)];
+
+/// An image under another one is only read, through the page cache; what else a client says of it has no effect.
+const UNDER: &[Member] = &[
+    must("file", Object(FILE)),
+    may("driver", Word(&["raw", "qcow2"])),
+    // Checked level by level: a type cannot hold itself.
+    may("backing", Any),
+    may("node-name", Text),
+    may("read-only", Bool),
+    may("cache", Object(&[may("direct", Bool), may("no-flush", Bool)])),
+    may("discard", Word(&["ignore", "unmap"])),
+    may("detect-zeroes", Word(&["off", "on", "unmap"])),
 ];
 
 pub(super) const NETDEV: &[Member] = &[
@@ -113,14 +133,51 @@ pub(super) fn name(arguments: &Arguments, member: &str) -> Result<String, QmpErr
     Ok(text)
 }
 
+fn filename(arguments: &Arguments) -> Result<String, QmpError> {
+    let path = arguments.object("file").and_then(|f| f.text("filename")).unwrap_or_default();
+    if path.is_empty() || path.len() > PATH_MAX || path.contains('\0') {
+        return Err(bad(format!("argument 'file.filename' must be a path of 1 to {PATH_MAX} bytes")));
+    }
+    Ok(path)
+}
+
+fn format(arguments: &Arguments) -> ImageFormat {
+    match arguments.text("driver").as_deref() {
+        Some("qcow2") => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
+    }
+}
+
+/// What `backing` describes: images, nearest first, and the node under the last of them.
+fn backing(arguments: &Arguments) -> Result<(Vec<BackingImage>, Option<String>), QmpError> {
+    let (mut images, mut level) = (Vec::new(), arguments);
+    loop {
+        let under = match level.get("backing") {
+            None | Some(Value::Null) => return Ok((images, None)),
+            Some(_) if format(level) == ImageFormat::Raw => {
+                return Err(bad("a raw image has no backing file: say \"driver\": \"qcow2\""));
+            }
+            Some(Value::Object(under)) if images.len() < BACKING_MAX => under,
+            Some(Value::Object(_)) => {
+                return Err(bad(format!(
+                    "at most {BACKING_MAX} images can lie under one: commit some of them"
+                )));
+            }
+            Some(Value::String(node)) => return Ok((images, Some(node.clone()))),
+            Some(_) => return Err(bad("argument 'backing' must be null, the name of a node, or an object")),
+        };
+        check("blockdev-add", UNDER, under)?;
+        images.push(BackingImage { file: filename(under)?.into(), format: format(under) });
+        level = under;
+    }
+}
+
 /// `blockdev-add`.
 pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
     let id = name(arguments, "node-name")?;
     let file = arguments.object("file");
-    let path = file.and_then(|f| f.text("filename")).unwrap_or_default();
-    if path.is_empty() || path.len() > PATH_MAX || path.contains('\0') {
-        return Err(bad(format!("argument 'file.filename' must be a path of 1 to {PATH_MAX} bytes")));
-    }
+    let path = filename(arguments)?;
+    let (backing, node) = backing(arguments)?;
     let aio = file.and_then(|f| f.text("aio")).map(|word| match word.as_str() {
         "native" => Aio::Native,
         "threads" => Aio::Threads,
@@ -143,14 +200,14 @@ pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
         return Err(bad(format!("argument 'throttling.iops-total' must be at most {IOPS_MAX}")));
     }
     let size = |member: &str| arguments.int(member).filter(|n| *n > 0);
-    Ok(Command::BlockdevAdd(Box::new(Drive {
-        readonly: arguments.boolean("read-only").unwrap_or(false),
+    let drive = Box::new(Drive {
+        // Nobody writes to a compact disc.
+        readonly: arguments.boolean("read-only").unwrap_or(false)
+            || arguments.text("media").as_deref() == Some("cdrom"),
         direct,
         aio,
-        format: match arguments.text("driver").as_deref() {
-            Some("qcow2") => ImageFormat::Qcow2,
-            _ => ImageFormat::Raw,
-        },
+        format: format(arguments),
+        backing,
         iops_total,
         discard: arguments.text("discard").as_deref() == Some("unmap"),
         detect_zeroes: match arguments.text("detect-zeroes").as_deref() {
@@ -162,7 +219,8 @@ pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
         l2_cache_size: size("l2-cache-size"),
         refcount_cache_size: size("refcount-cache-size"),
         ..Drive::new(id, path)
-    })))
+    });
+    Ok(Command::BlockdevAdd { drive, node })
 }
 
 /// `netdev_add`. Descriptors that it names are taken, whatever becomes of the request.
@@ -233,6 +291,7 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
         lun: arguments.int("lun"),
         serial,
         mac,
+        iothread: arguments.text("iothread"),
     }))
 }
 

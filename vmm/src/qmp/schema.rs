@@ -49,13 +49,15 @@ impl Types {
                 }
                 return name;
             }
-            Kind::Object(_) | Kind::Word(_) => match self.known.iter().position(|k| *k == kind) {
-                Some(number) => return number.to_string(),
-                None => {
-                    self.known.push(kind);
-                    (self.known.len() - 1).to_string()
+            Kind::Object(_) | Kind::Word(_) | Kind::OneOf(_) => {
+                match self.known.iter().position(|k| *k == kind) {
+                    Some(number) => return number.to_string(),
+                    None => {
+                        self.known.push(kind);
+                        (self.known.len() - 1).to_string()
+                    }
                 }
-            },
+            }
         };
         let info = match kind {
             Kind::Object(members) => {
@@ -75,6 +77,10 @@ impl Types {
             Kind::Word(words) => {
                 let members: Value = words.iter().map(|word| json!({ "name": word })).collect();
                 json!({ "name": name, "meta-type": "enum", "members": members, "values": words })
+            }
+            Kind::OneOf(kinds) => {
+                let members: Value = kinds.iter().map(|kind| json!({ "type": self.name(*kind) })).collect();
+                json!({ "name": name, "meta-type": "alternate", "members": members })
             }
             _ => return name,
         };
@@ -123,7 +129,7 @@ mod tests {
         for info in list {
             let mut used: Vec<&Value> =
                 ["arg-type", "ret-type", "element-type"].iter().filter_map(|key| info.get(key)).collect();
-            if info["meta-type"] == "object" {
+            if info["meta-type"] == "object" || info["meta-type"] == "alternate" {
                 used.extend(info["members"].as_array().unwrap().iter().map(|m| &m["type"]));
             }
             for name in used {

@@ -51,7 +51,8 @@ impl Vm for FakeVm {
     fn press_power_button(&mut self) {}
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         let words = match request {
-            Hotplug::AddDrive(drive) => format!("{drive:?}"),
+            Hotplug::AddDrive { drive, node: None } => format!("{drive:?}"),
+            Hotplug::AddDrive { drive, node } => format!("{} {:?} {node:?}", drive.id, drive.backing),
             Hotplug::AddNetdev { netdev, fds, .. } => {
                 let NetBackend::Tap { source, queues, vhost, .. } = &netdev.backend else { panic!() };
                 let fds: Vec<String> = fds.into_iter().map(said).collect();
@@ -69,6 +70,9 @@ impl Vm for FakeVm {
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Vec::new()
+    }
+    fn devices(&self) -> Vec<(String, &'static str)> {
+        vec![("rootfs".into(), "virtio-blk-device")]
     }
     fn iothreads(&self) -> Vec<(String, i32)> {
         vec![("iothread1".into(), 77)]
@@ -223,6 +227,10 @@ fn introspection() {
         let name = spec["name"].as_str().unwrap();
         let got =
             world.ask(&mut client, &format!("{{\"execute\":\"{name}\",\"arguments\":{{\"bogus\":1}}}}"));
+        if ["balloon", "query-balloon"].contains(&name) {
+            assert!(!got.contains("bogus"), "{got}");
+            continue;
+        }
         assert!(got.contains(&format!("unknown argument 'bogus' of command {name}")), "{got}");
     }
 }

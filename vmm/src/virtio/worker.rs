@@ -64,6 +64,11 @@ impl Worker {
 }
 
 impl Worker {
+    /// Whether both are the same thread.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The host's thread; `None` while no device has needed it, or when it does not answer soon.
     pub fn tid(&self) -> Option<i32> {
         const SOON: Duration = Duration::from_millis(200);
@@ -93,6 +98,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing panics while it holds one of these locks; if it did, the value would still be whole.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// A handler hangs in the host's kernel.
+#[derive(Debug)]
+pub(crate) struct Hangs;
 
 /// The running state of one activated device, and who may touch it.
 pub(crate) struct Gate<T> {
@@ -168,18 +177,7 @@ impl<T: Send + 'static> Gate<T> {
         deadline: Instant,
         drain: impl FnOnce(&mut T) -> bool,
     ) -> bool {
-        let mut inner = lock(&self.inner);
-        inner.closed = true;
-        let tokens = std::mem::take(&mut inner.tokens);
-        if !tokens.is_empty() {
-            worker.post(move |ops| tokens.into_iter().for_each(|t| ops.remove(t)));
-        }
-        while inner.taken {
-            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {
-                return false;
-            };
-            inner = self.left.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+        let Some(mut inner) = self.shut(worker, deadline) else { return false };
         let Some(mut state) = inner.state.take() else { return true };
         inner.taken = true;
         drop(inner);
@@ -195,6 +193,28 @@ impl<T: Send + 'static> Gate<T> {
         inner.taken = false;
         self.left.notify_all();
         drained
+    }
+
+    /// Shuts the gate and takes the state out, to run it behind another gate. An error: the handler inside does not leave, and the
+    /// state stays. None: somebody else has closed the gate. Only while nothing of the device is in flight.
+    pub(crate) fn retire(&self, worker: &LoopHandle, deadline: Instant) -> Result<Option<T>, Hangs> {
+        let mut inner = self.shut(worker, deadline).ok_or(Hangs)?;
+        Ok(inner.state.take())
+    }
+
+    /// No handler enters from now on, and none is inside when this returns. None: one still is.
+    fn shut(&self, worker: &LoopHandle, deadline: Instant) -> Option<MutexGuard<'_, Inner<T>>> {
+        let mut inner = lock(&self.inner);
+        inner.closed = true;
+        let tokens = std::mem::take(&mut inner.tokens);
+        if !tokens.is_empty() {
+            worker.post(move |ops| tokens.into_iter().for_each(|t| ops.remove(t)));
+        }
+        while inner.taken {
+            let left = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero())?;
+            inner = self.left.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Some(inner)
     }
 }
 

@@ -72,7 +72,6 @@ pub struct BlkOptions {
 pub struct Blk {
     port: Arc<Port>,
     queue_sizes: [u16; 1],
-    worker: Worker,
 }
 
 impl Blk {
@@ -80,7 +79,7 @@ impl Blk {
     pub fn new(options: BlkOptions) -> Self {
         let BlkOptions { backend, serial, read_only, queue_size, worker } = options;
         let medium = backend.map(|disk| Medium::new(disk, serial, read_only));
-        Self { port: Port::new(medium, queue_size), queue_sizes: [queue_size], worker }
+        Self { port: Port::new(medium, queue_size, worker), queue_sizes: [queue_size] }
     }
 
     /// The slot as the thread that owns the machine reaches it, once the device is behind its transport.
@@ -126,7 +125,8 @@ impl VirtioDevice for Blk {
         let Activation { memory: _, features, queues, interrupt } = activation;
         let ActiveQueue { index: _, queue, notify } =
             queues.into_iter().find(|q| q.index == 0).ok_or(ActivateError::MissingQueue(0))?;
-        let io_thread = self.worker.start().map_err(ActivateError::Host)?;
+        let worker = self.port.lock().worker.clone();
+        let io_thread = worker.start().map_err(ActivateError::Host)?;
         // Held until the session is there: a disk that comes now comes either with the server or through its gate.
         let mut state = self.port.lock();
         let server = Server::new(serve::Parts {

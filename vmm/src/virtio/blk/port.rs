@@ -25,7 +25,7 @@ use super::serve::{self, Server};
 use super::{config, feature};
 use crate::block::{Disk, SECTOR};
 use crate::event::{LoopHandle, Ops};
-use crate::virtio::worker::Gate;
+use crate::virtio::worker::{Gate, Worker};
 use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt};
 
 /// How long [`Port::eject`] waits for what is in flight and for the flush.
@@ -46,9 +46,12 @@ pub enum PortError {
     /// The disk has left the slot, but the host could not make durable what the guest had written.
     #[error("drive \"{0}\": data that the guest has written may be lost: {1}")]
     Flush(String, #[source] io::Error),
-    /// No thread for the flush.
+    /// No thread for the flush, or to serve the slot.
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
+    /// The thread that serves the slot hangs in the host's kernel.
+    #[error("the I/O thread of the slot hangs; the host's log may say why")]
+    Hangs,
 }
 
 /// What has been done with the disk in a slot since it was inserted. Requests that failed count only as such.
@@ -139,6 +142,8 @@ pub(super) struct State {
     pub(super) config: [u8; config::SIZE],
     pub(super) features: u64,
     queue_size: u16,
+    /// The thread of this session or the next.
+    pub(super) worker: Worker,
 }
 
 /// A block slot, reached from outside its transport. Works before, during and after the driver's use of the device.
@@ -147,7 +152,7 @@ pub struct Port {
 }
 
 impl Port {
-    pub(super) fn new(medium: Option<Medium>, queue_size: u16) -> Arc<Self> {
+    pub(super) fn new(medium: Option<Medium>, queue_size: u16, worker: Worker) -> Arc<Self> {
         let medium = medium.map(Arc::new);
         let mut state = State {
             medium,
@@ -156,6 +161,7 @@ impl Port {
             config: [0; config::SIZE],
             features: 0,
             queue_size,
+            worker,
         };
         state.offer();
         state.describe();
@@ -182,6 +188,48 @@ impl Port {
             // The interrupt comes from there, so that the driver's first request finds the disk.
             io_thread.post(move |ops: &mut Ops<'_>| serve::insert(&gate, ops, &medium, &*interrupt));
         }
+        Ok(())
+    }
+
+    /// Has another thread serve the slot, which must be empty: so nothing is in flight, and the driver notices nothing.
+    pub fn serve_on(&self, worker: &Worker) -> Result<(), PortError> {
+        let session = {
+            let mut state = self.lock();
+            if state.medium.is_some() || state.leaving.is_some() {
+                return Err(PortError::Occupied);
+            }
+            if state.worker.is(worker) {
+                return Ok(());
+            }
+            match state.session.clone() {
+                Some(session) => session,
+                None => {
+                    let before = std::mem::replace(&mut state.worker, worker.clone());
+                    drop(state);
+                    // Not under the lock: a thread that nobody needs any more is waited for.
+                    drop(before);
+                    return Ok(());
+                }
+            }
+        };
+        let io_thread = worker.start().map_err(PortError::Thread)?;
+        let retired = session.gate.retire(&session.io_thread, Instant::now() + EJECT_DEADLINE);
+        let server = retired.map_err(|_| {
+            session.interrupt.needs_reset();
+            PortError::Hangs
+        })?;
+        let mut state = self.lock();
+        let before = std::mem::replace(&mut state.worker, worker.clone());
+        // The driver may have reset the device meanwhile.
+        let current = state.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.gate, &session.gate));
+        if let Some(server) = server.filter(|_| current) {
+            let gate = Gate::new(server);
+            let (on_thread, signal) = (Arc::clone(&gate), Arc::clone(&session.interrupt));
+            io_thread.post(move |ops: &mut Ops<'_>| serve::start(&on_thread, ops, &Weak::new(), &*signal));
+            state.session = Some(Session { gate, io_thread, interrupt: session.interrupt });
+        }
+        drop(state);
+        drop(before);
         Ok(())
     }
 
@@ -230,16 +278,19 @@ impl Port {
 
     /// Ends the session. False: requests are still with the host's kernel, and so is guest memory.
     pub(super) fn stop(&self, wait: Duration) -> bool {
-        let Some(session) = self.lock().session.clone() else { return true };
         let deadline = Instant::now() + wait;
-        if !session.close(deadline) {
-            return false;
+        loop {
+            let Some(session) = self.lock().session.clone() else { return true };
+            if !session.close(deadline) {
+                return false;
+            }
+            let mut state = self.lock();
+            // Another one when the slot has just been moved to another thread: that one, too.
+            if state.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.gate, &session.gate)) {
+                state.session = None;
+                return true;
+            }
         }
-        let mut state = self.lock();
-        if state.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.gate, &session.gate)) {
-            state.session = None;
-        }
-        true
     }
 
     /// Makes durable what the guest has written, before the machine goes.

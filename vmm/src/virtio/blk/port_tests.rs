@@ -18,6 +18,7 @@ const SMALL: u64 = 32;
 enum Act {
     Insert { second: bool, read_only: bool },
     Eject,
+    Move,
     Start { plain: bool },
     Reset,
     Read(u64),
@@ -31,6 +32,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         3 => (any::<bool>(), any::<bool>())
             .prop_map(|(second, read_only)| Act::Insert { second, read_only }),
         3 => Just(Act::Eject),
+        2 => Just(Act::Move),
         2 => any::<bool>().prop_map(|plain| Act::Start { plain }),
         1 => Just(Act::Reset),
         3 => (0..SECTORS).prop_map(Act::Read),
@@ -99,6 +101,13 @@ fn run(aio: Aio, acts: &[Act]) {
                 (Err(PortError::Empty), None) => {}
                 (result, _) => panic!("{result:?}"),
             },
+            Act::Move => {
+                let moved = port.serve_on(&Worker::new("other"));
+                match model.disk {
+                    None => moved.unwrap(),
+                    Some(_) => assert!(matches!(moved, Err(PortError::Occupied))),
+                }
+            }
             Act::Start { plain } => {
                 if model.active {
                     model.offered_ro = model.disk.is_some_and(|(_, ro)| ro);
@@ -207,7 +216,10 @@ fn disks_come_and_go_under_load() {
                 }
                 (good, bad)
             });
-            for _ in 0..60 {
+            for round in 0..60 {
+                if round % 4 == 0 {
+                    port.serve_on(&Worker::new(&round.to_string())).unwrap();
+                }
                 port.insert(open(file.path(), aio, false), None).unwrap();
                 // Some load on the disk before it goes.
                 rig.wait(|| (port.stats().read_ops > 10).then_some(()));
@@ -237,6 +249,7 @@ fn a_disk_that_leaves_during_resets_leaves() {
         std::thread::scope(|scope| {
             let resets = scope.spawn(|| rig.set(0x70, 0));
             port.eject().unwrap();
+            port.serve_on(&Worker::new("other")).unwrap();
             resets.join().unwrap();
         });
         port.insert(open(file.path(), Aio::IoUring, false), None).unwrap();

@@ -110,7 +110,7 @@ fn a_slot_gains_no_queues_after_boot() {
     let port = device.port();
     let _rig = Rig::new(device);
     let (backend, peers) = Backend::fakes(2);
-    let text = port.insert(backend, None).unwrap_err().to_string();
+    let text = port.insert(backend, None).unwrap_err().error.to_string();
     assert!(text.starts_with("netdev \"fake\" has 2 queue pairs, and the slot has 1"), "{text}");
     assert_eq!(rustix::io::write(&peers[0], &[0; 64]), Err(rustix::io::Errno::PIPE));
 }

@@ -32,7 +32,7 @@ mod vhost;
 #[cfg(test)]
 mod tests;
 
-pub use port::{Port, PortError};
+pub use port::{NotInserted, Port, PortError};
 
 use port::State;
 use serve::{Rings, Server};
@@ -83,7 +83,6 @@ pub struct NetOptions {
 pub struct Net {
     port: Arc<Port>,
     queue_sizes: Vec<u16>,
-    worker: Worker,
 }
 
 impl Net {
@@ -93,9 +92,9 @@ impl Net {
         // Chains of more parts than this could not be read in one call.
         let size = queue_size.min(super::queue::MAX_SIZE);
         let pairs = backend.as_ref().filter(|_| multi_queue).map_or(1, |b| b.taps().len().max(1));
-        let port = Port::new(backend, pairs, mac);
+        let port = Port::new(backend, pairs, mac, worker);
         // The control queue comes last.
-        Self { port, queue_sizes: vec![size; 2 * pairs + 1], worker }
+        Self { port, queue_sizes: vec![size; 2 * pairs + 1] }
     }
 
     /// The way to the device once it is in its transport.
@@ -154,7 +153,7 @@ impl VirtioDevice for Net {
         }
         let Activation { memory, features, queues, interrupt } = activation;
         let rings = Rings::sort(queues, features, self.port.pairs())?;
-        let io_thread = self.worker.start().map_err(ActivateError::Host)?;
+        let io_thread = state.worker.start().map_err(ActivateError::Host)?;
         state.io_thread = Some(io_thread.clone());
         let face = Arc::clone(&self.port.face);
         let server = Server::new(rings, features, memory, face, Arc::clone(&interrupt));

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use super::session::{Session, SessionError, settle};
 use crate::event::LoopHandle;
 use crate::net::Backend;
+use crate::virtio::Worker;
 
 /// How long the I/O thread may take to let a tap go. Others use it too: a disk on it may be slow.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -44,6 +45,9 @@ pub enum PortError {
     /// The thread that serves the device hangs in the host's kernel.
     #[error("the I/O thread of the device hangs; the host's log may say why")]
     Hangs,
+    /// No thread to serve the slot.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] std::io::Error),
     /// A host resource ran out.
     #[error("cannot use netdev \"{netdev}\": {source}")]
     Host {
@@ -53,6 +57,17 @@ pub enum PortError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// Why a NIC did not come, and its host end, unless that is lost.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotInserted {
+    /// Why.
+    #[source]
+    pub error: PortError,
+    /// For another try.
+    pub backend: Option<Backend>,
 }
 
 /// What the guest sees in configuration space.
@@ -88,6 +103,8 @@ pub(super) struct State {
     pub(super) io_thread: Option<LoopHandle>,
     /// The NIC's own address: what it has again after a reset.
     pub(super) mac: [u8; 6],
+    /// The thread of this session or the next.
+    pub(super) worker: Worker,
 }
 
 /// Fills and empties the slot of a NIC, at any time of the device's life, from any thread.
@@ -100,11 +117,12 @@ pub struct Port {
 }
 
 impl Port {
-    pub(super) fn new(backend: Option<Backend>, pairs: usize, mac: [u8; 6]) -> Arc<Self> {
+    pub(super) fn new(backend: Option<Backend>, pairs: usize, mac: [u8; 6], worker: Worker) -> Arc<Self> {
         let face = Face { mac: AtomicU64::new(0), link: AtomicBool::new(backend.is_some()) };
         face.set_mac(mac);
         let occupied = AtomicBool::new(backend.is_some());
-        let state = Mutex::new(State { backend: backend.map(Arc::new), session: None, io_thread: None, mac });
+        let backend = backend.map(Arc::new);
+        let state = Mutex::new(State { backend, session: None, io_thread: None, mac, worker });
         Arc::new(Self { face: Arc::new(face), pairs, occupied, state })
     }
 
@@ -133,15 +151,17 @@ impl Port {
     }
 
     /// Puts a NIC into the empty slot: the guest sees the link come up, and `mac` if it reads it again (Linux does so when its
-    /// driver binds). `None` keeps the slot's address. After an error the slot is empty and `backend` is closed.
-    pub fn insert(&self, backend: Backend, mac: Option<[u8; 6]>) -> Result<(), PortError> {
+    /// driver binds). `None` keeps the slot's address. After an error the slot is empty.
+    pub fn insert(&self, backend: Backend, mac: Option<[u8; 6]>) -> Result<(), NotInserted> {
         let mut state = self.lock();
         if let Some(there) = &state.backend {
-            return Err(PortError::Occupied(there.id().to_owned()));
+            let error = PortError::Occupied(there.id().to_owned());
+            return Err(NotInserted { error, backend: Some(backend) });
         }
         let queues = backend.taps().len();
         if queues > self.pairs {
-            return Err(PortError::TooManyQueues { netdev: backend.id().into(), queues, slot: self.pairs });
+            let error = PortError::TooManyQueues { netdev: backend.id().into(), queues, slot: self.pairs };
+            return Err(NotInserted { error, backend: Some(backend) });
         }
         let netdev = backend.id().to_owned();
         let backend = Arc::new(backend);
@@ -166,12 +186,36 @@ impl Port {
             Err(error) => {
                 state.mac = before;
                 self.face.set_mac(before);
-                Err(match error {
+                let error = match error {
                     SessionError::Hangs => PortError::Hangs,
                     SessionError::Host(source) => PortError::Host { netdev, source },
-                })
+                };
+                // A thread that hangs may still have it.
+                Err(NotInserted { error, backend: Arc::try_unwrap(backend).ok() })
             }
         }
+    }
+
+    /// Has another thread serve the slot, which must be empty: the driver notices nothing.
+    pub fn serve_on(&self, worker: &Worker) -> Result<(), PortError> {
+        let mut state = self.lock();
+        if let Some(there) = &state.backend {
+            return Err(PortError::Occupied(there.id().to_owned()));
+        }
+        if state.worker.is(worker) {
+            return Ok(());
+        }
+        if let Some(session) = &state.session {
+            let io_thread = worker.start().map_err(PortError::Thread)?;
+            let moved = session.move_to(io_thread.clone(), Instant::now() + DEADLINE);
+            state.session = Some(moved.map_err(|_| PortError::Hangs)?);
+            state.io_thread = Some(io_thread);
+        } else {
+            // Nothing that it may still hold is of an empty slot.
+            state.io_thread = None;
+        }
+        state.worker = worker.clone();
+        Ok(())
     }
 
     /// Empties the slot: the guest sees the link go down. No packet moves and the tap's descriptor is closed when this returns.

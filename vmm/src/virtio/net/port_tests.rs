@@ -15,6 +15,7 @@ enum Act {
     /// A NIC that the kernel serves.
     Lend,
     Eject,
+    Move,
     Start,
     Reset,
     Send,
@@ -28,6 +29,7 @@ fn act() -> impl Strategy<Value = Act> {
         Just(Act::Insert),
         Just(Act::Lend),
         Just(Act::Eject),
+        Just(Act::Move),
         Just(Act::Start),
         Just(Act::Reset),
         Just(Act::Send),
@@ -77,10 +79,15 @@ fn play(acts: &[Act]) {
                 };
                 let result = port.insert(backend, Some(OTHER));
                 assert_eq!(result.is_ok(), peer.is_none(), "{step}");
-                if result.is_ok() {
-                    (peer, kernel) = (Some(other), double);
-                } else {
-                    assert!(is_closed(&other), "{step}: what was refused is closed");
+                match result {
+                    Ok(()) => (peer, kernel) = (Some(other), double),
+                    Err(NotInserted { error, backend }) => {
+                        assert!(
+                            matches!(error, PortError::Occupied(_)) && backend.is_some(),
+                            "{step}: {error}"
+                        );
+                        assert!(!is_closed(&other), "{step}: what was refused can be used elsewhere");
+                    }
                 }
                 assert_eq!(rig.get(0x100), u32::from_le_bytes([0x52, 0x54, 0, 9]));
             }
@@ -90,6 +97,11 @@ fn play(acts: &[Act]) {
                     assert!(is_closed(&peer), "{step}");
                 }
                 assert!(kernel.take().is_none_or(|k| k.running().is_empty()), "{step}");
+            }
+            Act::Move => {
+                let worker = Worker::new("other");
+                assert_eq!(port.serve_on(&worker).is_ok(), peer.is_none(), "{step}");
+                assert!(port.serve_on(&worker).is_ok() == peer.is_none(), "{step}: again");
             }
             Act::Start => {
                 let mut started = rig.start(!0, 2, 256).into_iter();
@@ -196,7 +208,10 @@ fn filling_and_emptying_while_the_guest_sends_and_resets() {
     let rig = Rig::new(device);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for _ in 0..200 {
+            for round in 0..200 {
+                if round % 4 == 0 {
+                    port.serve_on(&Worker::new(&round.to_string())).unwrap();
+                }
                 let (backend, peer) = Backend::fake();
                 port.insert(backend, None).unwrap();
                 let _ = rustix::io::write(&peer, &packet(100, 1));

@@ -64,6 +64,17 @@ impl Session {
         self.gate.close(&self.io_thread, Instant::now() + wait, |_| true)
     }
 
+    /// Has another thread serve the device, which must have no taps.
+    pub(super) fn move_to(&self, io_thread: LoopHandle, deadline: Instant) -> Result<Self, SessionError> {
+        let server = self.gate.retire(&self.io_thread, deadline).map_err(|_| SessionError::Hangs)?;
+        // None: closed by a reset that could not wait for a handler.
+        let mut server = server.ok_or(SessionError::Hangs)?;
+        server.watches.clear();
+        server.driver_watches.clear();
+        let interrupt = Arc::clone(&server.interrupt);
+        Ok(Self::start(server, None, io_thread, interrupt))
+    }
+
     /// Gives the running device taps; the guest sees its link come up.
     pub(super) fn attach(&self, backend: Arc<Backend>, deadline: Instant) -> Result<(), SessionError> {
         self.ask(deadline, move |server, gate, ops| {

@@ -270,12 +270,13 @@ fn needs(config: &VmConfig) -> Needs {
         let parent = std::path::absolute(path).ok().and_then(|p| p.parent().map(Path::to_owned));
         parent.and_then(|p| std::fs::metadata(p).ok()).is_some_and(|m| m.uid() != me.as_raw())
     };
+    let mut names = sockets.chain(monitors).chain(&config.process.pidfile).peekable();
     Needs {
         seccomp: !config.process.disable_seccomp,
         rotates_log: config.process.log_file.is_some(),
+        removes_names: names.peek().is_some(),
         // Only root can do something about another user's directory, and only with its capability.
-        foreign_directory: me.is_root()
-            && sockets.chain(monitors).chain(&config.process.pidfile).any(foreign),
+        foreign_directory: me.is_root() && names.any(foreign),
     }
 }
 

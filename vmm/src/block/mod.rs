@@ -14,6 +14,7 @@ use rustix::fs::OFlags;
 
 use crate::config::{Aio, DetectZeroes, Drive, ImageFormat};
 use crate::inherit::Inherited;
+use crate::sandbox;
 
 mod align;
 mod engine;
@@ -52,6 +53,10 @@ pub struct BlockError {
     pub problem: Problem,
 }
 
+/// What root has to hear about files of others.
+const GIVEN_UP: &str = "; root gave up its right to other users' files when the VM was started: let root open it (chown root, or \
+                        setfacl -m u:root:rw), or use it from the start";
+
 /// What was wrong with a drive.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
@@ -62,10 +67,12 @@ pub enum Problem {
     #[error("is {0}, not a regular file or block device")]
     NotADisk(&'static str),
     /// The file's mode, or the file system, does not let us.
-    #[error("permission denied; the user of this process needs read{} access", if *.write { " and write" } else { "" })]
+    #[error("permission denied; the user of this process needs read{} access{}", if *.write { " and write" } else { "" }, if *.root { GIVEN_UP } else { "" })]
     Denied {
         /// Writing was wanted too.
         write: bool,
+        /// The user is root, which had the right to open it before the VM was started.
+        root: bool,
     },
     /// Somebody else has locked the image.
     #[error(
@@ -433,7 +440,7 @@ fn open_path(path: &Path, drive: &Drive) -> Result<File, Problem> {
     let explain = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => Problem::Missing,
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            Problem::Denied { write: !drive.readonly }
+            Problem::Denied { write: !drive.readonly, root: sandbox::gave_up_override() }
         }
         io::ErrorKind::ResourceBusy => Problem::Mounted,
         io::ErrorKind::InvalidInput if drive.direct => Problem::NoDirect,

@@ -1,14 +1,14 @@
 //! The lists of system calls: who may call what, and why.
 //!
-//! Anything not here ends the process. Opening files by name is for the main thread, which does so when a client plugs a disk or a NIC.
-//! Making connections, running programs, changing privileges and mapping memory as code are not here at all.
+//! Anything not here ends the process. Opening files by name is for the main thread, which does so when a client plugs a disk or a NIC;
+//! files that are there, for nothing makes or empties one. Making connections, running programs, changing privileges and mapping memory as code are not here at all.
 
 use std::collections::BTreeMap;
 
 use libc::c_long;
 use seccompiler::{BpfProgram, sock_filter};
 
-use super::SandboxError;
+use super::{Needs, SandboxError};
 
 /// Kinds of thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,17 +100,30 @@ const MAIN: &[c_long] = &[
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-    // hot-plug: images, /dev/net/tun
-    libc::SYS_openat,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_open,
     // reset: what lies under guest memory
     libc::SYS_fstatfs,
     // Ctrl-A x on a terminal: SIGTERM to this process
     libc::SYS_kill,
 ];
+
+/// The main thread besides, when there are names to take away at the end: sockets, the pid file.
+const REMOVAL: &[c_long] = &[
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+
+/// Hot-plug: images, /dev/net/tun. Each with the argument that holds its flags.
+const OPENING: &[(c_long, u32)] = &[
+    (libc::SYS_openat, 2),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_open, 1),
+];
+
+/// What makes a file or takes its contents away (O_TMPFILE without O_DIRECTORY, which it includes).
+const MAKING: u32 = (libc::O_CREAT | libc::O_TRUNC | (libc::O_TMPFILE & !libc::O_DIRECTORY)).unsigned_abs();
+/// What the log file is opened with: nothing can be read through it, and nothing written over.
+const APPENDING: u32 = (libc::O_WRONLY | libc::O_APPEND).unsigned_abs();
 
 /// Rotation of the log file; any thread may write the line that fills it.
 const ROTATION: &[c_long] = &[libc::SYS_rename];
@@ -152,6 +165,11 @@ enum Verdict {
         mask: u32,
         value: u32,
     },
+    /// `open`, `openat`: of what is there, and perhaps of a log file.
+    Open {
+        flags: u32,
+        appends: bool,
+    },
     /// `ioctl`: one of KVM's requests, or one of the lists.
     Ioctl {
         plugs: bool,
@@ -161,24 +179,26 @@ enum Verdict {
 /// Makes the filter. Compilers for seccomp emit a chain with a link for each number; the kernel runs every new filter for every
 /// number there is, on the way to the guest's first instruction. A search tree is half as long and takes about half the time to
 /// install (some 160 instead of 340 microseconds where this was measured).
-pub(super) fn compile(kind: Kind, rotates_log: bool) -> Result<BpfProgram, SandboxError> {
+pub(super) fn compile(kind: Kind, needs: Needs) -> Result<BpfProgram, SandboxError> {
+    let rotates_log = needs.rotates_log;
     let mut verdicts: BTreeMap<c_long, Verdict> = COMMON.iter().map(|n| (*n, Verdict::Allow)).collect();
     if kind == Kind::Main {
         verdicts.extend(MAIN.iter().map(|n| (*n, Verdict::Allow)));
-    }
-    if kind == Kind::Main {
+        if needs.removes_names {
+            verdicts.extend(REMOVAL.iter().map(|n| (*n, Verdict::Allow)));
+        }
+        let open = |(n, flags): &(c_long, u32)| (*n, Verdict::Open { flags: *flags, appends: rotates_log });
+        verdicts.extend(OPENING.iter().map(open));
         // What the C library looks up an interface's name with; it can be connected to nothing.
         let unix = Verdict::Masked { argument: 0, mask: u32::MAX, value: libc::AF_UNIX.unsigned_abs() };
         verdicts.insert(libc::SYS_socket, unix);
     }
     if rotates_log {
         verdicts.extend(ROTATION.iter().map(|n| (*n, Verdict::Allow)));
-        // Only to create or append: nothing can be read through it.
-        let writes = libc::O_WRONLY.unsigned_abs() | libc::O_APPEND.unsigned_abs();
         verdicts.entry(libc::SYS_openat).or_insert(Verdict::Masked {
             argument: 2,
-            mask: writes,
-            value: writes,
+            mask: APPENDING,
+            value: APPENDING,
         });
     }
     let not_code = Verdict::Masked { argument: 2, mask: libc::PROT_EXEC.unsigned_abs(), value: 0 };
@@ -279,6 +299,24 @@ fn leaf(verdict: Verdict, program: &mut BpfProgram) -> usize {
             op(RETURN, ALLOW),
             op(RETURN, TRAP),
         ],
+        Verdict::Open { flags, appends } => {
+            let mut code = vec![
+                op(LOAD, ARGUMENTS_OFFSET + 8 * flags),
+                op(AND, MAKING),
+                jump(JUMP_EQ, 0, 0, 1),
+                op(RETURN, ALLOW),
+            ];
+            if appends {
+                code.extend([
+                    op(LOAD, ARGUMENTS_OFFSET + 8 * flags),
+                    op(AND, APPENDING),
+                    jump(JUMP_EQ, APPENDING, 0, 1),
+                    op(RETURN, ALLOW),
+                ]);
+            }
+            code.push(op(RETURN, TRAP));
+            code
+        }
         Verdict::Ioctl { plugs } => {
             let mut code = vec![op(LOAD, ARGUMENTS_OFFSET + 8)];
             for request in IOCTLS.iter().chain(PLUG_IOCTLS.iter().filter(|_| plugs)) {
@@ -334,13 +372,19 @@ mod tests {
 
     #[test]
     fn exactly_the_listed_numbers_pass() {
-        for (kind, rotates_log) in [(Kind::Worker, false), (Kind::Main, false), (Kind::Main, true)] {
-            let program = compile(kind, rotates_log).unwrap();
+        for (kind, rotates_log, removes_names) in
+            [(Kind::Worker, false, true), (Kind::Main, false, false), (Kind::Main, true, true)]
+        {
+            let needs = Needs { rotates_log, removes_names, ..Needs::default() };
+            let program = compile(kind, needs).unwrap();
             assert!(program.len() < 256, "{}", program.len());
             for number in (0..1000).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
                 let n = c_long::from(number);
                 let listed = COMMON.contains(&n)
-                    || (kind == Kind::Main && MAIN.contains(&n))
+                    || (kind == Kind::Main
+                        && (MAIN.contains(&n)
+                            || OPENING.iter().any(|(open, _)| *open == n)
+                            || (removes_names && REMOVAL.contains(&n))))
                     || (rotates_log && ROTATION.contains(&n))
                     || [libc::SYS_mmap, libc::SYS_mprotect].contains(&n);
                 // Depends on an argument, which is 0 here.
@@ -352,7 +396,7 @@ mod tests {
 
     #[test]
     fn only_the_main_thread_plugs() {
-        let program = compile(Kind::Worker, true).unwrap();
+        let program = compile(Kind::Worker, Needs { rotates_log: true, ..Needs::default() }).unwrap();
         for (number, arguments, want) in [
             (libc::SYS_openat, [0, 0, 0, 0, 0, 0], false),
             (libc::SYS_openat, [0, 0, 0o2001, 0, 0, 0], true),
@@ -369,8 +413,38 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_made_or_emptied_but_the_log() {
+        let flags = |flags: i32| flags.unsigned_abs();
+        let (append, make) = (flags(libc::O_WRONLY | libc::O_APPEND), flags(libc::O_CREAT));
+        for (flags, plain, with_log) in [
+            (flags(libc::O_RDONLY | libc::O_CLOEXEC), true, true),
+            (flags(libc::O_RDWR | libc::O_DIRECT | libc::O_EXCL | libc::O_CLOEXEC), true, true),
+            (flags(libc::O_RDONLY | libc::O_DIRECTORY), true, true),
+            (append, true, true),
+            (append | make, false, true),
+            (flags(libc::O_RDWR) | make, false, false),
+            (flags(libc::O_WRONLY | libc::O_TRUNC), false, false),
+            (flags(libc::O_RDWR | libc::O_TMPFILE), false, false),
+        ] {
+            for (rotates_log, want) in [(false, plain), (true, with_log)] {
+                let program = compile(Kind::Main, Needs { rotates_log, ..Needs::default() }).unwrap();
+                for (number, at) in OPENING {
+                    let mut arguments = [0; 6];
+                    arguments[*at as usize] = flags;
+                    let number = u32::try_from(*number).unwrap();
+                    assert_eq!(
+                        allows(&program, number, arguments),
+                        want,
+                        "{number} {flags:#o} {rotates_log}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
     fn arguments_decide_where_they_must() {
-        let program = compile(Kind::Main, true).unwrap();
+        let program = compile(Kind::Main, Needs { rotates_log: true, ..Needs::default() }).unwrap();
         for (number, arguments, want) in [
             (libc::SYS_ioctl, [0, 0xae80, 0, 0, 0, 0], true),
             (libc::SYS_ioctl, [0, 0x4004_54d0, 0, 0, 0, 0], true),

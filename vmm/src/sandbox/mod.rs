@@ -9,12 +9,21 @@
 //!
 //! A vCPU is confined before it enters the guest for the first time. A system call that is not allowed ends the process at once and
 //! says which it was: a VMM that was taken over must not go on, and a list that is too short must be noticed.
+//!
+//! *No landlock.* It would say which files may be opened, and nobody knows that at the start: the one client that is trusted names images
+//! later, in any directory, to be read and written. What is left for it to forbid (making, removing, renaming, linking and running
+//! files) the filters forbid already, without the four system calls at each start, and without a list of directories for sockets, pid file
+//! and log that has to stay true while the VM runs. Which files exist for a VM at all is decided from outside, where it is
+//! known: the systemd unit gives each VM a user of its own and a file system that is read-only, and images come in as descriptors.
+//!
+//! *Root gives up its right to other users' files too* (CAP_DAC_OVERRIDE), and hot-plug happens after that: an image must then be one
+//! that the user of this process may open, by its mode or an access list, even if that user is root.
 
 mod filter;
 
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::BpfProgram;
@@ -31,6 +40,8 @@ pub struct Needs {
     pub seccomp: bool,
     /// Rename and reopen the log file.
     pub rotates_log: bool,
+    /// Remove sockets or the pid file at the end.
+    pub removes_names: bool,
     /// Remove sockets or the pid file from a directory of another user, as root: keeps CAP_DAC_OVERRIDE.
     pub foreign_directory: bool,
 }
@@ -55,6 +66,14 @@ static WORKER: OnceLock<BpfProgram> = OnceLock::new();
 /// Where the handler says what happened, besides standard error.
 static REPORT: AtomicI32 = AtomicI32::new(-1);
 
+/// CAP_DAC_OVERRIDE was there and is gone.
+static GAVE_UP_OVERRIDE: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process had the right to open files of any user, and has given it up.
+pub fn gave_up_override() -> bool {
+    GAVE_UP_OVERRIDE.load(Ordering::Relaxed)
+}
+
 /// A log file that a violation is reported to.
 pub fn report_to(fd: RawFd) {
     REPORT.store(fd, Ordering::Relaxed);
@@ -68,9 +87,11 @@ pub fn confine(needs: Needs) -> Result<(), SandboxError> {
     let keep = keep & now.permitted;
     let sets = CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(SandboxError::Privileges)?;
+    let gone = now.permitted - keep;
+    GAVE_UP_OVERRIDE.store(gone.contains(CapabilitySet::DAC_OVERRIDE), Ordering::Relaxed);
     if needs.seccomp {
         catch_violations()?;
-        let program = filter::compile(Kind::Worker, needs.rotates_log)?;
+        let program = filter::compile(Kind::Worker, needs)?;
         // The first call counts; a second VM in one process does not exist.
         let _ = WORKER.set(program);
     }
@@ -90,7 +111,7 @@ pub fn enter_main(needs: Needs) -> Result<(), SandboxError> {
     if !needs.seccomp {
         return Ok(());
     }
-    apply(&filter::compile(Kind::Main, needs.rotates_log)?)
+    apply(&filter::compile(Kind::Main, needs)?)
 }
 
 fn apply(program: &BpfProgram) -> Result<(), SandboxError> {

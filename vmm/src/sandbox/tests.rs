@@ -38,7 +38,8 @@ fn confined(needs: Needs) {
     enter_main(needs).unwrap();
 }
 
-const NEEDS: Needs = Needs { seccomp: true, rotates_log: false, foreign_directory: false };
+const NEEDS: Needs =
+    Needs { seccomp: true, rotates_log: false, removes_names: false, foreign_directory: false };
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {
@@ -108,4 +109,33 @@ fn a_worker_rotates_the_log_but_reads_nothing() {
         });
         assert_eq!(status, want);
     }
+}
+
+#[test]
+fn the_main_thread_opens_what_is_there_and_makes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (there, new) = (dir.path().join("there"), dir.path().join("new"));
+    std::fs::write(&there, "x").unwrap();
+    let path = |path: &std::path::Path| std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    let (there, new) = (path(&there), path(&new));
+    let removes = Needs { removes_names: true, ..NEEDS };
+    // SAFETY: each opens or removes a file of this test, if it may.
+    let attempt = |what: u8| unsafe {
+        match what {
+            0 => libc::open(there.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC),
+            1 => libc::open(there.as_ptr(), libc::O_RDWR | libc::O_TRUNC),
+            2 => libc::open(new.as_ptr(), libc::O_RDWR | libc::O_CREAT, 0o600),
+            _ => libc::unlink(there.as_ptr()),
+        }
+    };
+    for (needs, what, want) in
+        [(NEEDS, 0, 0), (NEEDS, 1, EXIT_CODE), (NEEDS, 2, EXIT_CODE), (NEEDS, 3, EXIT_CODE), (removes, 3, 0)]
+    {
+        let (status, text) = in_child(|| {
+            confined(needs);
+            attempt(what);
+        });
+        assert_eq!(status, want, "{what}: {text}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

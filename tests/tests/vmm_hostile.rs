@@ -9,7 +9,8 @@ use tests::hostile::{Net, held, run_all, vsock};
 use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
 
 /// Queues whose cases have to have run.
-const TARGETS: [&str; 14] = [
+const TARGETS: [&str; 15] = [
+    "board",
     "blk",
     "net-tx",
     "net-rx",

@@ -34,6 +34,36 @@ pub fn outw(port: u16, value: u16) {
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Reads two bytes from a port.
+pub fn inw(port: u16) -> u16 {
+    let value;
+    // SAFETY: as in `inb`.
+    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Reads four bytes from a port.
+pub fn inl(port: u16) -> u32 {
+    let value;
+    // SAFETY: as in `inb`.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes four bytes to a port.
+pub fn outl(port: u16, value: u32) {
+    // SAFETY: as in `outb`.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Fills `bytes` from one port by a string instruction.
+pub fn insb(port: u16, bytes: &mut [u8]) {
+    // SAFETY: writes `bytes` only.
+    unsafe {
+        asm!("rep insb", in("dx") port, inout("rdi") bytes.as_mut_ptr() => _, inout("rcx") bytes.len() => _, options(nostack, preserves_flags));
+    }
+}
+
 /// Writes all of `bytes` to one port: a string instruction, which a VMM may take in one exit.
 pub fn outsb(port: u16, bytes: &[u8]) {
     // SAFETY: reads `bytes` only.

@@ -14,6 +14,7 @@ use crate::virtio::{self, Problem};
 use crate::{net, put, say};
 
 mod blk_cases;
+mod board_cases;
 mod control_cases;
 mod good;
 mod net_cases;
@@ -102,6 +103,8 @@ pub struct Target {
     pub writable: bool,
     /// The cases of `registers` run here too: once for each device.
     pub registers: bool,
+    /// Those of `rings` do.
+    pub rings: bool,
     /// Cases of its own.
     pub cases: &'static [&'static [Case]],
 }
@@ -136,11 +139,13 @@ const PLAIN: Target = Target {
     prompt: Prompt::None,
     writable: false,
     registers: false,
+    rings: true,
     cases: &[],
 };
 
 #[rustfmt::skip]
 const TARGETS: &[Target] = &[
+    Target { name: "board", kind: BLK, rings: false, cases: &[board_cases::CASES], ..PLAIN },
     Target { name: "blk", kind: BLK, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS], ..PLAIN },
     Target { name: "net-tx", kind: NET, queues: 2, queue: 1, registers: true, cases: &[net_cases::TRANSMIT], ..PLAIN },
     Target { name: "net-rx", kind: NET, queues: 2, writable: true, cases: &[net_cases::RECEIVE], ..PLAIN },
@@ -175,7 +180,8 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
         let mut rig = Rig::new(space, window, target);
         let own = target.cases.iter().copied();
         let all = target.registers.then_some(registers::CASES).into_iter();
-        for case in all.chain([rings::CASES, rings::INDIRECT_CASES]).chain(own).flatten() {
+        let rings = [rings::CASES, rings::INDIRECT_CASES].into_iter().filter(|_| target.rings);
+        for case in all.chain(rings).chain(own).flatten() {
             if !starts_with(target.name, case.name, prefix) {
                 continue;
             }

@@ -155,7 +155,10 @@ impl Running {
         let serial = match &config.serial {
             None => None,
             Some(ChardevKind::Ref(id)) => host_ends.by_id.get(id).cloned(),
-            Some(kind) => Some(host_ends.open(kind, Traffic::Line, &mut event_loop.ops())?),
+            Some(kind) => {
+                host_ends.serial = Some(host_ends.open(kind, Traffic::Line, &mut event_loop.ops())?);
+                host_ends.serial.clone()
+            }
         };
         let mut monitors = Vec::with_capacity(config.monitors.len());
         for monitor in &config.monitors {
@@ -284,14 +287,18 @@ fn needs(config: &VmConfig) -> Needs {
 #[derive(Default)]
 struct HostEnds {
     by_id: HashMap<String, Arc<dyn CharBackend>>,
+    /// Of a serial port that has one of its own.
+    serial: Option<Arc<dyn CharBackend>>,
     all: Vec<Arc<dyn CharBackend>>,
 }
 
 impl HostEnds {
     /// Those that were made for this VM, so that their users must ask for their names.
     fn terminals(&self) -> Vec<Terminal> {
-        let named = self.by_id.iter().filter_map(|(label, end)| {
-            Some(Terminal { label: label.clone(), filename: format!("pty:{}", end.terminal()?) })
+        let serial = self.serial.iter().map(|end| ("serial0", end));
+        let ends = self.by_id.iter().map(|(label, end)| (label.as_str(), end)).chain(serial);
+        let named = ends.filter_map(|(label, end)| {
+            Some(Terminal { label: label.to_owned(), filename: format!("pty:{}", end.terminal()?) })
         });
         let mut terminals: Vec<Terminal> = named.collect();
         terminals.sort_by(|a, b| a.label.cmp(&b.label));

@@ -271,7 +271,7 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
             ));
         }
         let iothread = match driver {
-            DeviceDriver::VirtioBlk { drive, iothread, num_queues, .. } => {
+            DeviceDriver::VirtioBlk { drive, iothread, .. } => {
                 if !config.drives.iter().any(|d| d.id == *drive) {
                     return bad(format!(
                         "device \"{id}\": drive \"{drive}\" not found: add -drive id={drive},file=…"
@@ -281,9 +281,6 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                     return bad(format!(
                         "device \"{id}\": drive \"{drive}\" is used by another device already"
                     ));
-                }
-                if num_queues.is_some_and(|n| n > 1) {
-                    return bad(format!("device \"{id}\": num-queues above 1 is not supported on a microvm"));
                 }
                 iothread
             }

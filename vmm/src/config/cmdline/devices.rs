@@ -49,7 +49,7 @@ const QUEUE_SIZE: u16 = 256;
 pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), CmdlineError> {
     let mut parsed = Vec::new();
     for text in given.many("-device") {
-        parsed.push(device(&text)?);
+        parsed.push(device(&text, &config.iothreads)?);
     }
     let taken: Vec<String> = parsed.iter().filter_map(|(id, _, _)| id.clone()).collect();
     let mut made_up = 0usize;
@@ -69,7 +69,7 @@ pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), Cmdli
 }
 
 /// The device, its `id=` if it has one, and its driver's name.
-fn device(text: &str) -> Result<(Option<String>, String, Device), CmdlineError> {
+fn device(text: &str, iothreads: &[String]) -> Result<(Option<String>, String, Device), CmdlineError> {
     let mut props = Props::parse("-device", text, Some("driver"))?;
     let Some(name) = props.word("driver")? else {
         return Err(props.bad("the driver is missing: write -device DRIVER,KEY=VALUE"));
@@ -101,7 +101,7 @@ fn device(text: &str) -> Result<(Option<String>, String, Device), CmdlineError> 
     let multifunction = props.boolean("multifunction")?.unwrap_or(false);
     let driver = match name.as_str() {
         "virtio-blk-device" => virtio_blk(&mut props)?,
-        "virtio-net-device" => virtio_net(&mut props)?,
+        "virtio-net-device" => virtio_net(&mut props, iothreads)?,
         _ => super::small_devices::driver(&name, &mut props)?,
     };
     props.finish()?;
@@ -124,7 +124,7 @@ fn virtio_blk(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
     })
 }
 
-fn virtio_net(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+fn virtio_net(props: &mut Props, iothreads: &[String]) -> Result<DeviceDriver, CmdlineError> {
     let netdev = props.required("netdev")?;
     let mac = match props.text("mac")? {
         None => None,
@@ -134,15 +134,21 @@ fn virtio_net(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
             ))
         })?),
     };
-    for key in ["rx-iothread", "tx-iothread"] {
-        props.refuse(key)?;
+    // One thread serves both directions: the first that is named.
+    let mut iothread = None;
+    for key in ["iothread", "rx-iothread", "tx-iothread"] {
+        let Some(id) = props.text(key)? else { continue };
+        if !iothreads.contains(&id) {
+            return Err(props.bad(format!("{key} \"{id}\" not found: add -object iothread,id={id}")));
+        }
+        iothread.get_or_insert(id);
     }
     // Says how many interrupt vectors a PCI device has; scripts write it for every NIC.
     props.number("vectors", 0..=2048)?;
     Ok(DeviceDriver::VirtioNet {
         netdev,
         mac,
-        iothread: props.text("iothread")?,
+        iothread,
         multi_queue: props.boolean("mq")?.unwrap_or(false),
         queue_size: queue_size(props, 256..=4096)?,
     })

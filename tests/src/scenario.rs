@@ -210,7 +210,7 @@ pub struct Vmm<'a> {
 }
 
 impl<'a> Vmm<'a> {
-    /// Runs `flotilla-vmm` with these arguments and a QMP socket; `{dir}` in them is a folder of this VM's own.
+    /// Runs `flotilla-vmm` with these arguments, and a QMP socket unless they have `-qmp`; `{dir}` in them is a folder of this VM's own.
     /// Its output, exit code and process id go to `out`, `exit` and `pid` there.
     ///
     /// # Errors
@@ -226,9 +226,15 @@ impl<'a> Vmm<'a> {
     pub fn start_as(host: &'a Host, program: &str, name: &str, arguments: &str) -> Outcome<Self> {
         let dir = format!("/run/vmm/{name}");
         let arguments = arguments.replace("{dir}", &dir);
+        // One that says where its monitor is has no other.
+        let monitor = if arguments.contains("-qmp ") {
+            String::new()
+        } else {
+            format!("-qmp unix:{dir}/qmp.sock,server,nowait")
+        };
         host.ok(&format!(
             "mkdir -p {dir} && cd {dir} && rm -f * && \
-             (setsid sh -c '{program} -name {name} -qmp unix:{dir}/qmp.sock,server,nowait \"$@\" & echo $! > pid; wait $!; echo $? > exit.new; mv exit.new exit' \
+             (setsid sh -c '{program} -name {name} {monitor} \"$@\" & echo $! > pid; wait $!; echo $? > exit.new; mv exit.new exit' \
              vmm {arguments} < /dev/null > out 2>&1 &)"
         ))?;
         Ok(Self { host, dir })

@@ -26,6 +26,8 @@ pub const JOB_INTERFACE: &str = "org.flotilla.Flotilla1.Job";
 pub const ACTION_MANAGE: &str = "org.flotilla.flotilla1.manage";
 /// polkit action: open a VM's console or log.
 pub const ACTION_CONSOLE: &str = "org.flotilla.flotilla1.console";
+/// polkit action: send QMP commands to a VM that change nothing.
+pub const ACTION_QMP_QUERY: &str = "org.flotilla.flotilla1.qmp-query";
 /// polkit action: send any QMP command to a VM.
 pub const ACTION_QMP: &str = "org.flotilla.flotilla1.qmp-full";
 

@@ -135,10 +135,10 @@ pub trait Vm {
     /// As `UndefineVm`.
     #[zbus(allow_interactive_auth)]
     fn undefine(&self, options: Options<'_>) -> Result<(), crate::error::Error>;
-    /// Sends one QMP command (JSON) and returns its answer (JSON).
+    /// Sends one QMP command (JSON) and returns its answer (JSON). Option `mode s`: `full` (default) or `query` (only what changes nothing).
     #[zbus(allow_interactive_auth)]
     fn qmp_command(&self, command: &str, options: Options<'_>) -> Result<String, crate::error::Error>;
-    /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy.
+    /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy. Option `mode` as of `QmpCommand`.
     #[zbus(allow_interactive_auth)]
     fn open_qmp(&self, options: Options<'_>) -> Result<OwnedFd, crate::error::Error>;
     /// A connected stream of the console `which` (`""` is the serial port), and what kind of descriptor it is.
@@ -198,6 +198,12 @@ pub trait Vm {
     /// The command line of the VMM, as `ps` shows it.
     #[zbus(property)]
     fn command_line(&self) -> zbus::Result<Vec<String>>;
+    /// Devices of the definition that were removed over QMP since the start, by id.
+    #[zbus(property)]
+    fn removed_devices(&self) -> zbus::Result<Vec<String>>;
+    /// Devices that were added over QMP since the start, by id.
+    #[zbus(property)]
+    fn added_devices(&self) -> zbus::Result<Vec<String>>;
     /// Network cards: id, tap, hardware address, bridge.
     #[zbus(property)]
     fn network_interfaces(&self) -> zbus::Result<Vec<(String, String, String, String)>>;

@@ -43,9 +43,17 @@ mod tests {
         expect(&fleet.run(&["start", "web"]), 0, "web started\n", "");
         expect(&fleet.run(&["list"]), 0, "running", "");
         expect(&fleet.run(&["show", "web"]), 0, "State       running", "");
+        expect(&fleet.run(&["show", "web"]), 0, "Removed     disk1, over QMP", "");
         expect(&fleet.run(&["pause", "web"]), 0, "web paused\n", "");
         expect(&fleet.run(&["resume", "web"]), 0, "web resumed\n", "");
         expect(&fleet.run(&["qmp", "web", "query-status"]), 0, "query-status", "");
+        expect(&fleet.run(&["qmp", "web", "query-status", "--read-only"]), 0, "query-status", "");
+        let stream = fleet.run_with_input(&["qmp", "web"], "{\"execute\":\"stop\"}\n");
+        expect(&stream, 0, "{\"QMP\":{}}\r\n{\"execute\":\"stop\"}\n", "");
+        expect(&fleet.run_with_input(&["qmp", "web", "--read-only"], ""), 0, "QMP", "");
+        for call in ["read-only web", "stream full web", "stream read-only web"] {
+            assert!(fleet.calls().contains(&call.to_owned()), "{call}");
+        }
         expect(&fleet.run(&["rm", "web"]), 6, "", "running");
         expect(&fleet.run(&["stop", "web", "--timeout", "5s"]), 0, "web stopped\n", "");
         expect(&fleet.run(&["rm", "web"]), 0, "web removed\n", "");

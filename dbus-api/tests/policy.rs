@@ -56,7 +56,12 @@ mod tests {
 
     #[test]
     fn every_action_is_defined() {
-        for action in [dbus_api::ACTION_MANAGE, dbus_api::ACTION_CONSOLE, dbus_api::ACTION_QMP] {
+        for action in [
+            dbus_api::ACTION_MANAGE,
+            dbus_api::ACTION_CONSOLE,
+            dbus_api::ACTION_QMP_QUERY,
+            dbus_api::ACTION_QMP,
+        ] {
             assert!(ACTIONS.contains(&format!("<action id=\"{action}\">")), "{action}");
         }
     }

@@ -9,14 +9,16 @@
 //! launch/    how a VMM process comes to be: systemd units, or plain children
 //! qmp/       client of each VMM, and its proxy for everybody else
 //! store/     records on disk
+//! shelf.rs   sockets that outlive the daemon
 //! config.rs  what the administrator sets
 //! ```
 //!
-//! Two vocabularies are shared downwards because they are written to disk: the states of `fleet::vm` (pure data) by `store` and `launch`.
+//! Words that are written to disk are shared downwards: the states of `fleet::life` and `fleet::devices` (pure data) by `store` and `launch`.
 
 pub mod config;
 pub mod dbus;
 pub mod fleet;
 pub mod launch;
 pub mod qmp;
+pub mod shelf;
 pub mod store;

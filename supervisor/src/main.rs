@@ -25,6 +25,7 @@ use supervisor::fleet::{Context, Fleet};
 use supervisor::launch::process::ProcessLauncher;
 use supervisor::launch::systemd::SystemdLauncher;
 use supervisor::launch::{Launcher, server};
+use supervisor::shelf::Shelf;
 use supervisor::store::Store;
 
 /// Runtime directories of VMs under systemd: `RuntimeDirectory=flotilla-vm/%i` of the unit.
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         }
     };
     log();
+    let shelf = Shelf::of_this_process();
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
     let runtime = match runtime {
@@ -54,7 +56,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(run(config));
+    let outcome = runtime.block_on(run(config, shelf));
     runtime.shutdown_timeout(FAREWELL);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,7 +80,7 @@ fn log() {
     tracing_subscriber::registry().with(filter).with(journal).with(stderr).init();
 }
 
-async fn run(config: Config) -> Result<(), Box<dyn Error>> {
+async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     notify(&[NotifyState::Status("starting")]);
@@ -107,7 +109,7 @@ async fn run(config: Config) -> Result<(), Box<dyn Error>> {
     // 3. What was there before.
     let (news, news_inbox) = mpsc::unbounded_channel();
     let network = Network::new(config.bridges);
-    let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies));
+    let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies, shelf));
     fleet.adopt().await?;
     tokio::spawn(Arc::clone(&fleet).route(event_inbox));
     if let Some((socket, launcher)) = socket {

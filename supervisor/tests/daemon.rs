@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's way to fail")]
 
 mod lab;
+#[path = "daemon/proxy.rs"]
+mod proxy;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -369,8 +369,35 @@ fn guest(stream: UnixStream, state: &Shared, name: &str) {
 
 #[zbus::interface(name = "org.flotilla.Flotilla1.Vm")]
 impl Vm {
-    fn qmp_command(&self, command: &str, _options: Details) -> String {
+    fn qmp_command(&self, command: &str, options: Details) -> String {
+        if options.contains_key("mode") {
+            self.state.lock().unwrap().calls.push(format!("read-only {}", self.name));
+        }
         format!("{{\"return\":{command}}}")
+    }
+
+    /// A VMM that greets, and says back what it hears.
+    fn open_qmp(&self, options: Details) -> OwnedFd {
+        let mode = if options.contains_key("mode") { "read-only" } else { "full" };
+        self.state.lock().unwrap().calls.push(format!("stream {mode} {}", self.name));
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            ours.write_all(b"{\"QMP\":{}}\r\n").unwrap();
+            let mut heard = Vec::new();
+            std::io::Read::read_to_end(&mut ours, &mut heard).unwrap();
+            ours.write_all(&heard).unwrap();
+        });
+        std::os::fd::OwnedFd::from(theirs).into()
+    }
+
+    #[zbus(property)]
+    fn removed_devices(&self) -> Vec<String> {
+        vec!["disk1".to_owned()]
+    }
+
+    #[zbus(property)]
+    fn added_devices(&self) -> Vec<String> {
+        Vec::new()
     }
 
     fn open_console(&self, _which: &str, _options: Details) -> (OwnedFd, String) {

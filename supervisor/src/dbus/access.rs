@@ -20,6 +20,24 @@ pub enum Access {
 }
 
 impl Access {
+    /// The caller's user and process (0 when unknown), for the audit.
+    pub(super) async fn caller(&self, header: &Header<'_>) -> Result<(u32, u32), Error> {
+        let (Self::Polkit(connection) | Self::SameUser(connection)) = self;
+        let unknown = |error: &dyn std::fmt::Display| denied(format!("the caller is not known: {error}"));
+        let of_bus;
+        let credentials = if connection.is_bus() {
+            let sender = header.sender().ok_or_else(|| denied("the caller is not known".to_owned()))?;
+            let bus = fdo::DBusProxy::new(connection).await?;
+            let asked = bus.get_connection_credentials(sender.to_owned().into()).await;
+            of_bus = asked.map_err(|error| unknown(&error))?;
+            &of_bus
+        } else {
+            &**connection.peer_creds().await.map_err(|error| unknown(&error))?
+        };
+        let uid = credentials.unix_user_id().ok_or_else(|| denied("the caller is not known".to_owned()))?;
+        Ok((uid, credentials.process_id().unwrap_or_default()))
+    }
+
     /// Fails with `AccessDenied` unless the caller may do `action` to the VM `name`.
     pub(super) async fn check(&self, header: &Header<'_>, action: &str, name: &str) -> Result<(), Error> {
         match self {

@@ -25,6 +25,7 @@ use crate::fleet::Context;
 use crate::fleet::network::Network;
 use crate::launch::test_bus::Bus;
 use crate::launch::{Event, Notice};
+use crate::shelf::Shelf;
 use crate::store::Store;
 
 /// Long enough for a loaded machine, short enough to notice a hang.
@@ -48,8 +49,15 @@ impl Daemon {
         let (news, news_inbox) = mpsc::unbounded_channel();
         let network = Network::new(Vec::new());
         let launcher = Arc::new(launcher.clone());
-        let fleet =
-            Fleet::new(Context::new(launcher, store, network, news, "/usr/bin/flotilla-vmm".into(), proxies));
+        let fleet = Fleet::new(Context::new(
+            launcher,
+            store,
+            network,
+            news,
+            "/usr/bin/flotilla-vmm".into(),
+            proxies,
+            Shelf::none(),
+        ));
         fleet.adopt().await.unwrap();
         tokio::spawn(Arc::clone(&fleet).route(event_inbox));
         let connection = bus.connect().await;

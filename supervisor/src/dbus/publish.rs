@@ -134,6 +134,10 @@ impl Publisher {
             object.spec_invalidate(emitter).await?;
             object.network_interfaces_changed(emitter).await?;
         }
+        if before.devices != after.devices {
+            object.removed_devices_changed(emitter).await?;
+            object.added_devices_changed(emitter).await?;
+        }
         if before.responsive != after.responsive {
             object.qmp_responsive_changed(emitter).await?;
         }

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use dbus_api::error::Error;
-use dbus_api::{ACTION_CONSOLE, ACTION_MANAGE, ACTION_QMP};
+use dbus_api::{ACTION_CONSOLE, ACTION_MANAGE, ACTION_QMP, ACTION_QMP_QUERY};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{OwnedFd, OwnedObjectPath, fdo, interface};
 
-use super::{Options, Shared, Taken, named, no_options, shutdown_verb, start_verb};
+use super::{Options, Shared, Taken, invalid, named, no_options, shutdown_verb, start_verb};
 use crate::fleet::life::{Exit, Verb};
 use crate::fleet::view::View;
+use crate::qmp::{Client, Mode};
 
 pub(super) struct Vm {
     shared: Shared,
@@ -24,6 +25,21 @@ impl Vm {
 
     fn view(&self) -> fdo::Result<Arc<View>> {
         self.shared.fleet.get(&self.name).map_err(|error| fdo::Error::UnknownObject(error.to_string()))
+    }
+
+    /// Who is to send QMP commands, and which: option "mode" s, "full" (the default) or "query".
+    async fn qmp_client(&self, header: &Header<'_>, options: Options) -> Result<Client, Error> {
+        let mut options = Taken(options);
+        let mode = options.get::<String>("mode", "s")?;
+        options.finish()?;
+        let (mode, action) = match mode.as_deref() {
+            None | Some("full") => (Mode::Full, ACTION_QMP),
+            Some("query") => (Mode::Query, ACTION_QMP_QUERY),
+            Some(other) => return Err(invalid(format!("mode {other:?}: use \"full\" or \"query\""))),
+        };
+        self.shared.access.check(header, action, &self.name).await?;
+        let (uid, pid) = self.shared.access.caller(header).await?;
+        Ok(Client { uid, pid, mode })
     }
 
     async fn ask(&self, header: &Header<'_>, verb: Verb) -> Result<OwnedObjectPath, Error> {
@@ -100,7 +116,8 @@ impl Vm {
     }
 
     /// Sends one QMP command (JSON, or just its name as a JSON string) and returns its answer (JSON:
-    /// `{"return":…}`, with the command's id if it has one), as a client of the socket gets it.
+    /// `{"return":…}`, with the command's id if it has one), as a client of the socket gets it. Options: "mode" s: "full" (default), or
+    /// "query" for commands that change nothing, which needs less of a right.
     #[zbus(out_args("answer"))]
     async fn qmp_command(
         &self,
@@ -108,17 +125,16 @@ impl Vm {
         options: Options,
         #[zbus(header)] header: Header<'_>,
     ) -> Result<String, Error> {
-        no_options(options)?;
-        self.shared.access.check(&header, ACTION_QMP, &self.name).await?;
-        self.shared.fleet.qmp_command(&self.name, command).await.map_err(named)
+        let client = self.qmp_client(&header, options).await?;
+        self.shared.fleet.qmp_command(client, &self.name, command).await.map_err(named)
     }
 
-    /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy.
+    /// A connected stream that speaks QMP from its greeting on, shared with other clients by the proxy. Options: "mode" s: "full" (default),
+    /// or "query" for a stream that takes only commands that change nothing; events come on both.
     #[zbus(out_args("stream"))]
     async fn open_qmp(&self, options: Options, #[zbus(header)] header: Header<'_>) -> Result<OwnedFd, Error> {
-        no_options(options)?;
-        self.shared.access.check(&header, ACTION_QMP, &self.name).await?;
-        Ok(self.shared.fleet.open_qmp(&self.name).await.map_err(named)?.into())
+        let client = self.qmp_client(&header, options).await?;
+        Ok(self.shared.fleet.open_qmp(client, &self.name).await.map_err(named)?.into())
     }
 
     /// A connected stream of a console ("" is the serial port), and what kind of descriptor it is ("socket").
@@ -241,6 +257,18 @@ impl Vm {
     #[zbus(property)]
     fn command_line(&self) -> fdo::Result<Vec<String>> {
         Ok(self.view()?.command_line.to_vec())
+    }
+
+    /// Devices of the definition that were removed over QMP since the start, by id.
+    #[zbus(property)]
+    fn removed_devices(&self) -> fdo::Result<Vec<String>> {
+        Ok(self.view()?.devices.removed.iter().cloned().collect())
+    }
+
+    /// Devices that were added over QMP since the start, by id.
+    #[zbus(property)]
+    fn added_devices(&self) -> fdo::Result<Vec<String>> {
+        Ok(self.view()?.devices.added.iter().cloned().collect())
     }
 
     /// Network cards: id, tap, hardware address, bridge.

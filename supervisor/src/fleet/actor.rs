@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use super::devices::Devices;
 use super::inbox::{Answer, Handle, Internal, Request};
 use super::life::{Command, Effect, Exit, Input, Intent, State};
 use super::link::Link;
@@ -20,7 +21,7 @@ use super::view::{News, View, now};
 use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network, spec};
 use crate::launch::{Notice, Prepared};
-use crate::qmp::{Proxy, QmpEvent};
+use crate::qmp::{Proxy, QmpEvent, Stage, Told, Tracked, Watch};
 use crate::store::{Definition, Process, Runtime};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
@@ -53,6 +54,7 @@ struct Actor {
     deadline: Option<Instant>,
     link: Link,
     own_start: bool,
+    devices: Devices,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
 }
@@ -63,7 +65,12 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
     let (internal, internal_inbox) = mpsc::unbounded_channel();
     let Seed { definition, vm, record, process } = seed;
     let name: Arc<str> = definition.name.as_str().into();
-    let proxy = Proxy::bind(&context.proxies.join(format!("{name}.sock")))
+    let told = internal.clone();
+    let watch: Watch = Arc::new(move |news| {
+        // An actor that is gone tracks nothing.
+        let _ = told.send(Internal::Client(news));
+    });
+    let proxy = Proxy::bind(&context.proxies.join(format!("{name}.sock")), &context.shelf, Some(watch))
         .inspect_err(|error| error!(FLOTILLA_VM = &*name, "its QMP socket cannot be made: {error}"))
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
@@ -91,6 +98,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         qmp_socket: context.proxies.join(format!("{name}.sock")),
         console_socket: context.launcher.sockets(&name).join("console.sock"),
         responsive: false,
+        devices: Devices::default(),
     }));
     let mut actor = Actor {
         uuid: definition.uuid,
@@ -103,6 +111,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
             .as_ref()
             .filter(|_| alive)
             .map_or_else(Arc::default, |record| record.command_line.clone().into()),
+        devices: record.as_ref().filter(|_| alive).map(|record| record.devices.clone()).unwrap_or_default(),
         exit: record.and_then(|record| record.exit),
         deadline: None,
         link,
@@ -185,11 +194,11 @@ impl Actor {
             Request::Caller { answer } => {
                 let _ = answer.send(self.link.proxy().map(Proxy::caller));
             }
-            Request::OpenQmp { answer } => {
+            Request::OpenQmp { client, answer } => {
                 let failed = |error: std::io::Error| {
                     FleetError::ResourceExhausted(format!("no stream to the QMP proxy: {error}"))
                 };
-                let _ = answer.send(self.link.proxy().and_then(|proxy| proxy.open().map_err(failed)));
+                let _ = answer.send(self.link.proxy().and_then(|proxy| proxy.open(client).map_err(failed)));
             }
             Request::Undefine { .. } => {}
         }
@@ -240,7 +249,17 @@ impl Actor {
             }
             Internal::VcpusChanged { run, paused } => Input::VcpusChanged { run, paused },
             Internal::Event { run, event } => {
+                if run == self.vm.run() && self.lost(&event) {
+                    self.record().await;
+                }
                 let Some(input) = self.event(run, &event) else { return };
+                input
+            }
+            Internal::Client(told) => {
+                if self.gained(&told) {
+                    self.record().await;
+                }
+                let Some(input) = self.client(&told) else { return };
                 input
             }
             Internal::CommandDone { run, command, result } => Input::CommandDone { run, command, result },
@@ -265,6 +284,37 @@ impl Actor {
             "SHUTDOWN" => Some(Input::ShutdownSeen { run, why: monitor::ending(event) }),
             _ => None,
         }
+    }
+
+    /// A device went; says whether that is to be written down.
+    fn lost(&mut self, event: &QmpEvent) -> bool {
+        let id = event.data.get("device").and_then(serde_json::Value::as_str);
+        &*event.name == "DEVICE_DELETED" && id.is_some_and(|id| self.devices.delete(&self.spec, id))
+    }
+
+    /// A device came; says whether that is to be written down.
+    fn gained(&mut self, told: &Told) -> bool {
+        match (&told.command, told.stage) {
+            (Tracked::DeviceAdd(id), Stage::Done) => {
+                self.link.is(&told.monitor) && self.devices.add(&self.spec, id)
+            }
+            _ => false,
+        }
+    }
+
+    /// What a client of the QMP socket does.
+    fn client(&self, told: &Told) -> Option<Input> {
+        if !self.link.is(&told.monitor) {
+            return None;
+        }
+        let command = match &told.command {
+            Tracked::Quit => Command::Quit,
+            Tracked::Stop => Command::Stop,
+            Tracked::Cont => Command::Cont,
+            Tracked::Powerdown => Command::Powerdown,
+            Tracked::DeviceAdd(_) => return None,
+        };
+        Some(Input::Client { run: self.vm.run(), command, stage: told.stage })
     }
 
     /// What the launcher saw. Under systemd these come for starts and stops of anybody.
@@ -298,6 +348,7 @@ impl Actor {
         let run = self.vm.run();
         let early = self.early_end.take().filter(|(invocation, _)| *invocation == process.invocation);
         self.process = Some(process);
+        self.devices = Devices::default();
         self.exit = None;
         self.feed(Input::Launched { run }).await;
         if let Some((_, exit)) = early {
@@ -324,6 +375,7 @@ impl Actor {
         self.applied_generation = 0;
         self.command_line = Arc::default();
         self.exit = Some(exit.clone());
+        self.devices = Devices::default();
         self.feed(Input::Gone { run, exit }).await;
         if self.vm.state().idle() {
             // A card that a newer definition dropped could not go while the VMM held its tap.
@@ -366,6 +418,7 @@ impl Actor {
         runtime.process.clone_from(&self.process);
         runtime.command_line = self.command_line.to_vec();
         runtime.exit.clone_from(&self.exit);
+        runtime.devices.clone_from(&self.devices);
         let store = Arc::clone(&self.context.store);
         let saved = tokio::task::spawn_blocking(move || store.save_runtime(&runtime)).await;
         if let Ok(Err(error)) = saved {
@@ -535,6 +588,7 @@ impl Actor {
                 self.spec.nics.iter().enumerate().map(card).collect()
             },
             responsive: self.vm.linked(),
+            devices: self.devices.clone(),
             ..(*before).clone()
         }
     }

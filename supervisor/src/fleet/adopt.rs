@@ -118,6 +118,7 @@ impl Fleet {
 
     /// Removes proxy sockets of VMs that are not defined: an undefinition cut short leaves one.
     pub fn tidy_sockets(&self) {
+        self.context.shelf.clear();
         let table = self.read();
         for entry in std::fs::read_dir(&self.context.proxies).into_iter().flatten().flatten() {
             let file = entry.file_name().to_string_lossy().into_owned();

@@ -11,7 +11,7 @@ use super::FleetError;
 use super::life::{Command, Exit, Verb};
 use super::view::View;
 use crate::launch::{Notice, Prepared};
-use crate::qmp::{Caller, Monitor, QmpEvent};
+use crate::qmp::{Caller, Client, Monitor, QmpEvent, Told};
 use crate::store::Process;
 
 /// How long a request may take to be taken by the actor: it does nothing slow.
@@ -28,7 +28,7 @@ pub(super) enum Request {
     HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
     EndByUnit { answer: Answer<()> },
     Caller { answer: Answer<Caller> },
-    OpenQmp { answer: Answer<OwnedFd> },
+    OpenQmp { client: Client, answer: Answer<OwnedFd> },
 }
 
 /// What the host tells.
@@ -71,6 +71,8 @@ pub(super) enum Internal {
         run: u64,
         event: QmpEvent,
     },
+    /// A client of the QMP socket sends something that is tracked.
+    Client(Told),
     CommandDone {
         run: u64,
         command: Command,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::FleetError;
+pub use crate::qmp::Stage;
 
 /// What is observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -202,6 +203,15 @@ pub enum Input {
     StopSeen {
         /// Which process.
         run: u64,
+    },
+    /// A client of the QMP socket sends a command whose effect is tracked, or has sent it.
+    Client {
+        /// Which process.
+        run: u64,
+        /// The command.
+        command: Command,
+        /// How far it has got.
+        stage: Stage,
     },
     /// A command was answered, or its deadline passed.
     CommandDone {

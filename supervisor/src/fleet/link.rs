@@ -48,6 +48,11 @@ impl Link {
         self.proxy.as_ref().ok_or_else(missing)
     }
 
+    /// This is the connection to the VMM.
+    pub(super) fn is(&self, other: &Monitor) -> bool {
+        matches!(&*self.line.borrow(), Line::Up(monitor) if monitor.same(other))
+    }
+
     /// Says whether the VMM is connected to.
     pub(super) fn is_up(&self) -> bool {
         matches!(*self.line.borrow(), Line::Up(_))
@@ -93,7 +98,9 @@ impl Link {
     /// There is no VM any more: the proxy's socket goes.
     pub(super) fn remove(&mut self) {
         self.cut();
-        self.proxy = None;
+        if let Some(proxy) = self.proxy.take() {
+            proxy.remove();
+        }
     }
 
     /// Sends a command of the state machine; one that comes before the connection waits for it, with the deadline of a command.

@@ -9,6 +9,7 @@
 //! monitor.rs    the task behind it: tries, reports, forwards events
 //! prepare.rs    files, taps and command line for a start
 //! network.rs    bridges and taps of a definition
+//! devices.rs    devices that came and went over QMP
 //! jobs.rs       numbers, ends and waiters of jobs
 //! view.rs       what is told about a VM, and the news that go to D-Bus
 //! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
@@ -19,6 +20,7 @@
 pub mod actor;
 pub mod adopt;
 pub mod command;
+pub mod devices;
 mod error;
 mod inbox;
 pub mod jobs;
@@ -42,6 +44,7 @@ pub use error::FleetError;
 pub use registry::Fleet;
 
 use crate::launch::Launcher;
+use crate::shelf::Shelf;
 use crate::store::Store;
 use jobs::Jobs;
 use network::Network;
@@ -61,11 +64,12 @@ pub struct Context {
     connects: Semaphore,
     vmm: PathBuf,
     proxies: PathBuf,
+    shelf: Arc<Shelf>,
     boot_id: String,
 }
 
 impl Context {
-    /// `proxies` is the directory of the VMs' QMP proxy sockets; `vmm` the program.
+    /// `proxies` is the directory of the VMs' QMP proxy sockets, which `shelf` keeps when the daemon ends; `vmm` the program.
     pub fn new(
         launcher: Arc<dyn Launcher>,
         store: Arc<Store>,
@@ -73,6 +77,7 @@ impl Context {
         news: mpsc::UnboundedSender<News>,
         vmm: PathBuf,
         proxies: PathBuf,
+        shelf: Shelf,
     ) -> Self {
         // Without it (no /proc) records of an earlier boot could pass for this one's; process start times still tell them apart.
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -86,6 +91,7 @@ impl Context {
             connects: Semaphore::new(CONNECTS_AT_ONCE),
             vmm,
             proxies,
+            shelf: Arc::new(shelf),
             boot_id: boot_id.trim().to_owned(),
         }
     }

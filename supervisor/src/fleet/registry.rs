@@ -28,7 +28,7 @@ use super::vm::Vm;
 use super::{Context, FleetError};
 use crate::launch::server::Source;
 use crate::launch::{Event, Prepared};
-use crate::qmp::QmpError;
+use crate::qmp::{Client, QmpError};
 use crate::store::{Corrupt, Definition};
 
 /// A forced undefine waits this long for the power-off before it; callers of D-Bus wait 25 s by default.
@@ -292,22 +292,22 @@ impl Fleet {
     }
 
     /// Sends one QMP command (JSON, or its name as a JSON string) and returns the VMM's answer (JSON), as a client of the socket gets it.
-    pub async fn qmp_command(&self, name: &str, text: &str) -> Result<String, FleetError> {
+    pub async fn qmp_command(&self, client: Client, name: &str, text: &str) -> Result<String, FleetError> {
         let named = match serde_json::from_str::<String>(text) {
             Ok(word) => Cow::Owned(json!({ "execute": word }).to_string()),
             Err(_) => Cow::Borrowed(text),
         };
         let caller = self.request(name, |answer| Request::Caller { answer }).await??;
-        let answer = caller.execute_raw(&named).await;
+        let answer = caller.execute_raw(client, &named).await;
         answer.map_err(|error| match error {
             QmpError::NotRunning { .. } => map_error(&error),
             error => map_error(&error).map(|text| format!("VM \"{name}\": {text}")),
         })
     }
 
-    /// A stream to the VM's QMP proxy.
-    pub async fn open_qmp(&self, name: &str) -> Result<OwnedFd, FleetError> {
-        self.request(name, |answer| Request::OpenQmp { answer }).await?
+    /// A stream to the VM's QMP proxy, for `client` to be given.
+    pub async fn open_qmp(&self, client: Client, name: &str) -> Result<OwnedFd, FleetError> {
+        self.request(name, |answer| Request::OpenQmp { client, answer }).await?
     }
 
     /// A stream to the VM's serial console.

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::FleetError;
+use super::devices::Devices;
 use super::life::{Exit, Intent, State};
 
 /// A VM as it is shown. Cheap to clone.
@@ -50,6 +51,8 @@ pub struct View {
     pub console_socket: PathBuf,
     /// The VMM answers.
     pub responsive: bool,
+    /// Devices that came and went over QMP.
+    pub devices: Devices,
 }
 
 /// What happened, in the order it happened.

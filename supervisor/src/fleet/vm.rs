@@ -20,7 +20,7 @@
 use std::time::Duration;
 
 use super::FleetError;
-use super::life::{Command, Effect, Exit, Input, Intent, State, Verb};
+use super::life::{Command, Effect, Exit, Input, Intent, Stage as Sent, State, Verb};
 
 /// From launch to the first answer over QMP. Longer than the launcher's own deadline, which therefore speaks first.
 pub const START_DEADLINE: Duration = Duration::from_secs(45);
@@ -192,6 +192,7 @@ impl Vm {
             | Input::VcpusChanged { run, .. }
             | Input::ShutdownSeen { run, .. }
             | Input::StopSeen { run }
+            | Input::Client { run, .. }
             | Input::CommandDone { run, .. }
             | Input::Gone { run, .. }
                 if run != self.run || self.state.idle() => {}
@@ -338,6 +339,7 @@ impl Vm {
                 }
                 self.ending.get_or_insert_with(|| "its unit was stopped".to_owned());
             }
+            Input::Client { command, stage, .. } => self.client(command, stage, out),
             Input::CommandDone { command, result, .. } => self.command_done(command, result, out),
             Input::Gone { exit, .. } => self.gone(&exit, out),
             Input::Request { .. } | Input::StartSeen | Input::Deadline => {}
@@ -371,18 +373,7 @@ impl Vm {
     fn command_done(&mut self, command: Command, result: Result<(), FleetError>, out: &mut Vec<Effect>) {
         match (command, result) {
             (Command::Stop | Command::Cont, Ok(())) => {
-                let stopping = command == Command::Stop;
-                let (from, to) =
-                    if stopping { (State::Running, State::Paused) } else { (State::Paused, State::Running) };
-                self.intent = match self.state {
-                    State::Running | State::Paused if stopping => Intent::Paused,
-                    State::Running | State::Paused => Intent::Running,
-                    _ => self.intent,
-                };
-                if self.state == from {
-                    self.enter(to, if stopping { "paused" } else { "resumed" });
-                }
-                out.push(Effect::Record);
+                self.vcpus(command == Command::Stop, out);
                 self.end_job_if(|verb| matches!(verb, Verb::Pause | Verb::Resume), Ok(()), out);
             }
             (Command::Stop | Command::Cont, Err(error)) => {
@@ -401,6 +392,41 @@ impl Vm {
                 self.force_end(out);
             }
             (Command::Powerdown | Command::Quit, _) => {}
+        }
+    }
+
+    /// The VMM did `stop` or `cont` for somebody who may ask for it.
+    fn vcpus(&mut self, stopping: bool, out: &mut Vec<Effect>) {
+        let (from, to) =
+            if stopping { (State::Running, State::Paused) } else { (State::Paused, State::Running) };
+        self.want_vcpus(stopping);
+        if self.state == from {
+            self.enter(to, if stopping { "paused" } else { "resumed" });
+        }
+        out.push(Effect::Record);
+    }
+
+    fn want_vcpus(&mut self, stopping: bool) {
+        self.intent = match self.state {
+            State::Running | State::Paused if stopping => Intent::Paused,
+            State::Running | State::Paused => Intent::Running,
+            _ => self.intent,
+        };
+    }
+
+    /// A client of the QMP socket is an administrator too: what it asks for is wanted. What comes of it, events and the process tell.
+    fn client(&mut self, command: Command, sent: Sent, out: &mut Vec<Effect>) {
+        match (command, sent) {
+            (Command::Quit, Sent::Asked) => {
+                self.ending.get_or_insert_with(|| "ended over QMP".to_owned());
+            }
+            (Command::Quit, Sent::Refused) if self.state != State::Stopping => self.ending = None,
+            (Command::Stop | Command::Cont, Sent::Done) => self.vcpus(command == Command::Stop, out),
+            (Command::Stop | Command::Cont, Sent::Left) => {
+                self.want_vcpus(command == Command::Stop);
+                out.push(Effect::Record);
+            }
+            _ => {}
         }
     }
 

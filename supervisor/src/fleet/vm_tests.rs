@@ -107,6 +107,36 @@ fn how_a_process_ends_decides_the_state() {
 }
 
 #[test]
+fn a_client_of_the_socket_is_an_administrator_too() {
+    let client = |vm: &mut Vm, command, stage| vm.step(Input::Client { run: 1, command, stage });
+    // `quit`, and the VMM ends without a word.
+    let mut vm = running();
+    client(&mut vm, Command::Quit, Sent::Asked);
+    assert_eq!(vm.state(), State::Running, "told, not done");
+    vm.step(Input::Gone { run: 1, exit: Exit::Signal("SIGKILL".into()) });
+    assert_eq!((vm.state(), vm.intent()), (State::Stopped, Intent::Stopped));
+    // The VMM refused: what comes later is a crash.
+    let mut vm = running();
+    client(&mut vm, Command::Quit, Sent::Asked);
+    client(&mut vm, Command::Quit, Sent::Refused);
+    vm.step(Input::Gone { run: 1, exit: Exit::Signal("SIGSEGV".into()) });
+    assert_eq!(vm.state(), State::Failed);
+    // What the vCPUs do is wanted, whichever comes first, event or answer.
+    let mut vm = running();
+    vm.step(Input::VcpusChanged { run: 1, paused: true });
+    assert_eq!((vm.state(), vm.intent()), (State::Paused, Intent::Running));
+    client(&mut vm, Command::Stop, Sent::Done);
+    assert_eq!((vm.state(), vm.intent()), (State::Paused, Intent::Paused));
+    client(&mut vm, Command::Cont, Sent::Refused);
+    assert_eq!((vm.state(), vm.intent()), (State::Paused, Intent::Paused));
+    client(&mut vm, Command::Cont, Sent::Done);
+    assert_eq!((vm.state(), vm.intent()), (State::Running, Intent::Running));
+    // Of another process: nothing.
+    vm.step(Input::Client { run: 9, command: Command::Stop, stage: Sent::Done });
+    assert_eq!(vm.state(), State::Running);
+}
+
+#[test]
 fn silence_is_quarantine_and_an_answer_ends_it() {
     let mut vm = running();
     vm.step(Input::Disconnected { run: 1 });
@@ -161,8 +191,10 @@ fn any_verb() -> impl Strategy<Value = Verb> {
 /// An input whose process number is the current one, or one that is gone.
 fn any_input() -> impl Strategy<Value = (bool, Input)> {
     let error = || FleetError::QmpError("no".to_owned());
-    let command =
-        prop_oneof![Just(Command::Powerdown), Just(Command::Quit), Just(Command::Stop), Just(Command::Cont)];
+    let commands = [Command::Powerdown, Command::Quit, Command::Stop, Command::Cont];
+    let command = prop::sample::select(commands.to_vec());
+    let sent = prop_oneof![Just(Sent::Asked), Just(Sent::Done), Just(Sent::Refused), Just(Sent::Left)];
+    let client_command = command.clone();
     let exit = prop_oneof![Just(Exit::Code(0)), Just(Exit::Unknown), Just(Exit::Signal("SIGKILL".into()))];
     let run = 0;
     let input = prop_oneof![
@@ -180,6 +212,7 @@ fn any_input() -> impl Strategy<Value = (bool, Input)> {
             let result = if ok { Ok(()) } else { Err(error()) };
             Input::CommandDone { run, command, result }
         }),
+        2 => (client_command, sent).prop_map(move |(command, stage)| Input::Client { run, command, stage }),
         2 => exit.prop_map(move |exit| Input::Gone { run, exit }),
         1 => Just(Input::Deadline),
     ];
@@ -197,6 +230,7 @@ fn with_run(input: Input, now: u64) -> Input {
         Input::ShutdownSeen { why, .. } => Input::ShutdownSeen { run: now, why },
         Input::StopSeen { .. } => Input::StopSeen { run: now },
         Input::CommandDone { command, result, .. } => Input::CommandDone { run: now, command, result },
+        Input::Client { command, stage, .. } => Input::Client { run: now, command, stage },
         Input::Gone { exit, .. } => Input::Gone { run: now, exit },
         other => other,
     }

@@ -15,6 +15,7 @@
 //! ```text
 //! proxy.rs     the socket of one VM: clients come, the monitor changes
 //! session.rs   one client: its greeting, its commands in turn, its events
+//! rights.rs    who a client is, what it may send, who is told of it
 //! monitor.rs   one task that owns the connection to the VMM; answers are matched by number
 //! wire.rs      bytes and descriptors in and out of a unix socket
 //! message.rs   requests, answers, events as JSON, without touching what is inside them
@@ -32,6 +33,7 @@ pub(crate) mod fake;
 mod message;
 mod monitor;
 mod proxy;
+mod rights;
 mod session;
 mod wire;
 
@@ -39,6 +41,7 @@ pub use error::QmpError;
 pub use message::QmpEvent;
 pub use monitor::Monitor;
 pub use proxy::{Caller, Proxy};
+pub use rights::{Client, Mode, Stage, Told, Tracked, Watch};
 pub use session::MAX_CLIENTS;
 
 #[cfg(test)]

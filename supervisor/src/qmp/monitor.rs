@@ -162,6 +162,12 @@ impl Monitor {
         let _ = self.closed.clone().wait_for(|ended| *ended).await;
     }
 
+    /// Both are handles to one connection.
+    #[must_use]
+    pub fn same(&self, other: &Monitor) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// The connection has ended.
     #[must_use]
     pub fn is_closed(&self) -> bool {

@@ -3,9 +3,12 @@
 //! Clients that come while there is no VMM are greeted and told so, command by command; when one starts they have it. While a VMM that is
 //! there is being connected to (after its start, or the daemon's), commands wait for that, for a moment.
 //! Clients that saw a VMM end are disconnected, after everything it said.
+//!
+//! Where the [`Shelf`] keeps the listening socket it outlives the daemon: clients that come while there is none wait for the next one.
 
+use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,26 +23,34 @@ use tokio_util::sync::CancellationToken;
 use super::error::QmpError;
 use super::message::{Answer, Request};
 use super::monitor::Monitor;
+use super::rights::{Client, Mode, Tracking, Watch};
 use super::session::{self, Line, MAX_CLIENTS, Subject};
+use crate::shelf::Shelf;
 
 /// Who may use the socket: its owner and its group, which is its directory's (packages make that `flotilla`).
 const MODE: u32 = 0o660;
 /// Pause after the kernel gave us no connection (no descriptors left): it offers the same one again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Single commands under way at a time; more wait, so that whoever sends them in bulk takes no more turns than a few clients do.
+const CALLS: usize = 4;
 
-/// The proxy of one VM. Dropped, it removes its socket and disconnects its clients.
+/// The proxy of one VM. Dropped, it disconnects its clients and removes its socket, unless that is kept for the next daemon.
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
+    shelf: Arc<Shelf>,
+    /// The shelf keeps the socket.
+    kept: bool,
     path: PathBuf,
     /// Device and inode of the socket: another process may have put its own in its place.
     identity: (u64, u64),
     runtime: tokio::runtime::Handle,
 }
 
-#[derive(Debug)]
 struct Shared {
     vm: Arc<str>,
+    watch: Option<Watch>,
+    calls: Semaphore,
     line: watch::Sender<Line>,
     /// What the newest VMM said of itself, for clients that come when there is none.
     greeting: Mutex<Arc<str>>,
@@ -48,25 +59,47 @@ struct Shared {
 }
 
 impl Proxy {
-    /// Listens at `path`, whose file name without `.sock` is the VM's name. A socket that nobody listens on is replaced.
+    /// Listens at `path`, whose file name without `.sock` is the VM's name. A socket that was kept from the daemon before is listened on
+    /// further; one that nobody listens on is replaced. `watch` is told of clients' commands that change what is known of the VM.
     ///
     /// # Errors
-    /// `AddrInUse` when somebody listens there, `AlreadyExists` when the path is no socket, and what the kernel refuses.
+    /// `AddrInUse` when somebody else listens there, `AlreadyExists` when the path is no socket, and what the kernel refuses.
     /// Must be called on a tokio runtime, which then serves the clients.
-    pub fn bind(path: &Path) -> io::Result<Proxy> {
+    pub fn bind(path: &Path, shelf: &Arc<Shelf>, watch: Option<Watch>) -> io::Result<Proxy> {
         let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
         let vm: Arc<str> = path.file_stem().map(|name| name.to_string_lossy()).unwrap_or_default().into();
-        let (listener, identity) = listen(path)?;
+        let kept = identity(path).ok().and_then(|identity| Some((shelf.take(identity.1)?, identity)));
+        let (listener, identity, kept) = match kept {
+            Some((socket, identity)) => {
+                let listener = std::os::unix::net::UnixListener::from(socket);
+                listener.set_nonblocking(true)?;
+                (UnixListener::from_std(listener)?, identity, true)
+            }
+            None => {
+                let (listener, identity) = listen(path)?;
+                let kept = shelf.put(identity.1, listener.as_fd());
+                (listener, identity, kept)
+            }
+        };
         let greeting = format!("{}\r\n", default_greeting());
         let shared = Arc::new(Shared {
             vm,
+            watch,
+            calls: Semaphore::new(CALLS),
             line: watch::Sender::new(Line::Down),
             greeting: Mutex::new(greeting.into()),
             clients: Arc::new(Semaphore::new(MAX_CLIENTS)),
             stop: CancellationToken::new(),
         });
         runtime.spawn(accept(listener, Arc::clone(&shared)));
-        Ok(Proxy { shared, path: path.to_owned(), identity, runtime })
+        Ok(Proxy { shared, shelf: Arc::clone(shelf), kept, path: path.to_owned(), identity, runtime })
+    }
+
+    /// The VM is no more: nothing is kept of its socket.
+    pub fn remove(mut self) {
+        if std::mem::take(&mut self.kept) {
+            self.shelf.forget(self.identity.1);
+        }
     }
 
     /// The VMM that commands go to from now on; `None`: the VM has ended.
@@ -89,16 +122,16 @@ impl Proxy {
         Caller { shared: Arc::clone(&self.shared) }
     }
 
-    /// One end of a connection that is served like any client's; the other end, blocking, for somebody to be given.
+    /// One end of a connection that is served like any client's; the other end, blocking, for `client` to be given.
     ///
     /// # Errors
     /// `ResourceBusy` when there are 16 clients; no descriptors left.
-    pub fn open(&self) -> io::Result<OwnedFd> {
+    pub fn open(&self, client: Client) -> io::Result<OwnedFd> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let _runtime = self.runtime.enter();
         let ours = UnixStream::from_std(ours)?;
-        if self.shared.serve(ours).is_err() {
+        if self.shared.serve(ours, client).is_err() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, self.shared.full()));
         }
         Ok(theirs.into())
@@ -117,6 +150,12 @@ impl Proxy {
     }
 }
 
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
 /// Sends single commands through a proxy.
 #[derive(Debug, Clone)]
 pub struct Caller {
@@ -129,16 +168,12 @@ impl Caller {
     ///
     /// # Errors
     /// [`QmpError::BadRequest`], [`QmpError::NotRunning`], [`QmpError::Refused`] and those of [`Monitor::execute`].
-    pub async fn execute_raw(&self, command: &str) -> Result<String, QmpError> {
+    pub async fn execute_raw(&self, client: Client, command: &str) -> Result<String, QmpError> {
         let request = Request::parse(command.as_bytes())
             .map_err(|complaint| QmpError::BadRequest { why: complaint.why })?;
-        let answer = match session::local_answer(&request) {
+        let answer = match session::local_answer(&request).or_else(|| client.refusal(&request)) {
             Some(answer) => answer,
-            None => {
-                let line = self.shared.line.subscribe();
-                let monitor = session::monitor_for(&self.shared.vm, &request.execute, line).await?;
-                monitor.submit(&request, Vec::new(), session::patience(&request.execute)).await?.answer
-            }
+            None => self.submit(client, &request).await?,
         };
         match answer {
             Answer::Return(_) => Ok(answer.line(request.id.as_deref()).trim_end().to_owned()),
@@ -147,9 +182,30 @@ impl Caller {
     }
 }
 
+impl Caller {
+    async fn submit(&self, client: Client, request: &Request) -> Result<Answer, QmpError> {
+        let patience = session::patience(&request.execute);
+        let late = || QmpError::Deadline { command: request.execute.clone(), after: patience, sent: false };
+        // Never closed; the turn is held until the answer.
+        let _turn = tokio::time::timeout(patience, self.shared.calls.acquire()).await.map_err(|_| late())?;
+        let line = self.shared.line.subscribe();
+        let monitor = session::monitor_for(&self.shared.vm, &request.execute, line).await?;
+        client.audit(&self.shared.vm, request);
+        let tracking = Tracking::begin(self.shared.watch.as_ref(), &monitor, request);
+        let reply = monitor.submit(request, Vec::new(), patience).await;
+        if let Some(tracking) = tracking {
+            tracking.end(&reply);
+        }
+        Ok(reply?.answer)
+    }
+}
+
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.stop.cancel();
+        if self.kept {
+            return;
+        }
         if identity(&self.path).is_ok_and(|identity| identity == self.identity)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
@@ -160,16 +216,17 @@ impl Drop for Proxy {
 
 impl Shared {
     /// Starts a session; `Err`: there is no room, and the stream is returned.
-    fn serve(self: &Arc<Self>, stream: UnixStream) -> Result<(), UnixStream> {
+    fn serve(self: &Arc<Self>, stream: UnixStream, client: Client) -> Result<(), UnixStream> {
         let Ok(place) = Arc::clone(&self.clients).try_acquire_owned() else { return Err(stream) };
         let subject = Subject {
             vm: Arc::clone(&self.vm),
             greeting: Arc::clone(&self.greeting.lock().unwrap_or_else(PoisonError::into_inner)),
             line: self.line.subscribe(),
+            watch: self.watch.clone(),
             stop: self.stop.clone(),
         };
         tokio::spawn(async move {
-            session::serve(stream, subject).await;
+            session::serve(stream, client, subject).await;
             drop(place);
         });
         Ok(())
@@ -188,18 +245,30 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
         };
         match accepted {
             Ok((stream, _)) => {
-                if let Err(stream) = shared.serve(stream) {
-                    tracing::warn!(vm = &*shared.vm, "a QMP client too many was turned away");
+                let client = client_of(&stream);
+                if let Err(stream) = shared.serve(stream, client) {
+                    tracing::warn!(FLOTILLA_VM = &*shared.vm, "a QMP client too many was turned away");
                     let answer = Answer::error("GenericError", &shared.full()).line(None);
                     // A fresh socket takes this much; if not, the client learns less.
                     let _ = stream.try_write(answer.as_bytes());
                 }
             }
             Err(error) => {
-                tracing::warn!(vm = &*shared.vm, %error, "cannot accept a QMP client");
+                tracing::warn!(FLOTILLA_VM = &*shared.vm, %error, "cannot accept a QMP client");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// The process that connected, as the kernel vouches for it (SO_PEERCRED).
+fn client_of(stream: &UnixStream) -> Client {
+    let credentials = stream.peer_cred().ok();
+    let pid = credentials.and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
+    Client {
+        uid: credentials.map_or(u32::MAX, |peer| peer.uid()),
+        pid: pid.unwrap_or_default(),
+        mode: Mode::Full,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -11,13 +12,16 @@ use tokio::net::UnixStream;
 use super::error::QmpError;
 use super::fake::{FakeVmm, PATIENCE, Peer};
 use super::proxy::Proxy;
+use super::rights::{Client, Mode, Stage, Told, Tracked};
 use super::session::MAX_CLIENTS;
+
+const ROOT: Client = Client { uid: 0, pid: 1, mode: Mode::Full };
 
 /// A VMM, and a proxy for a VM called "web".
 fn setup() -> (FakeVmm, Proxy, PathBuf) {
     let fake = FakeVmm::new();
     let path = fake.directory.path().join("web.sock");
-    let proxy = Proxy::bind(&path).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), None).unwrap();
     (fake, proxy, path)
 }
 
@@ -179,10 +183,13 @@ async fn while_the_vmm_is_being_connected_to_commands_wait() {
     client.send("{\"execute\":\"query-status\",\"id\":1}{\"execute\":\"stop\",\"id\":2}").await;
     let caller = proxy.caller();
     let raw = "{\"execute\":\"x\",\"id\":3}";
-    let mut asked = Box::pin(caller.execute_raw(raw));
+    let mut asked = Box::pin(caller.execute_raw(ROOT, raw));
     // What the proxy knows itself needs no VMM.
     assert!(futures_util::poll!(&mut asked).is_pending());
-    assert_eq!(caller.execute_raw("{\"execute\":\"qmp_capabilities\"}").await.unwrap(), "{\"return\":{}}");
+    assert_eq!(
+        caller.execute_raw(ROOT, "{\"execute\":\"qmp_capabilities\"}").await.unwrap(),
+        "{\"return\":{}}"
+    );
     let (mut other, _) = Peer::connect(&path).await;
     assert_eq!(other.ask("{\"execute\":\"qmp_capabilities\"}").await, json!({"return": {}}));
     // Told again, as when the connection failed once more: they wait on.
@@ -200,7 +207,7 @@ async fn while_the_vmm_is_being_connected_to_commands_wait() {
     proxy.expect_monitor();
     let (mut client, _) = Peer::connect(&path).await;
     client.send("{\"execute\":\"x\",\"id\":4}").await;
-    let mut asked = Box::pin(caller.execute_raw(raw));
+    let mut asked = Box::pin(caller.execute_raw(ROOT, raw));
     assert!(futures_util::poll!(&mut asked).is_pending());
     proxy.set_monitor(None);
     let expected = json!({"error": {"class": "GenericError", "desc": "VM \"web\" is not running"}, "id": 4});
@@ -210,7 +217,7 @@ async fn while_the_vmm_is_being_connected_to_commands_wait() {
     // It never answers: a deadline, and the connection stays.
     proxy.expect_monitor();
     client.send("{\"execute\":\"x\",\"id\":5}").await;
-    let (answer, asked) = tokio::join!(client.message(), caller.execute_raw(raw));
+    let (answer, asked) = tokio::join!(client.message(), caller.execute_raw(ROOT, raw));
     assert_eq!(answer["id"], 5);
     assert!(answer["error"]["desc"].as_str().unwrap().contains("did not take \"x\""), "{answer}");
     assert!(matches!(asked, Err(QmpError::Deadline { sent: false, .. })));
@@ -314,7 +321,7 @@ async fn there_is_room_for_sixteen() {
     let (mut refused, message) = Peer::connect(&path).await;
     assert!(message["error"]["desc"].as_str().unwrap().contains("16 QMP clients"), "{message}");
     assert!(refused.next().await.is_none());
-    assert_eq!(proxy.open().unwrap_err().kind(), std::io::ErrorKind::ResourceBusy);
+    assert_eq!(proxy.open(ROOT).unwrap_err().kind(), std::io::ErrorKind::ResourceBusy);
     drop(clients.pop());
     // The place is free as soon as the proxy has noticed.
     let deadline = tokio::time::Instant::now() + PATIENCE;
@@ -385,7 +392,7 @@ async fn descriptors_go_with_their_getfd() {
 async fn an_opened_end_is_a_client_like_any() {
     let (fake, proxy, _) = setup();
     proxy.set_monitor(Some(fake.echo().await));
-    let end = std::os::unix::net::UnixStream::from(proxy.open().unwrap());
+    let end = std::os::unix::net::UnixStream::from(proxy.open(ROOT).unwrap());
     end.set_nonblocking(true).unwrap();
     let mut client = Peer::new(UnixStream::from_std(end).unwrap());
     assert_eq!(client.message().await["QMP"]["version"]["package"], "fake-1");
@@ -398,7 +405,7 @@ async fn an_opened_end_is_a_client_like_any() {
 async fn raw_commands_follow_the_same_rules() {
     let (fake, proxy, _) = setup();
     let caller = proxy.caller();
-    let run = |text: &'static str| caller.execute_raw(text);
+    let run = |text: &'static str| caller.execute_raw(ROOT, text);
     assert!(matches!(run("{\"execute\":\"x\"}").await, Err(QmpError::NotRunning { vm }) if vm == "web"));
     assert!(matches!(run("nonsense").await, Err(QmpError::BadRequest { .. })));
     assert!(matches!(run("{\"execute\":\"x\"} {}").await, Err(QmpError::BadRequest { .. })));
@@ -423,29 +430,35 @@ async fn the_socket_is_private_replaced_when_stale_and_removed() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
     // Only root may give a directory away; for others the two groups are one anyway.
     let _ = std::os::unix::fs::chown(fake.directory.path(), None, Some(4321));
-    let other = Proxy::bind(&fake.directory.path().join("db.sock")).unwrap();
+    let other = Proxy::bind(&fake.directory.path().join("db.sock"), &Arc::default(), None).unwrap();
     let group = |path: &std::path::Path| std::fs::metadata(path).unwrap().gid();
     assert_eq!(group(other.path()), group(fake.directory.path()));
     drop(other);
-    let error = Proxy::bind(&path).unwrap_err();
+    let error = Proxy::bind(&path, &Arc::default(), None).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
     assert!(error.to_string().contains("web.sock"), "{error}");
     drop(proxy);
     assert!(!path.exists());
     // A socket of a daemon that was killed.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let proxy = Proxy::bind(&path).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), None).unwrap();
     Peer::connect(&path).await;
     // Somebody else's file is not ours to replace, nor theirs to be removed by us.
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "mine").unwrap();
-    assert_eq!(Proxy::bind(&path).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+    assert_eq!(
+        Proxy::bind(&path, &Arc::default(), None).unwrap_err().kind(),
+        std::io::ErrorKind::AlreadyExists
+    );
     drop(proxy);
     assert!(path.exists());
     let missing = fake.directory.path().join("no/such/web.sock");
-    assert_eq!(Proxy::bind(&missing).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    assert_eq!(
+        Proxy::bind(&missing, &Arc::default(), None).unwrap_err().kind(),
+        std::io::ErrorKind::NotFound
+    );
     let long = fake.directory.path().join("x".repeat(200));
-    assert!(Proxy::bind(&long.join("web.sock")).is_err());
+    assert!(Proxy::bind(&long.join("web.sock"), &Arc::default(), None).is_err());
     let left: Vec<_> =
         std::fs::read_dir(fake.directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
@@ -454,5 +467,112 @@ async fn the_socket_is_private_replaced_when_stale_and_removed() {
 #[test]
 fn outside_a_runtime_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
-    assert!(Proxy::bind(&directory.path().join("web.sock")).is_err());
+    assert!(Proxy::bind(&directory.path().join("web.sock"), &Arc::default(), None).is_err());
+}
+
+type Notes = Arc<std::sync::Mutex<Vec<(Tracked, Stage)>>>;
+
+/// A proxy that notes what its owner is told.
+fn watched() -> (FakeVmm, Proxy, PathBuf, Notes) {
+    let fake = FakeVmm::new();
+    let path = fake.directory.path().join("web.sock");
+    let notes = Notes::default();
+    let to = Arc::clone(&notes);
+    let watch: super::rights::Watch =
+        Arc::new(move |told: Told| to.lock().unwrap().push((told.command, told.stage)));
+    let proxy = Proxy::bind(&path, &Arc::default(), Some(watch)).unwrap();
+    (fake, proxy, path, notes)
+}
+
+#[tokio::test]
+async fn the_owner_is_told_before_and_after() {
+    let (fake, proxy, path, notes) = watched();
+    let (monitor, mut vmm) = fake.monitor().await;
+    proxy.set_monitor(Some(monitor));
+    let (mut client, _) = Peer::connect(&path).await;
+    client.send("{\"execute\":\"query-status\"}").await;
+    let request = vmm.message().await;
+    vmm.answer(&request, json!({})).await;
+    client.message().await;
+    assert!(notes.lock().unwrap().is_empty());
+
+    client.send("{\"execute\":\"stop\"}").await;
+    let request = vmm.message().await;
+    assert_eq!(*notes.lock().unwrap(), [(Tracked::Stop, Stage::Asked)]);
+    vmm.answer(&request, json!({})).await;
+    client.message().await;
+    assert_eq!(notes.lock().unwrap().pop(), Some((Tracked::Stop, Stage::Done)));
+
+    client.send("{\"execute\":\"device_add\",\"arguments\":{\"id\":\"d\"}}").await;
+    let id = vmm.message().await["id"].clone();
+    vmm.send(json!({"error": {"class": "GenericError", "desc": "no"}, "id": id}).to_string()).await;
+    client.message().await;
+    assert_eq!(notes.lock().unwrap().pop(), Some((Tracked::DeviceAdd("d".into()), Stage::Refused)));
+
+    // `quit`, and gone: it is done or not, nobody waits for it.
+    client.send("{\"execute\":\"quit\"}").await;
+    vmm.message().await;
+    drop(client);
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    drop(vmm);
+    drop(proxy);
+    while notes.lock().unwrap().last() != Some(&(Tracked::Quit, Stage::Left)) {
+        assert!(tokio::time::Instant::now() < deadline, "{notes:?}");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_reader_changes_nothing_and_its_descriptors_go_nowhere() {
+    use std::os::fd::OwnedFd;
+
+    let (fake, proxy, _, notes) = watched();
+    let (monitor, mut vmm) = fake.monitor().await;
+    proxy.set_monitor(Some(monitor));
+    let reader = Client { mode: Mode::Query, ..ROOT };
+    let end = std::os::unix::net::UnixStream::from(proxy.open(reader).unwrap());
+    end.set_nonblocking(true).unwrap();
+    let mut client = Peer::new(UnixStream::from_std(end).unwrap());
+    client.message().await;
+    let (read, mut write) = std::io::pipe().unwrap();
+    let command = b"{\"execute\":\"getfd\",\"arguments\":{\"fdname\":\"x\"},\"id\":3}";
+    client.stream.writable().await.unwrap();
+    super::wire::send(&client.stream, command, &[OwnedFd::from(read)]).unwrap();
+    let answer = client.message().await;
+    assert!(answer["id"] == 3 && answer["error"]["desc"].as_str().unwrap().contains("read-only"), "{answer}");
+    // Nobody holds the other end any more.
+    assert_eq!(std::io::Write::write(&mut write, b"x").unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    for command in ["quit", "stop", "device_del", "x-anything"] {
+        let answer = client.ask(&format!("{{\"execute\":\"{command}\"}}")).await;
+        assert_eq!(answer["error"]["class"], "GenericError", "{command}");
+        let refused = proxy.caller().execute_raw(reader, &format!("{{\"execute\":\"{command}\"}}")).await;
+        assert!(matches!(refused, Err(QmpError::Refused { .. })), "{command}");
+    }
+    client.send("{\"execute\":\"query-status\"}").await;
+    // The first that the VMM hears of this client.
+    let request = vmm.message().await;
+    assert_eq!(request["execute"], "query-status");
+    assert!(notes.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn single_commands_in_bulk_take_no_more_turns_than_a_few_clients() {
+    let (fake, proxy, path) = setup();
+    let (monitor, mut vmm) = fake.monitor().await;
+    proxy.set_monitor(Some(monitor));
+    let mut bulk = tokio::task::JoinSet::new();
+    for _ in 0..200 {
+        let caller = proxy.caller();
+        bulk.spawn(async move { caller.execute_raw(ROOT, "{\"execute\":\"bulk\"}").await });
+    }
+    assert_eq!(vmm.message().await["execute"], "bulk");
+    let (mut client, _) = Peer::connect(&path).await;
+    client.send("{\"execute\":\"mine\"}").await;
+    // Unanswered as they are, only a few of the bulk stand before it.
+    let mut before = 1;
+    while vmm.message().await["execute"] == "bulk" {
+        before += 1;
+    }
+    assert!(before <= 4, "{before}");
+    bulk.shutdown().await;
 }

@@ -21,6 +21,7 @@ use super::codec::Framer;
 use super::error::QmpError;
 use super::message::{Answer, QmpEvent, Request};
 use super::monitor::{Monitor, Reply, maybe};
+use super::rights::{Client, Tracking, Watch};
 use super::wire;
 
 /// Clients that one VM's proxy serves at the same time; one more is told so and disconnected.
@@ -84,12 +85,13 @@ fn not_connected(command: &str) -> QmpError {
     QmpError::Deadline { command: command.to_owned(), after: CONNECTING, sent: false }
 }
 
-/// What a client is told about its VM.
-#[derive(Debug, Clone)]
+/// What a client is told about its VM, and who wants to know of its commands.
+#[derive(Clone)]
 pub(crate) struct Subject {
     pub(crate) vm: Arc<str>,
     pub(crate) greeting: Arc<str>,
     pub(crate) line: watch::Receiver<Line>,
+    pub(crate) watch: Option<Watch>,
     /// The proxy is gone.
     pub(crate) stop: CancellationToken,
 }
@@ -102,6 +104,7 @@ struct Pending {
 
 struct Session {
     subject: Subject,
+    client: Client,
     stream: UnixStream,
     framer: Framer,
     descriptors: Vec<OwnedFd>,
@@ -126,11 +129,11 @@ struct Session {
 struct Hopeless(&'static str);
 
 /// Serves one client until either side is done.
-pub(crate) async fn serve(stream: UnixStream, subject: Subject) {
+pub(crate) async fn serve(stream: UnixStream, client: Client, subject: Subject) {
     let vm = Arc::clone(&subject.vm);
-    let mut session = Session::new(stream, subject);
+    let mut session = Session::new(stream, client, subject);
     if let Err(Hopeless(why)) = session.run().await {
-        tracing::debug!(vm = &*vm, why, "a QMP client was disconnected");
+        tracing::debug!(FLOTILLA_VM = &*vm, why, "a QMP client was disconnected");
     }
 }
 
@@ -164,7 +167,7 @@ pub(crate) fn patience(command: &str) -> Duration {
 }
 
 impl Session {
-    fn new(stream: UnixStream, mut subject: Subject) -> Session {
+    fn new(stream: UnixStream, client: Client, mut subject: Subject) -> Session {
         let attached = subject.line.borrow_and_update().monitor().cloned().map(|monitor| {
             let events = monitor.events();
             (monitor, events)
@@ -175,6 +178,7 @@ impl Session {
         };
         Session {
             subject,
+            client,
             stream,
             framer: Framer::new(MAX_COMMAND),
             descriptors: Vec::new(),
@@ -267,6 +271,11 @@ impl Session {
         if let Some(answer) = local_answer(&request) {
             return self.answer(&answer, request.id.as_deref());
         }
+        if let Some(refusal) = self.client.refusal(&request) {
+            // Its descriptors would wait for a command that it may not send.
+            self.descriptors.clear();
+            return self.answer(&refusal, request.id.as_deref());
+        }
         let Some((monitor, _)) = &self.attached else {
             // Up already, and not heard yet, is heard in the same way.
             if !matches!(*self.subject.line.borrow(), Line::Down) {
@@ -281,9 +290,15 @@ impl Session {
         // A descriptor waits for the command that is to take it, as it would at the VMM.
         let take = usize::from(request.execute == "getfd").min(self.descriptors.len());
         let descriptors: Vec<OwnedFd> = self.descriptors.drain(..take).collect();
+        self.client.audit(&self.subject.vm, &request);
+        let tracking = Tracking::begin(self.subject.watch.as_ref(), &monitor, &request);
         let reply = Box::pin(async move {
             let patience = patience(&request.execute);
-            monitor.submit(&request, descriptors, patience).await
+            let reply = monitor.submit(&request, descriptors, patience).await;
+            if let Some(tracking) = tracking {
+                tracking.end(&reply);
+            }
+            reply
         });
         self.pending = Some(Pending { id, reply });
     }

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::fleet::devices::Devices;
 use crate::fleet::life::{Exit, Intent, State};
 
 /// A definition is text written by people; a megabyte is none.
@@ -101,6 +102,9 @@ pub struct Runtime {
     pub command_line: Vec<String>,
     /// How the last process ended.
     pub exit: Option<Exit>,
+    /// Devices that came and went over QMP.
+    #[serde(default, skip_serializing_if = "Devices::is_plain")]
+    pub devices: Devices,
 }
 
 impl Runtime {
@@ -117,6 +121,7 @@ impl Runtime {
             process: None,
             command_line: Vec::new(),
             exit: None,
+            devices: Devices::default(),
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Needs `dbus-daemon`, and root for the network namespace. Without them a test that needs them **fails and says so**.
 
+pub(crate) mod keeper;
 pub(crate) mod vmm;
 
 use std::io::{BufRead, BufReader};
@@ -14,6 +15,7 @@ use dbus_api::error::Error;
 use dbus_api::proxy::{ManagerProxy, VmProxy};
 use dbus_api::vm_path;
 use futures_util::StreamExt;
+use keeper::Keeper;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -33,6 +35,7 @@ pub(crate) struct Lab {
     pub(crate) manager: ManagerProxy<'static>,
     daemon: Option<Child>,
     namespace: Option<Child>,
+    keeper: Option<Keeper>,
 }
 
 /// `Options` of a call that has none.
@@ -87,7 +90,7 @@ impl Lab {
             .build()
             .await
             .unwrap();
-        Lab { directory, bus, address, connection, manager, daemon: None, namespace: None }
+        Lab { directory, bus, address, connection, manager, daemon: None, namespace: None, keeper: None }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -110,9 +113,35 @@ impl Lab {
         panic!("unshare --net does not begin");
     }
 
+    /// From now on the daemon's descriptors are kept while it is restarted.
+    pub(crate) fn keep_descriptors(&mut self) {
+        self.keeper = Some(Keeper::new(self.path("notify")));
+    }
+
+    /// Waits until so many are kept.
+    pub(crate) async fn until_kept(&self, count: usize) {
+        let keeper = self.keeper.as_ref().unwrap();
+        self.settle(async || keeper.count() == count).await;
+    }
+
+    /// Waits until something is so.
+    pub(crate) async fn settle(&self, mut so: impl AsyncFnMut() -> bool) {
+        let reached = async {
+            while !so().await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, reached).await.is_err() {
+            panic!("it does not come to that:\n{}", self.log());
+        }
+    }
+
     /// Runs a program in the daemon's network.
     fn command(&self, program: &str) -> Command {
         match &self.namespace {
+            None if self.keeper.is_some() && program == env!("CARGO_BIN_EXE_flotillad") => {
+                self.keeper.as_ref().unwrap().command(program)
+            }
             None => Command::new(program),
             Some(holder) => {
                 let mut command = Command::new("nsenter");
@@ -130,9 +159,13 @@ impl Lab {
 
     /// Starts the daemon and waits until it answers.
     pub(crate) async fn start_daemon(&mut self) {
+        let notify = self.keeper.is_some();
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
-        let daemon = self
-            .command(env!("CARGO_BIN_EXE_flotillad"))
+        let mut command = self.command(env!("CARGO_BIN_EXE_flotillad"));
+        if !notify {
+            command.env_remove("NOTIFY_SOCKET");
+        }
+        let daemon = command
             .args(["--bus", &self.address, "--launcher", "process"])
             .args(["--config".as_ref(), self.configuration().as_os_str()])
             .args(["--state-dir".as_ref(), self.path("state").as_os_str()])
@@ -140,7 +173,6 @@ impl Lab {
             .args(["--vmm".as_ref(), self.path("vmm").as_os_str()])
             .env("FAKE_VMM_PIDS", self.path("pids"))
             .env("FLOTILLA_LOG", "debug,zbus=warn")
-            .env_remove("NOTIFY_SOCKET")
             .env_remove("JOURNAL_STREAM")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -292,6 +324,12 @@ pub(crate) fn pid(number: u32) -> Pid {
 pub(crate) struct Qmp(tokio::io::BufReader<tokio::net::UnixStream>);
 
 impl Qmp {
+    /// A client over a stream that is connected.
+    pub(crate) fn of(stream: std::os::unix::net::UnixStream) -> Qmp {
+        stream.set_nonblocking(true).unwrap();
+        Qmp(tokio::io::BufReader::new(tokio::net::UnixStream::from_std(stream).unwrap()))
+    }
+
     /// The next message; `None` at the end of the connection.
     pub(crate) async fn next(&mut self) -> Option<Value> {
         let mut line = String::new();
@@ -304,7 +342,18 @@ impl Qmp {
 
     /// Sends a command and returns its answer; events before it are passed over.
     pub(crate) async fn ask(&mut self, command: &str) -> Value {
+        self.ask_with(command, serde_json::json!({})).await
+    }
+
+    /// Sends a command and waits for nothing.
+    pub(crate) async fn tell(&mut self, command: &str) {
         self.0.get_mut().write_all(format!("{{\"execute\":\"{command}\"}}").as_bytes()).await.unwrap();
+    }
+
+    /// As `ask`, with arguments.
+    pub(crate) async fn ask_with(&mut self, command: &str, arguments: Value) -> Value {
+        let command = serde_json::json!({"execute": command, "arguments": arguments});
+        self.0.get_mut().write_all(command.to_string().as_bytes()).await.unwrap();
         loop {
             let message = self.next().await.expect("the connection ended");
             if message.get("event").is_none() {

@@ -78,6 +78,11 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
                 *paused = false;
                 event("RESUME", json!({})) + &done
             }
+            "device_add" => done.clone(),
+            "device_del" => {
+                let device = &request["arguments"]["id"];
+                event("DEVICE_DELETED", json!({"device": device, "path": device})) + &done
+            }
             "x-fds" => answer(open_descriptors()),
             "quit" | "x-poweroff" => {
                 let guest = request["execute"] == "x-poweroff";

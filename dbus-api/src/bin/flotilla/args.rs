@@ -168,11 +168,16 @@ Examples:
   flotilla logs web
   flotilla logs web -f -n 20")]
     Logs(LogsArgs),
-    /// Send one QMP command to a VM
+    /// Talk QMP with a VM
+    ///
+    /// Sends one command and prints its answer. Without a command, the standard input goes to the VM and what the VM says comes back, with
+    /// its events, until the input has ended and everything is answered.
     #[command(after_help = "\
 Examples:
   flotilla qmp web query-status
-  flotilla qmp web '{\"execute\":\"query-cpus\"}'")]
+  flotilla qmp web '{\"execute\":\"query-cpus\"}'
+  flotilla qmp web --read-only
+  jq -c . commands.json | flotilla qmp web")]
     Qmp(QmpArgs),
     /// Write man pages or shell completions into a folder
     #[command(hide = true)]
@@ -368,7 +373,10 @@ pub(crate) struct QmpArgs {
     /// VM
     pub(crate) name: String,
     /// Command as JSON, or just its name
-    pub(crate) command: String,
+    pub(crate) command: Option<String>,
+    /// Refuse commands that change something
+    #[arg(long)]
+    pub(crate) read_only: bool,
 }
 
 /// `flotilla generate`.

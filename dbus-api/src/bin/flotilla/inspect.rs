@@ -1,15 +1,18 @@
 //! Verbs that read: `list`, `show`, `qmp`. All but `qmp` are answered from the daemon's memory, so a VM that hangs delays nothing.
 
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use comfy_table::Cell;
 use dbus_api::proxy::{Options, VmProxy, VmRow};
 use serde::Serialize;
+use zbus::Variant;
 
 use crate::args::{ListArgs, QmpArgs, ShowArgs};
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
 use crate::output::{self, plain};
+use crate::stream;
 
 /// A row of the list, as `--json` prints it.
 #[derive(Debug, Serialize)]
@@ -84,6 +87,8 @@ struct Shown {
     qmp_socket: String,
     qmp_responsive: bool,
     nics: Vec<ShownNic>,
+    removed_devices: Vec<String>,
+    added_devices: Vec<String>,
     command_line: Vec<String>,
     spec: serde_json::Value,
 }
@@ -118,6 +123,8 @@ impl Shown {
             qmp_socket: vm.qmp_socket().await?,
             qmp_responsive: vm.qmp_responsive().await?,
             nics: nics.into_iter().map(|(id, tap, mac, bridge)| ShownNic { id, tap, mac, bridge }).collect(),
+            removed_devices: vm.removed_devices().await?,
+            added_devices: vm.added_devices().await?,
             command_line: vm.command_line().await?,
             spec: serde_json::from_str(&spec).unwrap_or(serde_json::Value::String(spec)),
         })
@@ -165,6 +172,11 @@ impl Shown {
         }
         for nic in &self.nics {
             row("Network", format!("{} on {}, tap {}, {}", nic.id, nic.bridge, nic.tap, nic.mac));
+        }
+        for (key, ids) in [("Removed", &self.removed_devices), ("Added", &self.added_devices)] {
+            if !ids.is_empty() {
+                row(key, format!("{}, over QMP", ids.join(", ")));
+            }
         }
         row("Command", shell(&self.command_line));
         let cells = rows.into_iter().map(|(key, value)| {
@@ -241,12 +253,18 @@ pub(crate) async fn show(client: &Client, args: ShowArgs) -> Result<(), Failure>
 
 /// `flotilla qmp`.
 pub(crate) async fn qmp(client: &Client, args: QmpArgs) -> Result<(), Failure> {
-    let command = qmp_command(&args.command)?;
+    let options: Options<'_> = match args.read_only {
+        true => HashMap::from([("mode", Variant::from("query"))]),
+        false => Options::new(),
+    };
+    let command = args.command.as_deref().map(qmp_command).transpose()?;
     let vm = client.vm(&args.name).await?;
-    let answer = vm
-        .qmp_command(&command, Options::new())
-        .await
-        .map_err(|error| client.failed(error).about(&args.name))?;
+    let Some(command) = command else {
+        let opened = vm.open_qmp(options).await.map_err(|error| client.failed(error).about(&args.name))?;
+        return stream::join(opened.into()).map_err(|failure| failure.about(&args.name));
+    };
+    let answer =
+        vm.qmp_command(&command, options).await.map_err(|error| client.failed(error).about(&args.name))?;
     match serde_json::from_str::<serde_json::Value>(&answer) {
         Ok(value) => output::json(&value),
         Err(_) => output::print(&format!("{answer}\n")),
@@ -292,6 +310,8 @@ mod tests {
                 mac: "m".into(),
                 bridge: "br0".into(),
             }],
+            removed_devices: vec!["disk1".into()],
+            added_devices: Vec::new(),
             command_line: vec!["vmm".into(), "-append".into(), "a b".into()],
             spec: serde_json::json!({"kernel":"/k","cpus":2,"disks":[{"path":"/d","readonly":true,"direct":false}]}),
         }

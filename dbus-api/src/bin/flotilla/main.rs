@@ -15,6 +15,7 @@ mod logs;
 mod output;
 mod power;
 mod run;
+mod stream;
 
 use clap::Parser;
 

@@ -370,7 +370,7 @@ fn guest(stream: UnixStream, state: &Shared, name: &str) {
 #[zbus::interface(name = "org.flotilla.Flotilla1.Vm")]
 impl Vm {
     fn qmp_command(&self, command: &str, options: Details) -> String {
-        if options.contains_key("mode") {
+        if options.into_keys().any(|option| option == "mode") {
             self.state.lock().unwrap().calls.push(format!("read-only {}", self.name));
         }
         format!("{{\"return\":{command}}}")
@@ -378,7 +378,7 @@ impl Vm {
 
     /// A VMM that greets, and says back what it hears.
     fn open_qmp(&self, options: Details) -> OwnedFd {
-        let mode = if options.contains_key("mode") { "read-only" } else { "full" };
+        let mode = if options.into_keys().any(|option| option == "mode") { "read-only" } else { "full" };
         self.state.lock().unwrap().calls.push(format!("stream {mode} {}", self.name));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         std::thread::spawn(move || {

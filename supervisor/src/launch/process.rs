@@ -259,7 +259,8 @@ mod tests {
         let (events, mut first) = mpsc::unbounded_channel();
         let launcher = ProcessLauncher::new(dir.path().to_owned(), events);
         let uuid = Uuid::new_v4();
-        let line = ["/bin/sh", "-c", "sleep 600 & wait", "-uuid", &uuid.to_string()];
+        // It stops itself: without a child, which would have the same command line until it executes something.
+        let line = ["/bin/sh", "-c", "kill -STOP $$", "-uuid", &uuid.to_string()];
         let process = launcher.start("web", prepared(&line)).await.unwrap();
 
         let (events, mut inbox) = mpsc::unbounded_channel();

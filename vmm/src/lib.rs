@@ -7,7 +7,7 @@
 //! qmp        socket server, codec, command table, events: text in, `control::Command` out
 //! control    the one owner of a VM's life: who may do what when
 //! machine    microvm (later q35, virt): what is wired where
-//! boot       kernels, initrd, command line, ACPI, MP table
+//! boot       kernels, initrd, command line, ACPI, MP table         snapshot  the directory that a VM is saved to
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
 //! block net  host back ends of virtio (over vhost)  chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
@@ -32,5 +32,6 @@ pub mod net;
 pub mod process;
 pub mod qmp;
 pub mod sandbox;
+pub mod snapshot;
 pub mod vhost;
 pub mod virtio;

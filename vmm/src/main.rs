@@ -278,6 +278,7 @@ fn needs(config: &VmConfig) -> Needs {
         seccomp: !config.process.disable_seccomp,
         rotates_log: config.process.log_file.is_some(),
         removes_names: names.peek().is_some(),
+        saves: !config.monitors.is_empty() && config.snapshot_exclusion().is_none(),
         // Only root can do something about another user's directory, and only with its capability.
         foreign_directory: me.is_root() && names.any(foreign),
     }

@@ -7,6 +7,7 @@
 mod backends;
 mod board;
 mod devices;
+mod incoming;
 mod options;
 mod props;
 mod small_devices;
@@ -108,6 +109,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, Cmdlin
     config.boot.append = given.many("-append").join(" ");
     backends::read(&mut given, &mut config)?;
     devices::read(&mut given, &mut config)?;
+    config.incoming = incoming::read(&mut given)?;
     config.start_paused = given.flag("-S");
     config.process.daemonize = given.flag("-daemonize");
     config.process.pidfile = given.path("-pidfile")?;

@@ -4,6 +4,7 @@
 //! (`cmdline`) and the validation (`validate`) live beside this file; every rule about values is in `validate`, once.
 
 pub mod cmdline;
+mod incoming;
 mod serial_ports;
 mod validate;
 
@@ -12,6 +13,7 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+pub use incoming::Incoming;
 pub use serial_ports::SerialPort;
 pub use validate::InvalidConfig;
 
@@ -60,6 +62,8 @@ pub struct VmConfig {
     pub rngs: Vec<RngSource>,
     /// `-qmp` and `-mon`: where QMP clients connect.
     pub monitors: Vec<Monitor>,
+    /// `-incoming`: the snapshot that the VM goes on from instead of booting.
+    pub incoming: Option<Incoming>,
     /// `-S`: create the vCPUs paused.
     pub start_paused: bool,
     /// How the process presents itself to the host.
@@ -84,6 +88,7 @@ impl Default for VmConfig {
             iothreads: Vec::new(),
             rngs: Vec::new(),
             monitors: Vec::new(),
+            incoming: None,
             start_paused: false,
             process: ProcessConfig::default(),
         }

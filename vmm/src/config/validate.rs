@@ -31,6 +31,11 @@ pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     netdevs(config)?;
     chardevs(config)?;
     devices(config)?;
+    if config.incoming.is_some()
+        && let Some(what) = config.snapshot_exclusion()
+    {
+        return bad(format!("-incoming: {what} cannot be used with snapshots: leave it out"));
+    }
     process(config)
 }
 

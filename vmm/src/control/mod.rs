@@ -4,10 +4,12 @@
 //! pure state machine (what follows from what); this file applies its effects. `query` puts what the machine says into QMP's shapes.
 
 mod life;
+mod migration;
 mod qom;
 mod query;
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -19,6 +21,7 @@ use crate::machine::{
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
+pub use migration::MigrationError;
 
 /// After this a machine cannot go on.
 const RESET_FAILED: &str = "cannot reset the VM";
@@ -95,6 +98,10 @@ pub enum Command {
     Cont,
     /// `quit`.
     Quit,
+    /// `migrate`: to this URI.
+    Migrate(String),
+    /// `query-migrate`.
+    QueryMigrate,
 }
 
 /// Something that happened to the VM, told to every QMP client.
@@ -124,6 +131,9 @@ pub enum CommandError {
     /// It could not be plugged or unplugged.
     #[error(transparent)]
     Hotplug(HotplugError),
+    /// Not to be had.
+    #[error("{0}")]
+    Migration(#[from] MigrationError),
     /// The machine could not do it; the state is as before.
     #[error("{what}: {source}")]
     Machine {
@@ -172,6 +182,8 @@ pub trait Vm: Send {
     fn devices(&self) -> Vec<(String, &'static str)>;
     /// Named I/O threads with the host's thread, 0 while there is none.
     fn iothreads(&self) -> Vec<(String, i32)>;
+    /// Saves a paused machine to a directory, and leaves it as it was.
+    fn save(&mut self, dir: &Path) -> Result<(), BoxError>;
     /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
     fn shut_down(self: Box<Self>) -> Result<(), BoxError>;
 }
@@ -213,6 +225,9 @@ impl Vm for Machine {
     fn iothreads(&self) -> Vec<(String, i32)> {
         Self::iothreads(self)
     }
+    fn save(&mut self, dir: &Path) -> Result<(), BoxError> {
+        Ok(Self::save(self, dir)?)
+    }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
         Ok(Self::shut_down(*self)?)
     }
@@ -240,6 +255,7 @@ pub struct Control {
     /// Bytes at boot.
     memory: u64,
     terminals: Vec<Terminal>,
+    migration: migration::Status,
     main_loop: LoopHandle,
 }
 
@@ -265,6 +281,7 @@ impl Control {
             kind: config.machine.kind,
             memory: config.memory.size,
             terminals: Vec::new(),
+            migration: migration::Status::at_start(config.incoming.is_some()),
             main_loop,
         }
     }
@@ -338,6 +355,8 @@ impl Control {
                 return reply(self.name.as_ref().map_or_else(|| json!({}), |name| json!({ "name": name })));
             }
             Command::QueryUuid => return reply(json!({ "UUID": self.uuid.unwrap_or_default().to_string() })),
+            Command::Migrate(uri) => return self.migrate(&uri),
+            Command::QueryMigrate => return reply(json!({ "status": self.migration.name() })),
             Command::SystemPowerdown => Input::Powerdown,
             Command::SystemReset => Input::Reset,
             Command::Stop => Input::Stop,

@@ -6,6 +6,7 @@ use crate::event::EventLoop;
 #[derive(Default)]
 struct FakeVm {
     fails: bool,
+    unsaveable: bool,
 }
 
 impl Vm for FakeVm {
@@ -42,6 +43,9 @@ impl Vm for FakeVm {
     fn iothreads(&self) -> Vec<(String, i32)> {
         vec![("io1".into(), 43)]
     }
+    fn save(&mut self, _: &Path) -> Result<(), BoxError> {
+        if self.unsaveable { Err("the disk is full".into()) } else { Ok(()) }
+    }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
         Ok(())
     }
@@ -49,7 +53,7 @@ impl Vm for FakeVm {
 
 fn control(config: &VmConfig, fails: bool) -> (Control, EventLoop) {
     let event_loop = EventLoop::new().unwrap();
-    (Control::new(Box::new(FakeVm { fails }), config, event_loop.handle()), event_loop)
+    (Control::new(Box::new(FakeVm { fails, unsaveable: false }), config, event_loop.handle()), event_loop)
 }
 
 /// Events as their names, replies as JSON or the error's text.
@@ -169,4 +173,25 @@ fn hotpluggable_cpus_lists_those_that_are_offline_without_a_path() {
                "type": "host-x86-cpu", "vcpus-count": 1})
     );
     assert_eq!(cpus.as_array().unwrap().len(), 4);
+}
+
+#[test]
+fn a_snapshot_pauses_a_vm_that_runs_and_one_that_fails_does_not() {
+    let event_loop = EventLoop::new().unwrap();
+    let migrate = || Command::Migrate("file:/snapshot".into());
+    let status = |control: &mut Control| names(&control.execute(Command::QueryMigrate)).remove(0);
+    let machine = |unsaveable| Box::new(FakeVm { fails: false, unsaveable });
+    let mut works = Control::new(machine(false), &VmConfig::default(), event_loop.handle());
+    assert_eq!(status(&mut works), r#"{"status":"setup"}"#);
+    assert_eq!(names(&works.execute(migrate())), ["STOP {}", "{}"]);
+    assert_eq!(status(&mut works), r#"{"status":"completed"}"#);
+    assert_eq!(names(&works.execute(Command::Stop)), ["error: the VM is paused already"]);
+    assert_eq!(names(&works.execute(migrate())), ["{}"]);
+    assert_eq!(names(&works.execute(Command::Cont)), ["RESUME {}", "{}"]);
+    let mut fails = Control::new(machine(true), &VmConfig::default(), event_loop.handle());
+    for _ in 0..2 {
+        assert_eq!(names(&fails.execute(migrate())), ["error: cannot make a snapshot: the disk is full"]);
+        assert_eq!(status(&mut fails), r#"{"status":"failed"}"#);
+        assert_eq!(names(&fails.execute(Command::Cont)), ["error: the VM is running already"]);
+    }
 }

@@ -68,6 +68,44 @@ pub enum CpuError {
         #[source]
         source: io::Error,
     },
+    /// A saved vCPU state that is none.
+    #[error("section {0} is not the state of a vCPU")]
+    BadState(&'static str),
+    /// A saved vCPU state with a value that KVM refuses.
+    #[error("KVM does not take the saved value {value:#x} of MSR {index:#x}")]
+    Msr {
+        /// Which register.
+        index: u32,
+        /// Its value.
+        value: u64,
+    },
+    /// A VM that was saved on another kind of host.
+    #[error("the VM was saved on a host with a processor of another vendor")]
+    Vendor,
+    /// A VM that was saved on a better host.
+    #[error(
+        "the VM was saved with processor features that this host does not have (CPUID leaf {leaf:#x}, index {index}, {register}: {missing:#x})"
+    )]
+    Features {
+        /// CPUID leaf.
+        leaf: u32,
+        /// CPUID sub-leaf.
+        index: u32,
+        /// Register of the leaf.
+        register: &'static str,
+        /// Bits that this host lacks.
+        missing: u32,
+    },
+    /// A VM that was saved on a host with another clock.
+    #[error(
+        "the VM's time-stamp counter runs at {saved} kHz, this host's at {host} kHz, and this host cannot scale it"
+    )]
+    TscFrequency {
+        /// Of the VM.
+        saved: u64,
+        /// Of this host.
+        host: u64,
+    },
     /// vCPUs did not leave the guest in time.
     #[error("{missing} of {total} vCPUs did not stop within {deadline:?}")]
     Deadline {

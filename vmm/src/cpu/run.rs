@@ -114,9 +114,8 @@ impl Vcpu {
                     Parked::Told(Target::Stop) => break,
                     Parked::Told(_) => {}
                     Parked::Errand(errand) => {
-                        let result = errand(&self);
-                        // Whatever ended it is over: an errand is a reset.
-                        ended = ended && result.is_err();
+                        let result = (errand.work)(&self);
+                        ended = ended && (result.is_err() || !errand.revives);
                         shared.done(result);
                     }
                 }

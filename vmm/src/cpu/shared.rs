@@ -22,8 +22,16 @@ pub(super) enum Target {
     Stop,
 }
 
+/// What is to be done with a vCPU.
+pub(super) type Work = dyn Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync;
+
 /// Something that each vCPU's own thread is to do while the vCPU is out of the guest.
-pub(super) type Errand = Arc<dyn Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync>;
+#[derive(Clone)]
+pub(super) struct Errand {
+    pub(super) work: Arc<Work>,
+    /// Whatever had ended the vCPU is over afterwards.
+    pub(super) revives: bool,
+}
 
 /// What ended a vCPU's wait.
 pub(super) enum Parked {

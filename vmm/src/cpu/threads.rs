@@ -98,8 +98,19 @@ impl Vcpus {
         &self,
         reset: impl Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync + 'static,
     ) -> Result<(), CpuError> {
+        self.send(Errand { work: Arc::new(reset), revives: true })
+    }
+
+    /// Has each vCPU's thread run `work`, and waits for all of them. All must be out of the guest, and stay so.
+    pub fn each(
+        &self,
+        work: impl Fn(&Vcpu) -> Result<(), CpuError> + Send + Sync + 'static,
+    ) -> Result<(), CpuError> {
+        self.send(Errand { work: Arc::new(work), revives: false })
+    }
+
+    fn send(&self, errand: Errand) -> Result<(), CpuError> {
         let total = self.threads.len();
-        let errand: Errand = Arc::new(reset);
         match self.shared.send(errand, total)? {
             0 => Ok(()),
             missing => Err(CpuError::Deadline { missing, total, deadline: DEADLINE }),

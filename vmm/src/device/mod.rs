@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
 pub use cmos::NoClock;
 pub use i8042::I8042Reset;
-pub use serial::SerialDevice;
+pub use serial::{SavedSerial, SerialDevice};
 
 /// What the guest asked of the machine as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

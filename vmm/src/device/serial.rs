@@ -8,8 +8,9 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::bus::BusDevice;
 use crate::chardev::{CharBackend, FrontEnd};
@@ -52,6 +53,20 @@ impl SerialEvents for Drained {
     }
 }
 
+/// A serial port as its guest knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedSerial {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
 /// A serial port on the port bus.
 pub struct SerialDevice {
     uart: Mutex<Serial<Interrupt, Drained, Output>>,
@@ -80,6 +95,47 @@ impl SerialDevice {
         *self.uart() = Serial::with_events(line, self.drained.clone(), output);
         self.drained.0.store(false, Ordering::Relaxed);
         self.backend.front_end_ready();
+    }
+
+    /// The registers and what the guest has not read.
+    pub fn saved(&self) -> SavedSerial {
+        let s = self.uart().state();
+        SavedSerial {
+            divisor: [s.baud_divisor_low, s.baud_divisor_high],
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            input: s.in_buffer,
+        }
+    }
+
+    /// Takes what was saved. False: it makes no sense. May interrupt.
+    pub fn restore(&self, saved: &SavedSerial) -> bool {
+        let [baud_divisor_low, baud_divisor_high] = saved.divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.input.clone(),
+        };
+        let (line, output) = (Interrupt(Arc::clone(&self.line)), Output(Arc::clone(&self.backend)));
+        match Serial::from_state(&state, line, self.drained.clone(), output) {
+            Ok(uart) => {
+                *self.uart() = uart;
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     fn uart(&self) -> MutexGuard<'_, Serial<Interrupt, Drained, Output>> {
@@ -180,6 +236,22 @@ mod tests {
             read.push(byte[0]);
         }
         assert_eq!(read, input, "input beyond the FIFO comes when the guest has made room");
+    }
+
+    #[test]
+    fn what_is_saved_goes_on_in_another_port() {
+        let port = || SerialDevice::new(Arc::new(Wire::default()), Arc::new(Terminal::default()));
+        let (first, second) = (port(), port());
+        first.write(1, &[1]);
+        first.write(7, &[0x5a]);
+        first.receive(b"input");
+        let saved = first.saved();
+        assert!(second.restore(&saved));
+        assert_eq!(second.saved(), saved);
+        let mut byte = [0];
+        second.read(0, &mut byte);
+        assert_eq!(byte, *b"i");
+        assert!(!second.restore(&SavedSerial { input: vec![0; 1000], ..saved }));
     }
 
     #[test]

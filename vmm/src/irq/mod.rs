@@ -4,6 +4,8 @@
 //! (x86: GSI n goes to pin n of the IOAPIC, and to the PIC for n < 16), so setting one here would only cost a grace period.
 
 #[cfg(target_arch = "x86_64")]
+pub mod saved;
+#[cfg(target_arch = "x86_64")]
 mod x86_64;
 
 use std::io;
@@ -21,9 +23,9 @@ pub trait Line: Send + Sync {
     fn trigger(&self);
 }
 
-/// Why the interrupt controllers could not be created.
+/// Why the interrupt controllers could not be created, or not be given a state.
 #[derive(Debug, thiserror::Error)]
-#[error("KVM cannot create the {what}: {source}")]
+#[error("KVM: {what}: {source}")]
 pub struct IrqError {
     /// Which controller.
     pub what: &'static str,

@@ -19,6 +19,7 @@ use super::doorbell::KvmDoorbell;
 use super::others::Others;
 use super::replaceable::Replaceable;
 use super::slots::{self, Slot, Workers};
+use super::snapshot::{Identity, Source};
 use super::{CpuInfo, Environment, GuestEvent, MachineError};
 use crate::boot::{self, AcpiPorts, BootFiles, MmioSlot, Platform, SerialPort};
 use crate::bus::{Bus, BusDevice};
@@ -70,15 +71,24 @@ pub(super) struct Microvm {
     pub(super) vcpus: Vcpus,
     pub(super) replaceable: Replaceable,
     workers: Workers,
-    slots: Arc<[Slot]>,
+    pub(super) slots: Arc<[Slot]>,
     wiring: Wiring,
     files: BootFiles,
-    serial: Option<Arc<SerialDevice>>,
+    pub(super) serial: Option<Arc<SerialDevice>>,
     button: Arc<dyn Line>,
     pub(super) balloon: Option<Arc<balloon::Port>>,
+    /// What a snapshot says of the machine.
+    pub(super) identity: Identity,
+    /// What it has that no snapshot can hold.
+    pub(super) excluded: Option<String>,
+    /// It comes from a snapshot: until it is started its devices stand still.
+    asleep: bool,
+    /// What lies under guest memory is a snapshot; whether core dumps shall hold guest memory.
+    from_snapshot: bool,
+    dump_guest_core: bool,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
-    vm: Arc<VmFd>,
-    memory: Arc<GuestMemory>,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) memory: Arc<GuestMemory>,
 }
 
 impl Microvm {
@@ -86,6 +96,10 @@ impl Microvm {
         let Environment { inherited, main_loop, guest_events, serial, chardevs } = environment;
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
+        let source = match &config.incoming {
+            Some(incoming) => Some(Source::open(incoming, config)?),
+            None => None,
+        };
         let workers = Workers::new(config);
         let mut others = Others { chardevs, main_loop, balloon: None };
         let (occupants, ports) = slots::fill(config, &inherited, &workers, &mut others)?;
@@ -95,7 +109,10 @@ impl Microvm {
         // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.
         let (kvm, vm) = cpu::open(&inherited)?;
         x86_64::prepare_vm(&kvm, &vm)?;
-        let memory = Arc::new(memory::build(&config.memory, &config.machine)?);
+        let memory = Arc::new(match &source {
+            Some(source) => source.memory(config)?,
+            None => memory::build(&config.memory, &config.machine)?,
+        });
         memory::register(&vm, &memory)?;
         irq::create_controllers(&vm)?;
         let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
@@ -131,11 +148,18 @@ impl Microvm {
             clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;
-        let dirty = memory::may_be_dirty(&config.memory);
-        let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
-        if let Some(first) = vcpus.first() {
-            state.apply(first.fd())?;
+        let from_snapshot = source.is_some();
+        match source {
+            Some(source) => source.apply(&vm, &vcpus, &slots, serial.as_deref())?,
+            None => {
+                let dirty = memory::may_be_dirty(&config.memory);
+                let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
+                if let Some(first) = vcpus.first() {
+                    state.apply(first.fd())?;
+                }
+            }
         }
+        let identity = Identity::new(config, serial.is_some(), slots.len());
         let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
         let balloon = others.balloon;
         Ok(Self {
@@ -148,9 +172,27 @@ impl Microvm {
             serial,
             button: line(BUTTON_IRQ),
             balloon,
+            identity,
+            excluded: config.snapshot_exclusion(),
+            asleep: from_snapshot,
+            from_snapshot,
+            dump_guest_core: config.machine.dump_guest_core,
             vm,
             memory,
         })
+    }
+
+    /// Starts the vCPUs, once.
+    pub(super) fn start(&mut self, paused: bool) -> Result<(), MachineError> {
+        if !std::mem::take(&mut self.asleep) {
+            return Ok(self.vcpus.start(paused)?);
+        }
+        self.vcpus.start(true)?;
+        self.wake_devices()?;
+        if !paused {
+            self.vcpus.resume();
+        }
+        Ok(())
     }
 
     /// Presses the power button. A guest that has not asked for its interrupt does not notice.
@@ -167,7 +209,9 @@ impl Microvm {
             serial.reset();
         }
         irq::reset_controllers(&self.vm)?;
-        if self.wiring.clears_memory {
+        if std::mem::take(&mut self.from_snapshot) {
+            memory::renew(&self.memory, self.dump_guest_core)?;
+        } else if self.wiring.clears_memory {
             // As after power-on: what ran before is nobody's business, and its pages need not be kept.
             let ram = Discarder::new(Arc::clone(&self.memory));
             if let Err(error) = ram.discard(0, u64::MAX) {

@@ -17,6 +17,7 @@ mod microvm;
 mod others;
 mod replaceable;
 mod slots;
+mod snapshot;
 
 use std::collections::HashMap;
 use std::io;
@@ -33,8 +34,10 @@ use crate::inherit::Inherited;
 use crate::irq::IrqError;
 use crate::memory::MemoryError;
 use crate::net::NetError;
+use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use crate::virtio::rng::RngError;
+use crate::virtio::state::StateError;
 use crate::virtio::vsock::VsockError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
@@ -156,6 +159,34 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// What a snapshot cannot hold.
+    #[error("{0} cannot be used with snapshots")]
+    Excluded(String),
+    /// The snapshot, or the place for one.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The snapshot is of another machine.
+    #[error("-incoming: {field} differs: {saved} in the snapshot, {here} in this VM")]
+    Mismatch {
+        /// What differs.
+        field: &'static str,
+        /// As it was.
+        saved: String,
+        /// As it is.
+        here: String,
+    },
+    /// A device cannot be saved or restored.
+    #[error("{device}: {source}")]
+    State {
+        /// Which one.
+        device: String,
+        /// Why not.
+        #[source]
+        source: StateError,
+    },
+    /// What was to be written down.
+    #[error("cannot write the state down: {0}")]
+    Encode(#[source] io::Error),
     /// Devices that do not fit the slots.
     #[error(transparent)]
     Hotplug(#[from] Refusal),
@@ -185,7 +216,7 @@ impl Machine {
 
     /// Starts the vCPUs, once. With `paused` they stay out of the guest until [`resume`](Self::resume).
     pub fn start(&mut self, paused: bool) -> Result<(), MachineError> {
-        self.board.as_mut().map_or(Ok(()), |b| b.vcpus.start(paused).map_err(Into::into))
+        self.board.as_mut().map_or(Ok(()), |b| b.start(paused))
     }
 
     /// Returns when no vCPU runs the guest. After an error (one did not stop within ten seconds) all of them go on.

@@ -19,6 +19,7 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
+use crate::virtio::state::StateError;
 use crate::virtio::{Doorbell, VirtioDevice, Worker};
 
 const CMDLINE_WINDOWS: u64 = 0xf010_0000;
@@ -44,6 +45,18 @@ pub(super) struct Occupant {
 pub(super) struct Slot {
     pub(super) id: Option<String>,
     pub(super) transport: Arc<MmioTransport>,
+}
+
+impl Slot {
+    /// An error of the device in this slot, which is the one with this number.
+    pub(super) fn error(&self, number: usize, source: StateError) -> MachineError {
+        let device = match &self.id {
+            Some(id) => format!("device \"{id}\""),
+            None if number < MICROVM_BLOCK_SLOTS => format!("block slot {number}"),
+            None => format!("network slot {}", number.saturating_sub(MICROVM_BLOCK_SLOTS)),
+        };
+        MachineError::State { device, source }
+    }
 }
 
 /// The I/O threads of a VM by name. A thread starts when a guest first drives a device on it.

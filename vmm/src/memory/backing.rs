@@ -38,6 +38,11 @@ impl Backing {
         Ok(Self { file: file.map(Arc::new), shared: wish.shared, huge })
     }
 
+    /// The file of a snapshot: only read, whatever the guest writes.
+    pub(super) fn snapshot(file: &File) -> io::Result<Self> {
+        Ok(Self { file: Some(Arc::new(file.try_clone()?)), shared: false, huge: false })
+    }
+
     /// Whether RAM is made of the host's huge pages. Those must be reserved when they are mapped: a guest that touches one that is
     /// not there any more ends the VMM with SIGBUS.
     pub(super) fn huge(&self) -> bool {

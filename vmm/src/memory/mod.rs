@@ -7,6 +7,7 @@ mod backing;
 pub mod discard;
 pub mod layout;
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -133,9 +134,46 @@ pub fn may_be_dirty(memory: &MemoryConfig) -> bool {
 pub fn build(memory: &MemoryConfig, machine: &MachineConfig) -> Result<GuestMemory, MemoryError> {
     let wish = Wish::new(memory, machine);
     let backing = Backing::open(&wish)?;
+    map_all(memory, &wish, &backing)
+}
+
+/// Maps guest RAM that was saved to `file`, which has exactly its size: privately, so that pages come in when the guest needs them and are
+/// its own only once it writes.
+pub fn restore(
+    memory: &MemoryConfig,
+    machine: &MachineConfig,
+    file: &File,
+) -> Result<GuestMemory, MemoryError> {
+    let failed = |source| MemoryError::Map { size: memory.size, source };
+    map_all(memory, &Wish::new(memory, machine), &Backing::snapshot(file).map_err(failed)?)
+}
+
+/// Puts new pages, all zero, in place of guest RAM, whatever lay under it. Nobody may use RAM meanwhile.
+pub fn renew(memory: &GuestMemory, dump_guest_core: bool) -> Result<(), MemoryError> {
+    for region in memory.iter() {
+        let failed = |source| MemoryError::Map { size: region.len(), source };
+        let size = usize::try_from(region.len()).map_err(|e| failed(io::Error::other(e)))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: replaces exactly the region's own mapping by one of the same size and access, which the region goes on to own. KVM follows
+        // by itself (MMU notifiers).
+        let place = unsafe { libc::mmap(region.as_ptr().cast(), size, access, flags, -1, 0) };
+        if place == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        if !dump_guest_core {
+            // SAFETY: as above, and the advice changes core dumps only.
+            unsafe { rustix::mm::madvise(place, size, Advice::LinuxDontDump) }
+                .map_err(|e| failed(e.into()))?;
+        }
+    }
+    Ok(())
+}
+
+fn map_all(memory: &MemoryConfig, wish: &Wish<'_>, backing: &Backing) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::with_capacity(2);
     for range in layout::ram(memory.size) {
-        regions.push(map(range, &backing, &wish)?);
+        regions.push(map(range, backing, wish)?);
     }
     if wish.prealloc {
         for region in &regions {
@@ -278,6 +316,21 @@ mod tests {
         assert_eq!(std::fs::metadata(&file).unwrap().len(), 16 << 20);
         // Only the file that was asked for by name stays.
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_snapshot_is_mapped_privately_and_gone_when_renewed() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7], 4096).unwrap();
+        let config = MemoryConfig { size: 16 << 20, path: None, prealloc: false, backends: Vec::new() };
+        let memory = restore(&config, &machine(false), &file).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(4096)).unwrap(), 7);
+        memory.write_obj(8u8, GuestAddress(4096)).unwrap();
+        let again = restore(&config, &machine(false), &file).unwrap();
+        assert_eq!(again.read_obj::<u8>(GuestAddress(4096)).unwrap(), 7);
+        renew(&again, false).unwrap();
+        assert_eq!(again.read_obj::<u8>(GuestAddress(4096)).unwrap(), 0);
     }
 
     #[test]

@@ -163,6 +163,13 @@ pub(super) const COMMANDS: &[Spec] = &[
         Ok(Action::Control(Command::DeviceDel(plug::name(a, "id")?)))
     }),
     command("getfd", &[must("fdname", Text)], NOTHING, getfd),
+    command(
+        "migrate",
+        &[must("uri", Text), may("blk", Any), may("inc", Any), may("detach", Any)],
+        NOTHING,
+        |a, _| Ok(Action::Control(Command::Migrate(plug::name(a, "uri")?))),
+    ),
+    answer!("migrate_cancel", &[], NOTHING, json!({})),
     command("netdev_add", plug::NETDEV, NOTHING, |a, d| plug::netdev(a, d).map(Action::Control)),
     command("netdev_del", plug::ID, NOTHING, |a, _| {
         Ok(Action::Control(Command::NetdevDel(plug::name(a, "id")?)))
@@ -206,6 +213,7 @@ pub(super) const COMMANDS: &[Spec] = &[
     ),
     answer!("query-machines", &[], MACHINES, answers::machines()),
     control!("query-mem", QueryMem, NOTHING),
+    control!("query-migrate", QueryMigrate, Object(&[must("status", Text)])),
     answer!("query-migrate-capabilities", &[], List(&Any), json!([])),
     control!("query-name", QueryName, Object(&[may("name", Text)])),
     control!("query-named-block-nodes", QueryNamedBlockNodes, List(&Object(NODE))),

@@ -48,6 +48,10 @@ impl Vm for FakeVm {
     fn reset(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
+    fn save(&mut self, dir: &std::path::Path) -> Result<(), BoxError> {
+        self.1.lock().unwrap().push(format!("save {}", dir.display()));
+        Ok(())
+    }
     fn press_power_button(&mut self) {}
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         let words = match request {

@@ -1,7 +1,7 @@
 //! The lists of system calls: who may call what, and why.
 //!
 //! Anything not here ends the process. Opening files by name is for the main thread, which does so when a client plugs a disk or a NIC;
-//! files that are there, for nothing makes or empties one. Making connections, running programs, changing privileges and mapping memory as code are not here at all.
+//! files that are there, for nothing makes or empties one but a snapshot, which makes new ones. Making connections, running programs, changing privileges and mapping memory as code are not here at all.
 
 use std::collections::BTreeMap;
 
@@ -120,6 +120,27 @@ const OPENING: &[(c_long, u32)] = &[
     (libc::SYS_open, 1),
 ];
 
+/// The main thread besides, when a client can ask for a snapshot: a new directory with new files, which takes the place of an old one.
+const SAVING: &[c_long] = &[
+    libc::SYS_getdents64,
+    libc::SYS_flock,
+    libc::SYS_mkdirat,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_mkdir,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rename,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rmdir,
+];
+
+/// How a file of a snapshot is made: one that is there is never opened so, nor emptied.
+const NEW: u32 = (libc::O_CREAT | libc::O_EXCL).unsigned_abs();
+
 /// What makes a file or takes its contents away (O_TMPFILE without O_DIRECTORY, which it includes).
 const MAKING: u32 = (libc::O_CREAT | libc::O_TRUNC | (libc::O_TMPFILE & !libc::O_DIRECTORY)).unsigned_abs();
 /// What the log file is opened with: nothing can be read through it, and nothing written over.
@@ -165,10 +186,11 @@ enum Verdict {
         mask: u32,
         value: u32,
     },
-    /// `open`, `openat`: of what is there, and perhaps of a log file.
+    /// `open`, `openat`: of what is there, and perhaps of a log file, or of a new file.
     Open {
         flags: u32,
         appends: bool,
+        saves: bool,
     },
     /// `ioctl`: one of KVM's requests, or one of the lists.
     Ioctl {
@@ -184,10 +206,15 @@ pub(super) fn compile(kind: Kind, needs: Needs) -> Result<BpfProgram, SandboxErr
     let mut verdicts: BTreeMap<c_long, Verdict> = COMMON.iter().map(|n| (*n, Verdict::Allow)).collect();
     if kind == Kind::Main {
         verdicts.extend(MAIN.iter().map(|n| (*n, Verdict::Allow)));
-        if needs.removes_names {
+        if needs.saves {
+            verdicts.extend(SAVING.iter().map(|n| (*n, Verdict::Allow)));
+        }
+        if needs.removes_names || needs.saves {
             verdicts.extend(REMOVAL.iter().map(|n| (*n, Verdict::Allow)));
         }
-        let open = |(n, flags): &(c_long, u32)| (*n, Verdict::Open { flags: *flags, appends: rotates_log });
+        let open = |(n, flags): &(c_long, u32)| {
+            (*n, Verdict::Open { flags: *flags, appends: rotates_log, saves: needs.saves })
+        };
         verdicts.extend(OPENING.iter().map(open));
         // What the C library looks up an interface's name with; it can be connected to nothing.
         let unix = Verdict::Masked { argument: 0, mask: u32::MAX, value: libc::AF_UNIX.unsigned_abs() };
@@ -299,7 +326,7 @@ fn leaf(verdict: Verdict, program: &mut BpfProgram) -> usize {
             op(RETURN, ALLOW),
             op(RETURN, TRAP),
         ],
-        Verdict::Open { flags, appends } => {
+        Verdict::Open { flags, appends, saves } => {
             let mut code = vec![
                 op(LOAD, ARGUMENTS_OFFSET + 8 * flags),
                 op(AND, MAKING),
@@ -311,6 +338,14 @@ fn leaf(verdict: Verdict, program: &mut BpfProgram) -> usize {
                     op(LOAD, ARGUMENTS_OFFSET + 8 * flags),
                     op(AND, APPENDING),
                     jump(JUMP_EQ, APPENDING, 0, 1),
+                    op(RETURN, ALLOW),
+                ]);
+            }
+            if saves {
+                code.extend([
+                    op(LOAD, ARGUMENTS_OFFSET + 8 * flags),
+                    op(AND, MAKING | NEW),
+                    jump(JUMP_EQ, NEW, 0, 1),
                     op(RETURN, ALLOW),
                 ]);
             }
@@ -372,10 +407,13 @@ mod tests {
 
     #[test]
     fn exactly_the_listed_numbers_pass() {
-        for (kind, rotates_log, removes_names) in
-            [(Kind::Worker, false, true), (Kind::Main, false, false), (Kind::Main, true, true)]
-        {
-            let needs = Needs { rotates_log, removes_names, ..Needs::default() };
+        for (kind, rotates_log, removes_names, saves) in [
+            (Kind::Worker, false, true, true),
+            (Kind::Main, false, false, false),
+            (Kind::Main, true, true, false),
+            (Kind::Main, true, false, true),
+        ] {
+            let needs = Needs { rotates_log, removes_names, saves, ..Needs::default() };
             let program = compile(kind, needs).unwrap();
             assert!(program.len() < 256, "{}", program.len());
             for number in (0..1000).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
@@ -384,7 +422,8 @@ mod tests {
                     || (kind == Kind::Main
                         && (MAIN.contains(&n)
                             || OPENING.iter().any(|(open, _)| *open == n)
-                            || (removes_names && REMOVAL.contains(&n))))
+                            || (saves && SAVING.contains(&n))
+                            || ((removes_names || saves) && REMOVAL.contains(&n))))
                     || (rotates_log && ROTATION.contains(&n))
                     || [libc::SYS_mmap, libc::SYS_mprotect].contains(&n);
                 // Depends on an argument, which is 0 here.
@@ -438,6 +477,27 @@ mod tests {
                         "{number} {flags:#o} {rotates_log}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_snapshot_makes_new_files_only() {
+        let flags = |flags: i32| flags.unsigned_abs();
+        let program = compile(Kind::Main, Needs { saves: true, ..Needs::default() }).unwrap();
+        for (flags, want) in [
+            (flags(libc::O_RDONLY | libc::O_CLOEXEC), true),
+            (NEW | flags(libc::O_WRONLY | libc::O_CLOEXEC), true),
+            (flags(libc::O_CREAT | libc::O_WRONLY), false),
+            (NEW | flags(libc::O_TRUNC), false),
+            (NEW | flags(libc::O_TMPFILE), false),
+            (flags(libc::O_WRONLY | libc::O_TRUNC), false),
+        ] {
+            for (number, at) in OPENING {
+                let mut arguments = [0; 6];
+                arguments[*at as usize] = flags;
+                let number = u32::try_from(*number).unwrap();
+                assert_eq!(allows(&program, number, arguments), want, "{number} {flags:#o}");
             }
         }
     }

@@ -42,6 +42,8 @@ pub struct Needs {
     pub rotates_log: bool,
     /// Remove sockets or the pid file at the end.
     pub removes_names: bool,
+    /// Make a snapshot when a client asks for one.
+    pub saves: bool,
     /// Remove sockets or the pid file from a directory of another user, as root: keeps CAP_DAC_OVERRIDE.
     pub foreign_directory: bool,
 }

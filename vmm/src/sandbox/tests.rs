@@ -39,7 +39,7 @@ fn confined(needs: Needs) {
 }
 
 const NEEDS: Needs =
-    Needs { seccomp: true, rotates_log: false, removes_names: false, foreign_directory: false };
+    Needs { seccomp: true, rotates_log: false, removes_names: false, saves: false, foreign_directory: false };
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {

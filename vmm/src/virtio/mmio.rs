@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::queue::{Layout, Queue};
+use super::queue::{Layout, Position, Queue};
 use super::status::{DEVICE_NEEDS_RESET, Effect, Status};
 use super::{
     ActivateError, Activation, ActiveQueue, Doorbell, F_VERSION_1, Interrupt, VirtioDevice, complain,
@@ -22,6 +22,8 @@ use super::{
 use crate::bus::BusDevice;
 use crate::irq::Line;
 use crate::memory::GuestMemory;
+
+mod state;
 
 /// Bytes that one window takes.
 pub const WINDOW_SIZE: u64 = 0x200;
@@ -106,6 +108,7 @@ struct QueueRegisters {
     ready: bool,
 }
 
+#[derive(Default)]
 struct Running {
     /// By queue number; `None` where the driver has not enabled the queue.
     notify: Vec<Option<Arc<EventFd>>>,
@@ -140,6 +143,8 @@ struct Registers {
     queue_sel: u32,
     queues: Vec<QueueRegisters>,
     running: Option<Running>,
+    /// The device has been stopped to be saved, or not been started after it was restored: where its queues stand.
+    suspended: Option<Vec<(u16, Position)>>,
 }
 
 /// One virtio device behind MMIO registers.
@@ -192,6 +197,7 @@ impl MmioTransport {
                 queue_sel: 0,
                 queues,
                 running: None,
+                suspended: None,
             }),
         })
     }
@@ -231,13 +237,10 @@ impl MmioTransport {
     fn reset_registers(&self, r: &mut Registers) {
         if let Some(running) = r.running.take() {
             // First no new notification, then no more work.
-            for (addr, queue, fd) in &running.bells {
-                if let Err(error) = self.doorbell.detach(*addr, *queue, fd) {
-                    tracing::warn!("virtio doorbell {addr:#x}/{queue} stays: {error}");
-                }
-            }
+            self.detach(&running);
             r.device.reset();
         }
+        r.suspended = None;
         r.status = Status::default();
         r.device_features_sel = 0;
         r.driver_features_sel = 0;
@@ -248,25 +251,50 @@ impl MmioTransport {
         self.signals.needs_reset.store(false, Ordering::Release);
     }
 
-    fn activate(&self, r: &mut Registers, base: u64) -> Result<(), ActivateError> {
+    fn detach(&self, running: &Running) {
+        for (addr, queue, fd) in &running.bells {
+            if let Err(error) = self.doorbell.detach(*addr, *queue, fd) {
+                tracing::warn!("virtio doorbell {addr:#x}/{queue} stays: {error}");
+            }
+        }
+    }
+
+    /// Builds the queues, which begin at zero or where `positions` say, and starts the device. Returns what notifies it; what did so
+    /// `before`, if it ran, does so again.
+    fn start(
+        &self,
+        r: &mut Registers,
+        before: &Running,
+        positions: &[(u16, Position)],
+    ) -> Result<Vec<Option<Arc<EventFd>>>, ActivateError> {
         let features = r.driver_features;
-        let mut queues = Vec::new();
-        let mut running = Running { notify: Vec::new(), bells: Vec::new(), has_bells: false };
+        let (mut queues, mut notifies) = (Vec::new(), Vec::new());
         let sizes = r.device.queue_sizes();
         for (index, (registers, max)) in (0u16..).zip(r.queues.iter().zip(sizes)) {
             if !registers.ready {
-                running.notify.push(None);
+                notifies.push(None);
                 continue;
             }
-            let queue = Queue::new(&self.memory, registers.layout, *max, features)
+            let mut queue = Queue::new(&self.memory, registers.layout, *max, features)
                 .map_err(|e| ActivateError::BadQueue(index, e))?;
-            let notify = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Host)?);
-            running.notify.push(Some(Arc::clone(&notify)));
+            if let Some((_, position)) = positions.iter().find(|(i, _)| *i == index) {
+                queue.go_on_at(*position);
+            }
+            let notify = match before.notify.get(usize::from(index)) {
+                Some(Some(notify)) => Arc::clone(notify),
+                _ => Arc::new(EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Host)?),
+            };
+            notifies.push(Some(Arc::clone(&notify)));
             queues.push(ActiveQueue { index, queue, notify });
         }
         let interrupt = Arc::clone(&self.signals) as Arc<dyn Interrupt>;
         let memory = Arc::clone(&self.memory);
         r.device.activate(Activation { memory, features, queues, interrupt })?;
+        Ok(notifies)
+    }
+
+    fn activate(&self, r: &mut Registers, base: u64) -> Result<(), ActivateError> {
+        let mut running = Running { notify: self.start(r, &Running::default(), &[])?, ..Running::default() };
         if r.device.wants_doorbell() {
             running.attach(&*self.doorbell, base);
         }

@@ -8,7 +8,7 @@
 //! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
 //! rng balloon console  small devices
-//! worker     I/O threads and the gate that reset waits at
+//! worker     I/O threads and the gate that reset waits at   state    what is saved of a transport and its device
 //! ```
 
 use std::io;
@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
+use queue::Position;
+use state::{DeviceState, StateError};
 
 pub mod balloon;
 pub mod blk;
@@ -28,6 +30,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod state;
 pub mod status;
 pub mod vsock;
 pub mod worker;
@@ -129,6 +132,19 @@ pub trait VirtioDevice: Send {
     /// Whether notifications will come often enough to pay for a doorbell, which costs the guest's start some time.
     fn wants_doorbell(&self) -> bool {
         true
+    }
+    /// Finishes what is in flight and stops touching rings and buffers; says where each ring stands. Only while the device runs, and the
+    /// driver does not. `activate` lets it go on as if nothing had been. Waits with a deadline; after an error the device runs.
+    fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
+        Err(StateError::Excluded("a device of this kind"))
+    }
+    /// The state besides the rings, of a device that does not run or was suspended.
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Err(StateError::Excluded("a device of this kind"))
+    }
+    /// Takes what [`save`](Self::save) has said of a device like this one. Nobody has driven it yet.
+    fn restore(&mut self, _: &DeviceState) -> Result<(), StateError> {
+        Err(StateError::Excluded("a device of this kind"))
     }
     /// The machine goes down for good: like [`reset`](Self::reset), then what the guest has written is made durable.
     fn shut_down(&mut self) -> io::Result<()> {

@@ -10,6 +10,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
+use serde::{Deserialize, Serialize};
+
 pub use super::chain::{Buffers, Chain, LastByte, MAX_BUFFERS, QueueError};
 use super::chain::{Table, host_address, walk};
 use super::{F_EVENT_IDX, F_INDIRECT_DESC};
@@ -21,8 +23,17 @@ pub const MAX_SIZE: u16 = MAX_BUFFERS as u16;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
+/// Where a ring stands with nothing in flight.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Of the next request to take.
+    pub avail: u16,
+    /// Of the next used entry.
+    pub used: u16,
+}
+
 /// What the driver wrote to the queue's registers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// Entries.
     pub size: u16,
@@ -216,6 +227,18 @@ impl Queue {
             used: self.used as u64,
             base: self.next_avail.wrapping_sub(unserved),
         }
+    }
+
+    /// Where the ring stands when the last `unserved` requests count as not taken. The others must have been completed and published.
+    pub(crate) fn position(&self, unserved: u16) -> Position {
+        Position { avail: self.next_avail.wrapping_sub(unserved), used: self.next_used }
+    }
+
+    /// Goes on at `position`, with nothing in flight. One that makes no sense shows when the next request is looked for.
+    pub(crate) fn go_on_at(&mut self, position: Position) {
+        self.in_flight.fill(0);
+        (self.next_avail, self.avail_seen) = (position.avail, position.avail);
+        (self.next_used, self.published) = (position.used, position.used);
     }
 
     /// Goes on where somebody else has stopped: at request `base`, with none in flight.

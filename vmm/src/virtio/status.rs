@@ -41,6 +41,14 @@ pub enum Effect {
 pub struct Status(u8);
 
 impl Status {
+    /// A field that was saved; `None` if no driver can have got there.
+    pub fn from_saved(bits: u8) -> Option<Self> {
+        let status = Self(bits);
+        let steps = [(DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)];
+        let ordered = steps.iter().all(|(bit, needs)| !status.has(*bit) || status.has(*needs));
+        (bits & !(OF_DRIVER | DEVICE_NEEDS_RESET) == 0 && ordered).then_some(status)
+    }
+
     /// As the driver reads it.
     pub fn bits(self) -> u8 {
         self.0
@@ -138,6 +146,14 @@ mod tests {
         ];
         for (state, write, fine, after) in cases {
             assert_eq!(Status(state).write(write, fine).0.bits(), after, "{state:#x} <- {write:#x}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_driver_can_reach_is_restored() {
+        for bits in 0..=u8::MAX {
+            let fine = matches!(bits & 0xf, 0 | 1 | 3 | 0xb | 0xf) && bits & 0x30 == 0;
+            assert_eq!(Status::from_saved(bits).is_some(), fine, "{bits:#x}");
         }
     }
 

@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::MmioTransport;
+use super::state::TransportState;
 use super::{Doorbell, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::Line;
@@ -159,6 +160,21 @@ impl Rig {
         let rings = (0..queues).map(|i| self.queue(i, size)).collect();
         self.driver_ok();
         rings
+    }
+
+    /// The device comes to a stand and goes on: in this transport as it is, or in one that has been reset and is given what was saved. Returns
+    /// what was.
+    pub(crate) fn stand_and_go_on(&self, elsewhere: bool) -> TransportState {
+        self.transport.suspend().unwrap();
+        let saved = self.transport.save().unwrap();
+        if elsewhere {
+            let text = serde_json::to_string(&saved).unwrap();
+            self.transport.reset();
+            self.transport.restore(&serde_json::from_str(&text).unwrap()).unwrap();
+            assert_eq!(self.transport.save().unwrap(), saved);
+        }
+        self.transport.resume().unwrap();
+        saved
     }
 
     pub(crate) fn kick(&self, ring: &Ring) {

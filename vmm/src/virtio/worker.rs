@@ -218,6 +218,16 @@ impl<T: Send + 'static> Gate<T> {
     }
 }
 
+/// Waits until the thread has done all that was posted before. False: it does not answer in time.
+pub(crate) fn io_thread_answers(io_thread: &LoopHandle, deadline: Instant) -> bool {
+    let (answer, answered) = std::sync::mpsc::channel();
+    io_thread.post(move |_| {
+        // The asker may have lost patience.
+        let _ = answer.send(());
+    });
+    answered.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok()
+}
+
 /// What a device runs from DRIVER_OK to reset, for devices that have nothing in flight when no handler of theirs runs.
 pub(crate) struct Session<T> {
     gate: Arc<Gate<T>>,
@@ -242,6 +252,28 @@ impl<T: Send + 'static> Session<T> {
             }
         });
         Self { gate, io_thread }
+    }
+
+    /// Ends the session and says what it left, which `read` takes out. `None`: there was none, or the thread hangs; then it goes on.
+    pub(crate) fn take<R>(
+        session: &mut Option<Self>,
+        wait: Duration,
+        read: impl FnOnce(&mut T) -> R,
+    ) -> Option<R> {
+        let deadline = Instant::now() + wait;
+        let Self { gate, io_thread } = session.as_ref()?;
+        if !io_thread_answers(io_thread, deadline) {
+            return None;
+        }
+        let mut left = None;
+        let closed = gate.close(io_thread, deadline, |state| {
+            left = Some(read(state));
+            true
+        });
+        if closed {
+            *session = None;
+        }
+        left
     }
 
     /// Ends the session, if there is one. False: a handler hangs in the host's kernel; the session stays, try again later.

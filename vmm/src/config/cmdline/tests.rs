@@ -231,7 +231,36 @@ fn each_bad_line_gets_one_clear_line() {
         ),
         ("-accel tcg -kernel /k", "-accel: unknown accelerator 'tcg': use kvm"),
         ("-cpu qemu64 -kernel /k", "-cpu: unknown CPU model 'qemu64': use host"),
-        ("-incoming tcp:1.2.3.4:5 -kernel /k", "-incoming is not supported in this version"),
+        ("-incoming tcp:1.2.3.4:5 -kernel /k", "-incoming: tcp is not supported in this version"),
+        (
+            "-incoming exec:cat -kernel /k",
+            "-incoming: invalid uri 'exec:cat': write file:/absolute/path/of/a/snapshot",
+        ),
+        (
+            "-incoming file:x -kernel /k",
+            "-incoming: 'x' is no absolute path: write file:/absolute/path/of/a/snapshot",
+        ),
+        ("-incoming file:/x,mapped=maybe -kernel /k", "-incoming: mapped=maybe: write on or off"),
+        (
+            "-incoming file:/x,compress=on -kernel /k",
+            "-incoming: unknown key 'compress' (known: mapped, verify)",
+        ),
+        (
+            "-incoming file:/x -kernel /k -mem-path /y",
+            "-incoming: -mem-path cannot be used with snapshots: leave it out",
+        ),
+        (
+            "-incoming file:/x -kernel /k -machine microvm,mem-share=on",
+            "-incoming: -machine mem-share=on cannot be used with snapshots: leave it out",
+        ),
+        (
+            "-incoming file:/x -kernel /k -device virtio-balloon-device,id=b",
+            "-incoming: device \"b\": virtio-balloon-device cannot be used with snapshots: leave it out",
+        ),
+        (
+            "-incoming file:/x -kernel /k -netdev tap,id=n,ifname=t,vhost=on -device virtio-net-device,netdev=n,id=e",
+            "-incoming: device \"e\": vhost=on cannot be used with snapshots: leave it out",
+        ),
         ("-numa node,nodeid=0 -kernel /k", "-numa is not supported in this version"),
         (
             "-kernel /k -device virtio-rng-device,rng=r",

@@ -2,7 +2,9 @@
 
 pub mod boot_state;
 mod cpuid;
+mod msrs;
 mod reset;
+pub mod state;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VmFd};

@@ -7,6 +7,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::queue::Position;
+use super::state::{DeviceState, StateError};
 use super::worker::{Gate, RESET_DEADLINE, Worker};
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
 use crate::block::Disk;
@@ -17,6 +19,7 @@ pub mod fuzz;
 mod port;
 mod request;
 mod serve;
+mod state;
 
 #[cfg(test)]
 mod port_tests;
@@ -26,6 +29,7 @@ mod tests;
 use port::{Medium, Session};
 pub use port::{Port, PortError, Stats};
 use serve::Server;
+pub use state::Saved;
 
 const DEVICE_TYPE: u32 = 2;
 
@@ -156,6 +160,21 @@ impl VirtioDevice for Blk {
 
     fn wants_doorbell(&self) -> bool {
         self.port.lock().medium.is_some()
+    }
+
+    fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
+        Ok(self.port.suspend()?.map(|position| (0, position)).into_iter().collect())
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Blk(self.port.save()))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Blk(saved) => self.port.restore(saved),
+            _ => Err(StateError::Malformed("device")),
+        }
     }
 
     fn shut_down(&mut self) -> io::Result<()> {

@@ -384,6 +384,19 @@ impl State {
         self.config = space;
     }
 
+    /// Offers what was offered to the driver of a device that was saved. `None`: no slot can have offered that.
+    pub(super) fn offer_again(&mut self, features: u64) -> Option<()> {
+        let always = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+        let always = always | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        let at_times = feature::RO | feature::WRITE_ZEROES | feature::DISCARD;
+        if features & always != always || features & !(always | at_times) != 0 {
+            return None;
+        }
+        self.features = features;
+        self.describe();
+        Some(())
+    }
+
     /// For the I/O thread.
     pub(super) fn medium(&self) -> Weak<Medium> {
         self.medium.as_ref().map_or_else(Weak::new, Arc::downgrade)

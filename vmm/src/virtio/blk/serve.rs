@@ -17,7 +17,7 @@ use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
 use crate::block::{Around, Engine, Op, Throttle};
 use crate::event::{EventFlags, Ops, Token};
-use crate::virtio::queue::{Queue, QueueError};
+use crate::virtio::queue::{Position, Queue, QueueError};
 use crate::virtio::worker::Gate;
 use crate::virtio::{Interrupt, complain, fd_of};
 
@@ -58,6 +58,8 @@ pub(super) struct Server {
     /// The ring made no sense, or the engine failed: only wait for what is in flight.
     broken: bool,
     parts: Parts,
+    /// No request is taken; told, once, when nothing is in flight.
+    quiet: Option<Option<Sender<()>>>,
     /// Told when nothing is in flight and the disk is let go. Dropped last: its other end takes that for the same.
     leaving: Option<Sender<()>>,
 }
@@ -148,11 +150,28 @@ pub(super) fn eject(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>, gone: Sender<()
     });
 }
 
+/// The device is to be suspended: from now on no request is taken. `quiet` is told when those in flight are done.
+pub(super) fn quiesce(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>, quiet: Sender<()>) {
+    gate.enter(|server| server.quiet = Some(Some(quiet)));
+    turn(gate, ops);
+}
+
+/// The device is not suspended after all.
+pub(super) fn go_on(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) {
+    gate.enter(|server| server.quiet = None);
+    turn(gate, ops);
+}
+
 /// The driver has notified, or the engine has something to give back.
 fn turn(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) {
     gate.enter(|server| {
         server.run();
         server.let_go_when_idle(gate, ops);
+        if server.busy == 0
+            && let Some(quiet) = server.quiet.as_mut().and_then(Option::take)
+        {
+            let _ = quiet.send(());
+        }
     });
 }
 
@@ -170,6 +189,7 @@ impl Server {
             spare: Vec::new(),
             broken: false,
             parts,
+            quiet: None,
             leaving: None,
         }
     }
@@ -236,8 +256,18 @@ impl Server {
         }
     }
 
+    /// Where the ring stands when nothing is in flight.
+    pub(super) fn position(&self) -> Position {
+        self.parts.queue.position(0)
+    }
+
     /// True: stopped with requests left.
     fn serve(&mut self) -> Result<bool, QueueError> {
+        if self.quiet.is_some() {
+            self.reap();
+            self.publish();
+            return Ok(false);
+        }
         self.parts.queue.disable_notify();
         let mut left = BATCH;
         loop {

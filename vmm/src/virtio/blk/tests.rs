@@ -521,3 +521,52 @@ fn a_qcow2_disk_is_a_disk_like_any_other() {
         }
     }
 }
+
+#[test]
+fn requests_go_on_after_a_snapshot() {
+    for aio in [Aio::IoUring, Aio::Threads, Aio::Off] {
+        for elsewhere in [false, true] {
+            // One request a second: the others wait in the ring.
+            let mut d = start(|drive| (drive.aio, drive.iops_total) = (Some(aio), Some(1)), !0);
+            for sector in 0..3 {
+                write_header(&d.rig, HEADER + 0x100 * sector, IN, sector);
+                d.ring.add(&[
+                    (HEADER + 0x100 * sector, 16, false),
+                    (BUFFER + 0x400 * sector, 512, true),
+                    (STATUS + sector, 1, true),
+                ]);
+            }
+            d.rig.kick(&d.ring);
+            d.rig.used(&mut d.ring);
+            let saved = d.rig.stand_and_go_on(elsewhere);
+            let position = saved.queues[0].position;
+            assert_eq!(position.avail, position.used, "nothing is in flight");
+            for sector in 1..3 {
+                d.rig.used(&mut d.ring);
+                assert_eq!(d.guest(BUFFER + 0x400 * sector, 512), [sector as u8; 512]);
+            }
+            assert_eq!(d.ring.next_used(), None);
+        }
+    }
+}
+
+#[test]
+fn another_disk_than_the_one_that_was_saved_is_refused() {
+    let d = start(|_| (), !0);
+    d.rig.transport.suspend().unwrap();
+    let saved = d.rig.transport.save().unwrap();
+    let text = serde_json::to_string(&saved).unwrap();
+    for (from, to, words) in [
+        ("\"SERIAL\"", "\"OTHER\"", "serial differs: \"OTHER\" in the snapshot, \"SERIAL\" in this VM"),
+        ("\"sectors\":64", "\"sectors\":65", "the size of the disk in sectors differs"),
+        ("\"read_only\":false", "\"read_only\":true", "readonly differs"),
+        ("\"disk\":{", "\"disk\":null,\"x\":{", "what is in the slot differs"),
+        ("\"blk\":{\"features\":", "\"blk\":{\"features\":9", "the saved set of features"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        d.rig.transport.reset();
+        let bad = serde_json::from_str(&text.replace(from, to)).unwrap();
+        let error = d.rig.transport.restore(&bad).unwrap_err().to_string();
+        assert!(error.starts_with(words), "{error}");
+    }
+}

@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 const DEVICE_READY: u16 = 0;
 const PORT_ADD: u16 = 1;
 const PORT_READY: u16 = 3;
@@ -18,8 +20,9 @@ const PORT_NAME: u16 = 7;
 /// `le32` port, `le16` event, `le16` value.
 pub(super) const HEADER: usize = 8;
 
-#[derive(Default)]
-struct Told {
+/// What has been said about one port, and what has to be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Told {
     console: bool,
     name: Option<String>,
     /// To say: the port is there, it is a console, it has this name.
@@ -56,6 +59,19 @@ pub(super) enum Effect {
 impl Control {
     pub(super) fn add(&mut self, nr: u8, console: bool, name: Option<String>, open: bool) {
         self.ports.insert(nr, Told { console, name, open, ..Told::default() });
+    }
+
+    /// How things stand with a port.
+    pub(super) fn told(&self, nr: u8) -> Told {
+        self.ports.get(&nr).cloned().unwrap_or_default()
+    }
+
+    /// Goes on from where things stood with a port that is there.
+    pub(super) fn go_on(&mut self, nr: u8, told: &Told) {
+        if let Some(port) = self.ports.get_mut(&nr) {
+            let Told { console, name, .. } = std::mem::take(port);
+            *port = Told { console, name, ..told.clone() };
+        }
     }
 
     /// The host's side of a port has opened or closed.

@@ -7,6 +7,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::queue::Position;
+use super::state::{DeviceState, SUSPEND_DEADLINE, StateError};
 use super::worker::{Gate, RESET_DEADLINE};
 use super::{
     ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
@@ -18,12 +20,14 @@ use crate::event::{EventFlags, LoopHandle, Ops};
 mod control;
 mod port;
 mod serve;
+mod state;
 
 #[cfg(test)]
 mod tests;
 
 use port::PortEnd;
 use serve::Server;
+pub use state::Saved;
 
 const DEVICE_TYPE: u32 = 3;
 const QUEUE_SIZE: u16 = 128;
@@ -56,6 +60,8 @@ pub struct Console {
     queue_sizes: Vec<u16>,
     main_loop: LoopHandle,
     session: Option<Arc<Gate<Server>>>,
+    /// How the ports of a suspended device stood.
+    carried: Option<Vec<state::Carried>>,
 }
 
 /// The queues of port `nr`: (to the driver, from the driver).
@@ -71,7 +77,7 @@ impl Console {
         // As many queues as there are ports, and not as there could be: a driver sets all of them up.
         let (_, last) = queues_of(ports.iter().map(|p| p.nr).max().unwrap_or(0));
         let queues = usize::from(last.max(CONTROL_FROM_DRIVER)) + 1;
-        Self { ports, queue_sizes: vec![QUEUE_SIZE; queues], main_loop, session: None }
+        Self { ports, queue_sizes: vec![QUEUE_SIZE; queues], main_loop, session: None, carried: None }
     }
 
     fn stop(&mut self, wait: Duration) -> bool {
@@ -124,7 +130,11 @@ impl VirtioDevice for Console {
                 }
             }
         }
-        let gate = Gate::new(Server::new(&self.ports, queues, multiport, Arc::clone(&interrupt)));
+        let mut server = Server::new(&self.ports, queues, multiport, Arc::clone(&interrupt));
+        if let Some(carried) = self.carried.take() {
+            server.go_on(carried);
+        }
+        let gate = Gate::new(server);
         for port in &self.ports {
             port.connect(Some(&gate));
         }
@@ -147,7 +157,35 @@ impl VirtioDevice for Console {
         false
     }
 
+    fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
+        let gate = self.session.clone().ok_or(StateError::Busy)?;
+        let mut stood = None;
+        // No handler runs: they run on the main loop, like this.
+        gate.close(&self.main_loop, Instant::now() + SUSPEND_DEADLINE, |server| {
+            stood = Some(server.stand());
+            true
+        });
+        let (positions, carried) = stood.ok_or(StateError::Busy)?;
+        for port in &self.ports {
+            port.connect(None);
+        }
+        (self.session, self.carried) = (None, Some(carried));
+        Ok(positions)
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Console(self.saved()))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Console(saved) => self.take_saved(saved),
+            _ => Err(StateError::Malformed("device")),
+        }
+    }
+
     fn reset(&mut self) {
+        self.carried = None;
         if !self.stop(RESET_DEADLINE) {
             tracing::error!("a character device hangs; virtio-serial stays down until it does not");
         }

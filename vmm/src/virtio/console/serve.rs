@@ -11,12 +11,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Effect};
 use super::port::PortEnd;
+use super::state::Carried;
 use super::{CONTROL_FROM_DRIVER, CONTROL_TO_DRIVER, queues_of};
-use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::queue::{Chain, Position, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt, complain};
 
 /// Bytes of one port on their way to the guest.
-const STAGED_MAX: usize = 4096;
+pub(super) const STAGED_MAX: usize = 4096;
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
 /// Requests, or chunks of a large one, of one queue in one turn.
@@ -29,6 +30,8 @@ struct Ring {
     queue: ActiveQueue,
     chain: Chain,
     held: bool,
+    /// Bytes of the request in hand that are taken; of the next one, if none is in hand, those that were taken before a suspension.
+    taken: usize,
 }
 
 struct PortState {
@@ -54,7 +57,7 @@ type More = bool;
 
 impl Ring {
     fn new(queue: ActiveQueue) -> Self {
-        Self { queue, chain: Chain::default(), held: false }
+        Self { queue, chain: Chain::default(), held: false, taken: 0 }
     }
 
     /// Makes sure that there is a request in hand. False: there is none, and the driver tells when there is.
@@ -65,6 +68,10 @@ impl Ring {
         }
         while !self.held {
             self.held = queue.pop(&mut self.chain)?;
+            if self.held && self.taken > 0 {
+                let length = usize::try_from(self.chain.readable.len()).unwrap_or(usize::MAX);
+                self.chain.readable.advance(self.taken.min(length));
+            }
             if !self.held {
                 if !queue.enable_notify()? {
                     return Ok(false);
@@ -76,7 +83,7 @@ impl Ring {
     }
 
     fn complete(&mut self, written: usize) {
-        self.held = false;
+        (self.held, self.taken) = (false, 0);
         self.queue.queue.complete(self.chain.head, u32::try_from(written).unwrap_or(u32::MAX));
     }
 
@@ -123,6 +130,33 @@ impl Server {
         let (to_driver, from_driver) =
             if multiport { (take(CONTROL_TO_DRIVER), take(CONTROL_FROM_DRIVER)) } else { (None, None) };
         Self { ports, control, to_driver, from_driver, interrupt, broken: false }
+    }
+
+    /// Where each ring stands, and each port, when no handler runs.
+    pub(super) fn stand(&self) -> (Vec<(u16, Position)>, Vec<Carried>) {
+        let of_ports = self.ports.iter().flat_map(|p| [&p.to_guest, &p.from_guest]);
+        let rings = of_ports.chain([&self.to_driver, &self.from_driver]).flatten();
+        let positions = rings.map(|r| (r.queue.index, r.queue.queue.position(u16::from(r.held))));
+        let ports = self.ports.iter().map(|p| Carried {
+            nr: p.end.nr,
+            told: self.control.told(p.end.nr),
+            staged: p.staged.iter().copied().collect(),
+            guest_open: p.guest_open,
+            taken: p.from_guest.as_ref().map_or(0, |r| r.taken),
+        });
+        (positions.collect(), ports.collect())
+    }
+
+    /// Before it serves: how the ports stood.
+    pub(super) fn go_on(&mut self, carried: Vec<Carried>) {
+        for Carried { nr, told, staged, guest_open, taken } in carried {
+            let Some(port) = self.position(nr).and_then(|at| self.ports.get_mut(at)) else { continue };
+            self.control.go_on(nr, &told);
+            (port.staged, port.guest_open) = (staged.into(), guest_open);
+            if let Some(ring) = &mut port.from_guest {
+                ring.taken = taken;
+            }
+        }
     }
 
     /// Queues that are served, and what their drivers signal.
@@ -256,6 +290,7 @@ impl Server {
             let mut bytes = [0; CHUNK];
             let part = bytes.get_mut(..room.min(CHUNK)).unwrap_or_default();
             let count = ring.chain.readable.take(part);
+            ring.taken += count;
             port.end.backend.write(part.get(..count).unwrap_or_default());
             if ring.chain.readable.is_empty() {
                 ring.complete(0);

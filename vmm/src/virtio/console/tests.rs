@@ -324,3 +324,28 @@ fn a_reset_in_mid_flight_leaves_guest_and_host_alone() {
     });
     assert_eq!(b.guest(at, 8), [0; 8]);
 }
+
+#[test]
+fn bytes_on_their_way_arrive_once_after_a_snapshot() {
+    for elsewhere in [false, true] {
+        let mut b = bench();
+        b.introduce();
+        b.host(1, |front| front.opened());
+        assert_eq!(b.hear_control(), (1, 6, 1));
+        // The host takes three of ten bytes, and has sent some that the guest has no buffer for.
+        b.hosts[1].room.store(3, Ordering::SeqCst);
+        b.rig.memory.write_slice(b"0123456789", GuestAddress(DATA)).unwrap();
+        let head = b.rings[TX1].add(&[(DATA, 10, false)]);
+        b.rig.kick(&b.rings[TX1]);
+        b.rig.wait(|| (b.hosts[1].got.lock().unwrap().len() == 3).then_some(()));
+        b.host(1, |front| front.receive(b"input"));
+        for _ in 0..2 {
+            b.rig.stand_and_go_on(elsewhere);
+        }
+        b.hosts[1].room.store(100, Ordering::SeqCst);
+        b.host(1, |front| front.writable());
+        assert_eq!(b.rig.used(&mut b.rings[TX1]), (u32::from(head), 0));
+        assert_eq!(*b.hosts[1].got.lock().unwrap(), b"0123456789");
+        assert_eq!(b.hear(RX1), b"input");
+    }
+}

@@ -12,6 +12,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::queue::Position;
+use super::state::{DeviceState, StateError};
 use super::worker::{RESET_DEADLINE, Worker};
 use super::{
     ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, read_config_bytes,
@@ -25,6 +27,7 @@ mod port;
 mod rx;
 mod serve;
 mod session;
+mod state;
 mod turn;
 mod tx;
 mod vhost;
@@ -33,6 +36,7 @@ mod vhost;
 mod tests;
 
 pub use port::{NotInserted, Port, PortError};
+pub use state::Saved;
 
 use port::State;
 use serve::{Rings, Server};
@@ -83,6 +87,8 @@ pub struct NetOptions {
 pub struct Net {
     port: Arc<Port>,
     queue_sizes: Vec<u16>,
+    /// What the driver of a suspended device had set up.
+    carried: Option<state::Carried>,
 }
 
 impl Net {
@@ -94,7 +100,7 @@ impl Net {
         let pairs = backend.as_ref().filter(|_| multi_queue).map_or(1, |b| b.taps().len().max(1));
         let port = Port::new(backend, pairs, mac, worker);
         // The control queue comes last.
-        Self { port, queue_sizes: vec![size; 2 * pairs + 1] }
+        Self { port, queue_sizes: vec![size; 2 * pairs + 1], carried: None }
     }
 
     /// The way to the device once it is in its transport.
@@ -156,7 +162,10 @@ impl VirtioDevice for Net {
         let io_thread = state.worker.start().map_err(ActivateError::Host)?;
         state.io_thread = Some(io_thread.clone());
         let face = Arc::clone(&self.port.face);
-        let server = Server::new(rings, features, memory, face, Arc::clone(&interrupt));
+        let mut server = Server::new(rings, features, memory, face, Arc::clone(&interrupt));
+        if let Some(carried) = self.carried.take() {
+            server.go_on(carried);
+        }
         state.session = Some(Session::start(server, state.backend.clone(), io_thread, interrupt));
         Ok(())
     }
@@ -165,7 +174,24 @@ impl VirtioDevice for Net {
         self.port.occupied()
     }
 
+    fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
+        let (positions, carried) = self.port.suspend()?;
+        self.carried = Some(carried);
+        Ok(positions)
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Net(self.port.save(self.carried)?))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Net(saved) = state else { return Err(StateError::Malformed("device")) };
+        self.carried = self.port.restore(saved)?;
+        Ok(())
+    }
+
     fn reset(&mut self) {
+        self.carried = None;
         let mut state = self.port.lock();
         if !stop(&mut state, RESET_DEADLINE) {
             tracing::error!("a tap hangs; the network device stays down until it does not");

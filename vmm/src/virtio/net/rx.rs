@@ -10,7 +10,7 @@ use std::io;
 use super::feature;
 use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
-use crate::virtio::queue::{Buffers, Chain, Lent, MAX_BUFFERS, QueueError};
+use crate::virtio::queue::{Buffers, Chain, Lent, MAX_BUFFERS, Position, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// Header and largest packet (§5.1.6.3.1), with a VLAN tag.
@@ -51,6 +51,11 @@ impl Receiver {
             want: ORDINARY,
             calm: 0,
         }
+    }
+
+    /// Where the ring stands, buffers in hand not counted as taken.
+    pub(super) fn position(&self) -> Position {
+        self.queue.queue.position(self.chains.len() as u16)
     }
 
     /// For the kernel to serve: buffers in hand count as not taken.

@@ -10,13 +10,14 @@ use super::control::{self, Command};
 use super::feature;
 use super::port::Face;
 use super::rx::Receiver;
+use super::state::Carried;
 use super::turn::Ended;
 use super::tx::Sender;
 use super::vhost::LentPair;
 use crate::event::Token;
 use crate::memory::GuestMemory;
 use crate::net::{Offloads, Tap};
-use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::queue::{Chain, Position, QueueError};
 use crate::virtio::{ActivateError, ActiveQueue, Interrupt, complain};
 
 /// Commands per wake-up.
@@ -132,6 +133,29 @@ impl Server {
             interrupt,
             broken: false,
         }
+    }
+
+    /// Where each ring stands when no handler runs, buffers in hand not counted as taken; and what the driver has set up.
+    pub(super) fn stand(&self) -> (Vec<(u16, Position)>, Carried) {
+        let of_pair = |p: &Pair| {
+            let (rx, tx) = (&p.rx.queue, &p.tx.queue);
+            [(rx.index, p.rx.position()), (tx.index, tx.queue.position(0))]
+        };
+        let control = self.control.iter().map(|c| (c.queue.index, c.queue.queue.position(0)));
+        let positions = self.pairs.iter().flat_map(of_pair).chain(control).collect();
+        let bits = [
+            (self.offloads.checksum, feature::GUEST_CSUM),
+            (self.offloads.tso4, feature::GUEST_TSO4),
+            (self.offloads.tso6, feature::GUEST_TSO6),
+        ];
+        let offloads = bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit);
+        (positions, Carried { pairs: self.enabled as u16, offloads })
+    }
+
+    /// Before it serves: what the driver had set up.
+    pub(super) fn go_on(&mut self, carried: Carried) {
+        self.enabled = usize::from(carried.pairs).clamp(1, self.pairs.len().max(1));
+        self.offloads = offloads(carried.offloads & self.features);
     }
 
     pub(super) fn notify_control(&self) -> Option<Arc<EventFd>> {

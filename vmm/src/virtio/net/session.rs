@@ -9,9 +9,11 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use super::serve::Server;
+use super::state::Carried;
 use super::vhost::Events;
 use crate::event::{EventFlags, LoopHandle, Ops};
 use crate::net::Backend;
+use crate::virtio::queue::Position;
 use crate::virtio::worker::Gate;
 use crate::virtio::{Interrupt, fd_of};
 
@@ -73,6 +75,18 @@ impl Session {
         server.driver_watches.clear();
         let interrupt = Arc::clone(&server.interrupt);
         Ok(Self::start(server, None, io_thread, interrupt))
+    }
+
+    /// Ends it and says where it stood. `None`: the I/O thread does not answer; the session goes on.
+    pub(super) fn suspend(&self, wait: Duration) -> Option<(Vec<(u16, Position)>, Carried)> {
+        let deadline = Instant::now() + wait;
+        settle(&self.io_thread, deadline).ok()?;
+        let mut stood = None;
+        let closed = self.gate.close(&self.io_thread, deadline, |server| {
+            stood = Some(server.stand());
+            true
+        });
+        stood.filter(|_| closed)
     }
 
     /// Gives the running device taps; the guest sees its link come up.

@@ -336,3 +336,44 @@ fn a_deleted_tap_takes_the_link_down_and_the_device_goes_on() {
         nic.transmit(&[(DATA, 72, false)]);
     });
 }
+
+#[test]
+fn packets_go_on_after_a_snapshot() {
+    for elsewhere in [false, true] {
+        let mut nic = start(!0);
+        for i in 0..4 {
+            nic.rx.add(&[(DATA + 0x1000 * i, 0x1000, true)]);
+        }
+        nic.rig.kick(&nic.rx);
+        for seed in 0..4 {
+            let bytes = packet(300, seed);
+            nic.arrive(&bytes);
+            assert_eq!(nic.rig.used(&mut nic.rx).1, 312);
+            assert_eq!(nic.guest(DATA + 0x1000 * u64::from(seed) + 12, 300), bytes[12..]);
+            let saved = nic.rig.stand_and_go_on(elsewhere);
+            let position = saved.queues[0].position;
+            assert_eq!((position.avail, position.used), (u16::from(seed) + 1, u16::from(seed) + 1));
+        }
+        nic.put(DATA, &packet(60, 9));
+        nic.transmit(&[(DATA, 72, false)]);
+        assert_eq!(nic.sent().unwrap(), packet(60, 9));
+    }
+}
+
+#[test]
+fn another_nic_than_the_one_that_was_saved_is_refused() {
+    let nic = start(!0);
+    nic.rig.transport.suspend().unwrap();
+    let text = serde_json::to_string(&nic.rig.transport.save().unwrap()).unwrap();
+    for (from, to, words) in [
+        ("\"mac\":[82", "\"mac\":[2", "mac differs: \"02:54:00:01:02:03\" in the snapshot"),
+        ("\"present\":true", "\"present\":false", "what is in the slot differs"),
+        ("\"pairs\":1,\"carried", "\"pairs\":2,\"carried", "the number of queue pairs differs"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        nic.rig.transport.reset();
+        let bad = serde_json::from_str(&text.replace(from, to)).unwrap();
+        let error = nic.rig.transport.restore(&bad).unwrap_err().to_string();
+        assert!(error.starts_with(words), "{error}");
+    }
+}

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::queue::Position;
+use super::state::{DeviceState, SUSPEND_DEADLINE, StateError};
 use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
@@ -103,6 +105,19 @@ impl VirtioDevice for Rng {
         });
         self.session = Some(Session::start(io_thread, server, "virtio-rng", interrupt, start));
         Ok(())
+    }
+
+    fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
+        let left = Session::take(&mut self.session, SUSPEND_DEADLINE, |server| vec![(0, server.position())]);
+        left.ok_or(StateError::Busy)
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Rng)
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        if *state == DeviceState::Rng { Ok(()) } else { Err(StateError::Malformed("device")) }
     }
 
     /// A guest draws some bytes a minute.

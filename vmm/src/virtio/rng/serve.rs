@@ -18,7 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::limit::Limiter;
 use super::source::Source;
-use crate::virtio::queue::{Chain, Queue, QueueError};
+use crate::virtio::queue::{Chain, Position, Queue, QueueError};
 use crate::virtio::{Interrupt, complain};
 
 /// Bytes given to one request at most: a device may fill less than it is offered (§5.4.6), and a request for 4 GiB must not
@@ -106,6 +106,11 @@ impl Server {
             buffer: vec![0; PER_REQUEST].into(),
             broken: false,
         }
+    }
+
+    /// Where the ring stands; a request that waits for bytes counts as not taken.
+    pub(super) fn position(&self) -> Position {
+        self.queue.position(u16::from(self.held))
     }
 
     /// Serves what can be served now.

@@ -203,3 +203,63 @@ fn says_what_is_wrong_with_a_source() {
         );
     }
 }
+
+#[test]
+fn a_request_that_waits_goes_on_after_a_snapshot() {
+    for elsewhere in [false, true] {
+        let mut b = bench(None, !0);
+        b.pipe.write_all(b"abc").unwrap();
+        let head = b.ask(&[(DATA, 3, true)]);
+        assert_eq!(b.rig.used(&mut b.ring), (head, 3));
+        let head = b.ask(&[(DATA, 4, true)]);
+        for _ in 0..2 {
+            let saved = b.rig.stand_and_go_on(elsewhere);
+            assert_eq!((saved.queues[0].position.avail, saved.queues[0].position.used), (1, 1));
+        }
+        b.pipe.write_all(b"defg").unwrap();
+        assert_eq!(b.rig.used(&mut b.ring), (head, 4));
+        b.still_works();
+    }
+}
+
+#[test]
+fn what_no_driver_has_done_is_not_restored() {
+    type Change = fn(&mut crate::virtio::state::TransportState);
+    let b = bench(None, !0);
+    b.rig.transport.suspend().unwrap();
+    let saved = b.rig.transport.save().unwrap();
+    let cases: [(Change, &str); 10] = [
+        (|s| s.device_type = 2, "the virtio device type differs"),
+        (|s| s.status = 4, "the saved device status"),
+        (|s| s.status = 0x2f, "the saved device status"),
+        (|s| s.driver_features |= 1, "the set of features differs"),
+        (|s| s.driver_features = 0, "the set of features differs"),
+        (|s| s.interrupt_status = 4, "the saved interrupt status"),
+        (|s| s.queues.clear(), "the number of queues differs"),
+        (|s| s.queues[0].layout.size = 3, "queue 0: "),
+        (|s| s.queues[0].layout.device = RAM - 8, "queue 0: "),
+        (
+            |s| s.device = DeviceState::Console(serde_json::from_str(r#"{"ports":[]}"#).unwrap()),
+            "the saved device",
+        ),
+    ];
+    for (change, text) in cases {
+        let mut bad = saved.clone();
+        change(&mut bad);
+        b.rig.transport.reset();
+        let error = b.rig.transport.restore(&bad).unwrap_err().to_string();
+        assert!(error.starts_with(text), "{error}");
+    }
+    // Positions are the ring's own business: the device finds out.
+    let mut bad = saved;
+    bad.queues[0].position.avail = 0x8000;
+    b.rig.transport.reset();
+    b.rig.transport.restore(&bad).unwrap();
+    b.rig.transport.resume().unwrap();
+    b.rig.wait_needs_reset();
+    // And so it stays over a snapshot, until its driver resets it.
+    b.rig.stand_and_go_on(true);
+    assert!(b.rig.needs_reset());
+    let mut b = b;
+    b.still_works();
+}

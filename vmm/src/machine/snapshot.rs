@@ -1,0 +1,313 @@
+//! Saving a machine and building one from what was saved: owns which sections there are, and in which order the parts of a machine come to
+//! a stand and go on.
+//!
+//! ```text
+//! save:     (vCPUs are out of the guest) · devices suspended · controllers, clock, vCPUs, devices · memory · devices go on
+//! restore:  memory mapped, vCPUs and devices made as for any VM · serial port · controllers · clock · vCPUs · registers of devices
+//!           ... the machine is started: devices go on · vCPUs
+//! ```
+//!
+//! Devices go on last, because they write to memory and interrupt. They are started from a vCPU's thread, so that their I/O threads are
+//! born with the sandbox of one.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_ioctls::VmFd;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::microvm::Microvm;
+use super::slots::Slot;
+use super::{Machine, MachineError};
+use crate::config::{Incoming, Smp, VmConfig};
+use crate::cpu::x86_64::state::{self, Part, VcpuState};
+use crate::cpu::{CpuError, Vcpu};
+use crate::device::{SavedSerial, SerialDevice};
+use crate::irq::saved;
+use crate::memory::{self, GuestMemory};
+use crate::snapshot::{Draft, Format, Opened, Pages, SnapshotError, StateWriter};
+use crate::virtio::state::TransportState;
+
+/// Of every section that this version writes.
+const VERSION: u16 = 1;
+
+/// Section names.
+const MACHINE: &str = "machine";
+const CLOCK: &str = "clock";
+const SERIAL: &str = "serial";
+const SLOT: &str = "slot";
+
+/// What must be the same in the VM that is restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Identity {
+    machine: String,
+    arch: String,
+    topology: SavedSmp,
+    memory: u64,
+    serial: bool,
+    slots: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedSmp {
+    cpus: u8,
+    max_cpus: u8,
+    sockets: u8,
+    dies: u8,
+    clusters: u8,
+    cores: u8,
+    threads: u8,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedMachine {
+    identity: Identity,
+    /// Pages of guest memory that are not zero, and their checksum.
+    pages: u64,
+    checksum: u32,
+}
+
+impl Identity {
+    pub(super) fn new(config: &VmConfig, has_serial: bool, slots: usize) -> Self {
+        let Smp { cpus, max_cpus, sockets, dies, clusters, cores, threads } = config.smp.clone();
+        Self {
+            machine: config.machine.kind.to_string(),
+            arch: std::env::consts::ARCH.into(),
+            topology: SavedSmp { cpus, max_cpus, sockets, dies, clusters, cores, threads },
+            memory: config.memory.size,
+            serial: has_serial,
+            slots,
+        }
+    }
+
+    /// Compares what can be known before anything is built; `self` is what was saved.
+    fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
+        let here = Self::new(config, config.serial.is_some(), self.slots);
+        differs("-machine", &self.machine, &here.machine)?;
+        differs("the architecture", &self.arch, &here.arch)?;
+        differs("-smp cpus", &self.topology.cpus, &here.topology.cpus)?;
+        differs("the topology of -smp", &self.topology, &here.topology)?;
+        differs("-m", &self.memory, &here.memory)?;
+        differs("-serial", &self.serial, &here.serial)
+    }
+}
+
+fn differs<T: PartialEq + std::fmt::Debug>(
+    field: &'static str,
+    saved: &T,
+    here: &T,
+) -> Result<(), MachineError> {
+    if saved == here {
+        return Ok(());
+    }
+    Err(MachineError::Mismatch { field, saved: format!("{saved:?}"), here: format!("{here:?}") })
+}
+
+/// A snapshot that a machine is being built from.
+pub(super) struct Source {
+    opened: Opened,
+    pages: Pages,
+    identity: Identity,
+    mapped: bool,
+}
+
+impl Source {
+    /// Opens the snapshot, and refuses one of another machine.
+    pub(super) fn open(incoming: &Incoming, config: &VmConfig) -> Result<Self, MachineError> {
+        let mut opened = Opened::open(&incoming.dir)?;
+        let saved: SavedMachine = take_json(&mut opened, MACHINE, 0)?;
+        saved.identity.check(config)?;
+        let pages = Pages { size: config.memory.size, count: saved.pages, checksum: saved.checksum };
+        if incoming.verify {
+            opened.verify(&pages)?;
+        }
+        Ok(Self { opened, pages, identity: saved.identity, mapped: incoming.mapped })
+    }
+
+    /// Guest memory, as it was saved.
+    pub(super) fn memory(&self, config: &VmConfig) -> Result<GuestMemory, MachineError> {
+        if self.mapped {
+            let file = self.opened.memory(&self.pages)?;
+            return Ok(memory::restore(&config.memory, &config.machine, file)?);
+        }
+        let memory = memory::build(&config.memory, &config.machine)?;
+        self.opened.read_into(&memory, &self.pages)?;
+        Ok(memory)
+    }
+
+    /// Gives the rest of a new machine its state. Its devices stand still until [`go_on`].
+    pub(super) fn apply(
+        mut self,
+        vm: &VmFd,
+        vcpus: &[Vcpu],
+        slots: &[Slot],
+        serial: Option<&SerialDevice>,
+    ) -> Result<(), MachineError> {
+        differs("the number of devices", &self.identity.slots, &slots.len())?;
+        if let Some(serial) = serial {
+            let saved: SavedSerial = take_json(&mut self.opened, SERIAL, 0)?;
+            if !serial.restore(&saved) {
+                return Err(self.nonsense(SERIAL, 0));
+            }
+        }
+        for name in saved::PARTS {
+            saved::write_controller(vm, name, &self.need(name, 0)?)?;
+        }
+        state::write_clock(vm, &self.need(CLOCK, 0)?)?;
+        for (vcpu, instance) in vcpus.iter().zip(0..) {
+            let state = VcpuState::from_parts(|name| self.need(name, instance))?;
+            if instance == 0 {
+                state.check_features(vcpu.fd())?;
+            }
+            state.write(vcpu.fd())?;
+        }
+        for (slot, instance) in slots.iter().zip(0..) {
+            let saved: TransportState = take_json(&mut self.opened, SLOT, instance)?;
+            slot.transport.restore(&saved).map_err(|source| slot.error(instance as usize, source))?;
+        }
+        let sections = std::mem::take(&mut self.opened.sections);
+        sections.finish().map_err(|format| self.opened.damaged(format))?;
+        Ok(())
+    }
+
+    fn need(&mut self, name: &'static str, instance: u32) -> Result<Vec<u8>, MachineError> {
+        need(&mut self.opened, name, instance)
+    }
+
+    fn nonsense(&self, name: &str, instance: u32) -> MachineError {
+        let format = Format::Malformed(format!("section {name}.{instance} makes no sense"));
+        self.opened.damaged(format).into()
+    }
+}
+
+fn need(opened: &mut Opened, name: &'static str, instance: u32) -> Result<Vec<u8>, MachineError> {
+    let section = opened.sections.need(name, instance, VERSION);
+    Ok(section.map_err(|format| opened.damaged(format))?.bytes)
+}
+
+fn take_json<T: DeserializeOwned>(
+    opened: &mut Opened,
+    name: &'static str,
+    instance: u32,
+) -> Result<T, MachineError> {
+    let bytes = need(opened, name, instance)?;
+    serde_json::from_slice(&bytes).map_err(|e| {
+        let format = Format::Malformed(format!("section {name}.{instance} makes no sense: {e}"));
+        opened.damaged(format).into()
+    })
+}
+
+impl Machine {
+    /// Saves the machine, which must be paused, to the directory `dir`, and leaves it as it was. After an error what was in `dir` is
+    /// still there.
+    pub fn save(&mut self, dir: &Path) -> Result<(), MachineError> {
+        let board = self.board.as_ref().ok_or_else(|| MachineError::Excluded("-machine none".into()))?;
+        board.check_exclusions()?;
+        // Before the devices stand still: what is most likely to fail.
+        let draft = Draft::create(dir)?;
+        let result = board.suspend().and_then(|()| board.write(&draft));
+        let resumed = go_on(&board.slots);
+        draft.finish(result?)?;
+        resumed
+    }
+}
+
+/// Lets all devices go on; the first failure is returned, the others are logged.
+pub(super) fn go_on(slots: &[Slot]) -> Result<(), MachineError> {
+    let mut result = Ok(());
+    for (number, slot) in slots.iter().enumerate() {
+        if let Err(source) = slot.transport.resume() {
+            let error = slot.error(number, source);
+            tracing::error!("{error}");
+            result = result.and(Err(error));
+        }
+    }
+    result
+}
+
+impl Microvm {
+    /// After the vCPUs' threads have started and before they run: devices of a restored machine go on.
+    pub(super) fn wake_devices(&self) -> Result<(), MachineError> {
+        let failure = Arc::new(Mutex::new(None));
+        let (slots, told) = (Arc::clone(&self.slots), Arc::clone(&failure));
+        self.vcpus.each(move |vcpu| {
+            if vcpu.index() == 0
+                && let Err(error) = go_on(&slots)
+            {
+                *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+            Ok(())
+        })?;
+        let failure = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn check_exclusions(&self) -> Result<(), MachineError> {
+        if let Some(what) = &self.excluded {
+            return Err(MachineError::Excluded(what.clone()));
+        }
+        // What has been plugged since.
+        for (number, slot) in self.slots.iter().enumerate() {
+            slot.transport.save().map_err(|source| slot.error(number, source))?;
+        }
+        Ok(())
+    }
+
+    fn suspend(&self) -> Result<(), MachineError> {
+        for (number, slot) in self.slots.iter().enumerate() {
+            slot.transport.suspend().map_err(|source| slot.error(number, source))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the whole state of the machine, whose vCPUs and devices stand still, and writes its memory.
+    fn write(&self, draft: &Draft) -> Result<StateWriter, MachineError> {
+        let pages = draft.write_memory(&self.memory)?;
+        let mut writer = StateWriter::default();
+        let mut add = |name: &'static str, instance: u32, bytes: &[u8]| {
+            let result = writer.add(name, instance, VERSION, bytes);
+            result.map_err(|format| SnapshotError::Damaged { path: draft.target().join("state"), format })
+        };
+        let machine =
+            SavedMachine { identity: self.identity.clone(), pages: pages.count, checksum: pages.checksum };
+        add(MACHINE, 0, &json(&machine)?)?;
+        if let Some(serial) = &self.serial {
+            add(SERIAL, 0, &json(&serial.saved())?)?;
+        }
+        for (name, bytes) in saved::read_controllers(&self.vm)? {
+            add(name, 0, &bytes)?;
+        }
+        add(CLOCK, 0, &state::read_clock(&self.vm)?)?;
+        for (instance, parts) in (0..).zip(self.vcpu_states()?) {
+            for (name, bytes) in parts {
+                add(name, instance, &bytes)?;
+            }
+        }
+        for ((number, slot), instance) in self.slots.iter().enumerate().zip(0..) {
+            let state = slot.transport.save().map_err(|source| slot.error(number, source))?;
+            add(SLOT, instance, &json(&state)?)?;
+        }
+        Ok(writer)
+    }
+
+    /// By vCPU. Each is read on its own thread.
+    fn vcpu_states(&self) -> Result<Vec<Vec<Part>>, MachineError> {
+        let states = Arc::new(Mutex::new(vec![Vec::new(); usize::from(self.identity.topology.cpus)]));
+        let told = Arc::clone(&states);
+        self.vcpus.each(move |vcpu| -> Result<(), CpuError> {
+            let parts = VcpuState::read(vcpu.fd())?.parts();
+            let mut states = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(place) = states.get_mut(usize::from(vcpu.index())) {
+                *place = parts;
+            }
+            Ok(())
+        })?;
+        let states = std::mem::take(&mut *states.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(states)
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<Vec<u8>, MachineError> {
+    serde_json::to_vec(value).map_err(|e| MachineError::Encode(e.into()))
+}

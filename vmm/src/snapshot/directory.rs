@@ -1,0 +1,401 @@
+//! The directory of a snapshot: owns that it is there as a whole or not at all.
+//!
+//! ```text
+//!   Draft::create ─▶ DIR.partial-XXXXXXXX ─▶ write_memory ─▶ finish: state, sync, rename ─▶ DIR
+//!                            └─ dropped, or killed: removed by the drop, or by the next save to DIR
+//! ```
+//!
+//! A kill leaves the directory of a draft. Its file `memory` was locked by the one who wrote it, so the next one can tell.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
+
+use super::sections::{FILE_MAX, Format, Sections, StateWriter};
+use super::{Pages, SnapshotError, pages};
+use crate::memory::GuestMemory;
+
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const PARTIAL: &str = ".partial-";
+/// A draft that is older than this, and that nobody holds, was left by a process that is gone.
+const STALE: Duration = Duration::from_secs(60);
+
+fn host<'a>(path: &'a Path, what: &'static str) -> impl Fn(io::Error) -> SnapshotError + use<'a> {
+    move |source| SnapshotError::Host { path: path.into(), what, source }
+}
+
+fn place(path: &Path, problem: &'static str) -> SnapshotError {
+    SnapshotError::Place { path: path.into(), problem }
+}
+
+/// A snapshot in the making.
+pub struct Draft {
+    target: PathBuf,
+    /// The directory beside it.
+    partial: PathBuf,
+    memory: File,
+    placed: bool,
+}
+
+impl Draft {
+    /// Begins a snapshot that is to be `target`: a path that does not exist, an empty directory, or a snapshot, which stays as it is
+    /// until the new one is complete.
+    pub fn create(target: &Path) -> Result<Self, SnapshotError> {
+        let target = match std::fs::symlink_metadata(target) {
+            // The directory itself is what will be replaced.
+            Ok(data) if data.is_symlink() => {
+                std::fs::canonicalize(target).map_err(host(target, "follow the link"))?
+            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(host(target, "look at it")(e)),
+            _ => target.to_owned(),
+        };
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(place(&target, "is no name for a directory"));
+        };
+        check_target(&target)?;
+        let name = name.to_string_lossy();
+        remove_stale(parent, &format!("{name}{PARTIAL}"));
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let partial = parent.join(format!("{name}{PARTIAL}{}", id.get(..8).unwrap_or(&id)));
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&partial)
+            .map_err(host(&target, "make a directory beside it"))?;
+        let path = partial.join(MEMORY);
+        let memory = match create(&path) {
+            Ok(memory) => memory,
+            Err(e) => {
+                remove(&partial);
+                return Err(host(&path, "make it")(e));
+            }
+        };
+        let draft = Self { target, partial, memory, placed: false };
+        // Held until it is complete. Nobody else knows the name, so nobody else holds it.
+        rustix::fs::flock(&draft.memory, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|e| host(&path, "lock it")(e.into()))?;
+        Ok(draft)
+    }
+
+    /// Where it is to be.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Writes guest RAM, once. Nothing may write to RAM meanwhile.
+    pub fn write_memory(&self, memory: &GuestMemory) -> Result<Pages, SnapshotError> {
+        let path = self.target.join(MEMORY);
+        let pages = pages::write(memory, &self.memory).map_err(host(&path, "write it"))?;
+        self.memory.sync_data().map_err(host(&path, "write it"))?;
+        Ok(pages)
+    }
+
+    /// Writes the state, and puts the snapshot in its place.
+    pub fn finish(mut self, state: StateWriter) -> Result<(), SnapshotError> {
+        let path = self.target.join(STATE);
+        let mut file = create(&self.partial.join(STATE)).map_err(host(&path, "make it"))?;
+        file.write_all(&state.finish()).and_then(|()| file.sync_data()).map_err(host(&path, "write it"))?;
+        let sync =
+            |path: &Path| File::open(path).and_then(|dir| dir.sync_all()).map_err(host(path, "sync it"));
+        sync(&self.partial)?;
+        // Again: it may have been filled meanwhile.
+        if check_target(&self.target)? {
+            rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)
+                .map_err(|e| host(&self.target, "exchange it for the new one")(e.into()))?;
+            // Now the name of the old one.
+            remove(&self.partial);
+        } else {
+            std::fs::rename(&self.partial, &self.target).map_err(host(&self.target, "give it its name"))?;
+        }
+        self.placed = true;
+        self.target.parent().map_or(Ok(()), sync)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.placed {
+            remove(&self.partial);
+        }
+    }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Whether `target` is a snapshot; an error if it is something else that must not be lost.
+fn check_target(target: &Path) -> Result<bool, SnapshotError> {
+    let entries = match std::fs::read_dir(target) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            return Err(place(target, "is a file: name a directory, or one that does not exist yet"));
+        }
+        Err(e) => return Err(host(target, "look into it")(e)),
+    };
+    let mut used = false;
+    for entry in entries {
+        let entry = entry.map_err(host(target, "look into it"))?;
+        used = true;
+        if ![STATE, MEMORY].iter().any(|name| entry.file_name() == *name) {
+            return Err(place(target, "holds other files than a snapshot: choose another directory"));
+        }
+    }
+    Ok(used)
+}
+
+/// Removes a directory of a snapshot, as far as it is one.
+fn remove(dir: &Path) {
+    for name in [STATE, MEMORY] {
+        // A draft has not always both; what else is wrong shows when the directory does not go.
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+    if let Err(error) = std::fs::remove_dir(dir) {
+        tracing::warn!("{}: cannot remove it: {error}", dir.display());
+    }
+}
+
+/// Removes what earlier saves to the same place have left when they were killed. Best effort: what stays costs only space.
+fn remove_stale(parent: &Path, prefix: &str) {
+    let Ok(entries) = std::fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(prefix) {
+            continue;
+        }
+        let now = SystemTime::now();
+        let age = entry.metadata().and_then(|m| m.modified()).map(|then| now.duration_since(then));
+        let held = match File::open(entry.path().join(MEMORY)) {
+            Ok(memory) => rustix::fs::flock(&memory, FlockOperation::NonBlockingLockShared).is_err(),
+            Err(_) => false,
+        };
+        if !held && matches!(age, Ok(Ok(age)) if age > STALE) {
+            remove(&entry.path());
+        }
+    }
+}
+
+/// A snapshot that is being restored: its state, and the file of its memory.
+#[derive(Debug)]
+pub struct Opened {
+    dir: PathBuf,
+    /// What was saved.
+    pub sections: Sections,
+    memory: File,
+    length: u64,
+}
+
+impl Opened {
+    /// Opens the snapshot `dir` and reads its state.
+    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+        if !dir.is_dir() {
+            return Err(place(dir, "no such directory, or none that this process may read"));
+        }
+        let path = dir.join(STATE);
+        let (file, length) = open_plain(&path)?;
+        let damaged = |path: PathBuf, format| SnapshotError::Damaged { path, format };
+        if length > FILE_MAX as u64 {
+            return Err(damaged(path, Format::TooLarge(length)));
+        }
+        let mut bytes = Vec::with_capacity(length as usize);
+        // Not more than it was long, if it grows meanwhile.
+        file.take(FILE_MAX as u64 + 1).read_to_end(&mut bytes).map_err(host(&path, "read it"))?;
+        let sections = Sections::parse(&bytes).map_err(|format| damaged(path, format))?;
+        let (memory, length) = open_plain(&dir.join(MEMORY))?;
+        Ok(Self { dir: dir.into(), sections, memory, length })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// An error about the file `state`.
+    pub fn damaged(&self, format: Format) -> SnapshotError {
+        SnapshotError::Damaged { path: self.dir.join(STATE), format }
+    }
+
+    fn damaged_memory(&self, format: Format) -> SnapshotError {
+        SnapshotError::Damaged { path: self.dir.join(MEMORY), format }
+    }
+
+    /// The file `memory`, to be mapped privately, if it is as long as it was written.
+    pub fn memory(&self, saved: &Pages) -> Result<&File, SnapshotError> {
+        if self.length != saved.size {
+            return Err(self.damaged_memory(Format::Length { want: saved.size, got: self.length }));
+        }
+        Ok(&self.memory)
+    }
+
+    /// Reads all of the file `memory` and compares it with what was written.
+    pub fn verify(&self, saved: &Pages) -> Result<(), SnapshotError> {
+        let path = self.dir.join(MEMORY);
+        let found = pages::examine(self.memory(saved)?, saved.size).map_err(host(&path, "read it"))?;
+        if found == *saved {
+            Ok(())
+        } else {
+            Err(self.damaged_memory(Format::Checksum("guest memory".into())))
+        }
+    }
+
+    /// Copies the file `memory` into guest RAM, which is all zero.
+    pub fn read_into(&self, memory: &GuestMemory, saved: &Pages) -> Result<(), SnapshotError> {
+        let path = self.dir.join(MEMORY);
+        let found = pages::read(self.memory(saved)?, memory).map_err(host(&path, "read it"))?;
+        if found == *saved {
+            Ok(())
+        } else {
+            Err(self.damaged_memory(Format::Checksum("guest memory".into())))
+        }
+    }
+}
+
+/// Opens a plain file for reading; returns its length.
+fn open_plain(path: &Path) -> Result<(File, u64), SnapshotError> {
+    // A pipe without a writer would block here.
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(host(path, "open it"))?;
+    let data = file.metadata().map_err(host(path, "look at it"))?;
+    if data.is_file() { Ok((file, data.len())) } else { Err(place(path, "is no plain file")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt as _;
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    fn ram(byte: u8) -> GuestMemory {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        memory.write_obj(byte, GuestAddress(4096)).unwrap();
+        memory
+    }
+
+    fn save(dir: &Path, byte: u8) -> Result<Pages, SnapshotError> {
+        let draft = Draft::create(dir)?;
+        let pages = draft.write_memory(&ram(byte))?;
+        let mut state = StateWriter::default();
+        state.add("byte", 0, 1, &[byte]).unwrap();
+        draft.finish(state)?;
+        Ok(pages)
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    fn saved(dir: &Path) -> u8 {
+        Opened::open(dir).unwrap().sections.need("byte", 0, 1).unwrap().bytes[0]
+    }
+
+    #[test]
+    fn a_snapshot_is_new_or_takes_the_place_of_the_old_one() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("template");
+        for byte in [1, 2] {
+            let pages = save(&dir, byte).unwrap();
+            assert_eq!(
+                (names(home.path()), names(&dir)),
+                (vec!["template".into()], vec![MEMORY.into(), STATE.into()])
+            );
+            assert_eq!(saved(&dir), byte);
+            let opened = Opened::open(&dir).unwrap();
+            opened.verify(&pages).unwrap();
+            let copy = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+            opened.read_into(&copy, &pages).unwrap();
+            assert_eq!(copy.read_obj::<u8>(GuestAddress(4096)).unwrap(), byte);
+        }
+        // An empty directory, and a link to a snapshot.
+        let empty = home.path().join("empty");
+        std::fs::create_dir(&empty).unwrap();
+        save(&empty, 3).unwrap();
+        let link = home.path().join("link");
+        std::os::unix::fs::symlink(&dir, &link).unwrap();
+        save(&link, 4).unwrap();
+        assert_eq!((saved(&empty), saved(&dir)), (3, 4));
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn what_is_not_finished_leaves_no_trace_and_the_old_one_in_place() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("template");
+        save(&dir, 1).unwrap();
+        let draft = Draft::create(&dir).unwrap();
+        draft.write_memory(&ram(2)).unwrap();
+        assert_eq!(names(home.path()).len(), 2);
+        drop(draft);
+        assert_eq!((names(home.path()), saved(&dir)), (vec!["template".into()], 1));
+    }
+
+    #[test]
+    fn drafts_of_the_dead_go_and_those_of_the_living_stay() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("template");
+        let old = |name: &str| {
+            let path = home.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            let memory = File::create(path.join(MEMORY)).unwrap();
+            File::open(&path).unwrap().set_modified(SystemTime::now() - 2 * STALE).unwrap();
+            memory
+        };
+        let living = old("template.partial-11111111");
+        rustix::fs::flock(&living, FlockOperation::LockExclusive).unwrap();
+        old("template.partial-22222222");
+        old("other.partial-33333333");
+        save(&dir, 1).unwrap();
+        assert_eq!(names(home.path()), ["other.partial-33333333", "template", "template.partial-11111111"]);
+    }
+
+    #[test]
+    fn a_place_that_holds_something_else_is_refused() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let full = home.path().join("full");
+        std::fs::create_dir(&full).unwrap();
+        std::fs::write(full.join("notes"), "x").unwrap();
+        for (path, text) in [
+            (file.clone(), "is a file"),
+            (full.clone(), "holds other files"),
+            (home.path().join("none/dir"), "cannot make a directory"),
+            ("/".into(), "is no name"),
+        ] {
+            let error = save(&path, 1).unwrap_err().to_string();
+            assert!(error.contains(text), "{error}");
+        }
+        assert_eq!(names(home.path()), ["file", "full"]);
+    }
+
+    #[test]
+    fn damaged_snapshots_are_named() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("s");
+        let text = |dir: &Path| Opened::open(dir).unwrap_err().to_string();
+        assert!(text(&dir).contains("no such directory"), "{}", text(&dir));
+        let pages = save(&dir, 1).unwrap();
+        let memory = OpenOptions::new().write(true).open(dir.join(MEMORY)).unwrap();
+        memory.write_all_at(&[9], 4096).unwrap();
+        let error = Opened::open(&dir).unwrap().verify(&pages).unwrap_err().to_string();
+        assert!(error.contains("memory: guest memory: the checksum does not match"), "{error}");
+        memory.set_len(4096).unwrap();
+        let error = Opened::open(&dir).unwrap().memory(&pages).unwrap_err().to_string();
+        assert!(error.contains("is 4096 bytes long and should be 1048576"), "{error}");
+        std::fs::remove_file(dir.join(MEMORY)).unwrap();
+        assert!(text(&dir).contains("memory: cannot open it"), "{}", text(&dir));
+        std::fs::write(dir.join(STATE), "FLOTILLA").unwrap();
+        assert!(text(&dir).contains("state: is 8 bytes long"), "{}", text(&dir));
+        File::create(dir.join(STATE)).unwrap().set_len(FILE_MAX as u64 + 1).unwrap();
+        assert!(text(&dir).contains("too large"), "{}", text(&dir));
+        std::fs::remove_file(dir.join(STATE)).unwrap();
+        rustix::fs::mknodat(CWD, dir.join(STATE), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(text(&dir).contains("no plain file"), "{}", text(&dir));
+    }
+}

@@ -1,0 +1,92 @@
+//! What is saved of a disk or an empty slot, and how a running device comes to a stand for it.
+//!
+//! ```text
+//!   runs ── quiesce: takes no new requests ──▶ nothing in flight, all told ── gate closed ──▶ suspended ── activate ──▶ runs
+//!     ▲                                              │ deadline
+//!     └──────────────────── goes on ─────────────────┘
+//! ```
+//!
+//! What is on the disk is not saved, nor where it is: only what the guest knows of it.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::port::Port;
+use super::serve;
+use crate::block::SECTOR;
+use crate::event::Ops;
+use crate::virtio::queue::Position;
+use crate::virtio::state::{SUSPEND_DEADLINE, StateError, same};
+
+/// A block device as its guest knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// As it was offered to the driver.
+    features: u64,
+    /// `None`: an empty slot.
+    disk: Option<SavedDisk>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedDisk {
+    sectors: u64,
+    serial: String,
+    read_only: bool,
+}
+
+impl Port {
+    /// Ends the session with nothing in flight; says where the ring stands. After an error the session goes on.
+    pub(super) fn suspend(&self) -> Result<Option<Position>, StateError> {
+        let deadline = Instant::now() + SUSPEND_DEADLINE;
+        let Some(session) = self.lock().session.clone() else { return Ok(None) };
+        let (quiet, is_quiet) = channel();
+        let gate = Arc::clone(&session.gate);
+        session.io_thread.post(move |ops: &mut Ops<'_>| serve::quiesce(&gate, ops, quiet));
+        if is_quiet.recv_timeout(SUSPEND_DEADLINE).is_err() {
+            let gate = Arc::clone(&session.gate);
+            session.io_thread.post(move |ops: &mut Ops<'_>| serve::go_on(&gate, ops));
+            return Err(StateError::Busy);
+        }
+        let mut position = None;
+        let closed = session.gate.close(&session.io_thread, deadline, |server| {
+            position = Some(server.position());
+            true
+        });
+        if !closed {
+            return Err(StateError::Busy);
+        }
+        self.lock().session = None;
+        Ok(position)
+    }
+
+    pub(super) fn save(&self) -> Saved {
+        let state = self.lock();
+        let disk = state.medium.as_ref().map(|medium| SavedDisk {
+            sectors: medium.disk.size() / SECTOR,
+            serial: text(&medium.serial),
+            read_only: medium.read_only,
+        });
+        Saved { features: state.features, disk }
+    }
+
+    pub(super) fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let here = self.save();
+        let there = |disk: &Option<SavedDisk>| if disk.is_some() { "a disk" } else { "an empty slot" };
+        same("what is in the slot", &there(&saved.disk), &there(&here.disk))?;
+        if let (Some(saved), Some(here)) = (&saved.disk, &here.disk) {
+            same("serial", &saved.serial, &here.serial)?;
+            same("readonly", &saved.read_only, &here.read_only)?;
+            same("the size of the disk in sectors", &saved.sectors, &here.sectors)?;
+        }
+        self.lock().offer_again(saved.features).ok_or(StateError::Malformed("set of features"))
+    }
+}
+
+/// A serial number as people write it.
+fn text(serial: &[u8]) -> String {
+    let end = serial.iter().position(|b| *b == 0).unwrap_or(serial.len());
+    String::from_utf8_lossy(serial.get(..end).unwrap_or_default()).into_owned()
+}

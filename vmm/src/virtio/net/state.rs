@@ -1,0 +1,69 @@
+//! What is saved of a NIC or an empty slot. Packets are not: what the tap holds stays there, as on any link that is down for a while.
+
+use serde::{Deserialize, Serialize};
+
+use super::port::Port;
+use crate::virtio::queue::Position;
+use crate::virtio::state::{SUSPEND_DEADLINE, StateError, same};
+
+/// What a driver has set up through the control queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Carried {
+    /// Pairs of queues in use.
+    pub(super) pairs: u16,
+    /// Offloads to the guest, as feature bits.
+    pub(super) offloads: u64,
+}
+
+/// A NIC as its guest knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// There is a NIC in the slot.
+    present: bool,
+    /// The NIC's own address, and the one that the driver has given it.
+    mac: [u8; 6],
+    face: [u8; 6],
+    pairs: u16,
+    /// Of a running device.
+    carried: Option<Carried>,
+}
+
+const VHOST: &str = "a NIC with vhost=on";
+
+/// An address as people write it.
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl Port {
+    /// Ends the session, and says where it stood. After an error it goes on.
+    pub(super) fn suspend(&self) -> Result<(Vec<(u16, Position)>, Carried), StateError> {
+        let mut state = self.lock();
+        let session = state.session.as_ref().ok_or(StateError::Busy)?;
+        let stood = session.suspend(SUSPEND_DEADLINE).ok_or(StateError::Busy)?;
+        state.session = None;
+        Ok(stood)
+    }
+
+    pub(super) fn save(&self, carried: Option<Carried>) -> Result<Saved, StateError> {
+        let state = self.lock();
+        if state.backend.as_ref().is_some_and(|backend| !backend.vhosts().is_empty()) {
+            return Err(StateError::Excluded(VHOST));
+        }
+        let (present, pairs) = (state.backend.is_some(), self.pairs() as u16);
+        Ok(Saved { present, mac: state.mac, face: self.face.mac(), pairs, carried })
+    }
+
+    pub(super) fn restore(&self, saved: &Saved) -> Result<Option<Carried>, StateError> {
+        let here = self.save(None)?;
+        let there = |present: bool| if present { "a NIC" } else { "an empty slot" };
+        same("what is in the slot", &there(saved.present), &there(here.present))?;
+        if saved.present {
+            same("mac", &text(saved.mac), &text(here.mac))?;
+        }
+        same("the number of queue pairs", &saved.pairs, &here.pairs)?;
+        self.lock().mac = saved.mac;
+        self.face.set_mac(saved.face);
+        Ok(saved.carried)
+    }
+}

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use tests::host::Host;
+use tests::qmp::Qmp;
 use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
 
 /// Where the VMs run, and `flotilla-vmm` and the guest there.
@@ -222,6 +223,54 @@ fn a_disk_is_served_by_the_iothread_that_it_is_plugged_with() -> Outcome {
     check(refused.is_err_and(|e| e.to_string().contains("iothread none not found")), || {
         "not refused".into()
     })?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
+}
+
+/// An image over another one that is a node of its own, or is described with it: the guest reads through, and writes above.
+#[test]
+fn images_lie_on_nodes_and_on_images() -> Outcome {
+    let place = place()?;
+    let vmm = place.start("backing", "-serial socket,path={dir}/console.sock,server,nowait")?;
+    let (base, top) = (vmm.path("base"), vmm.path("top"));
+    place.host.ok(&format!("truncate -s 16M {base}"))?;
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("top");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "/elsewhere"]).arg(&image).arg("16M");
+    check(make.status()?.success(), || "qemu-img failed".into())?;
+    place.host.push(&image, &top)?;
+    let mut qmp = vmm.qmp()?;
+    let mut console = vmm.console()?;
+    let file = |path: &str| json!({ "driver": "file", "filename": path });
+    let cache = json!({ "direct": false });
+    let mut with = |qmp: &mut Qmp, node: Value, guest: &[&str]| -> Outcome {
+        qmp.execute("blockdev-add", &node, SOON)?;
+        let device = json!({ "id": "d", "driver": "virtio-blk-mmio", "drive": node["node-name"] });
+        qmp.execute("device_add", &device, SOON)?;
+        for command in guest {
+            console.enter(command)?;
+            console.expect("sectors in", SOON)?;
+        }
+        qmp.execute("device_del", &json!({ "id": "d" }), SOON)?;
+        Ok(())
+    };
+    let raw = json!({ "node-name": "raw", "file": file(&base), "cache": cache });
+    with(&mut qmp, raw.clone(), &["disk write 0 100 3", "disk check 0 100 3"])?;
+    let written = place.host.ok(&format!("sha256sum < {base}"))?;
+
+    let over = |under: Value| json!({ "node-name": "top", "driver": "qcow2", "file": file(&top), "cache": cache, "backing": under });
+    with(&mut qmp, over(json!({ "file": file(&base) })), &["disk check 0 100 3", "disk write 10 10 9"])?;
+    let missing = qmp.execute("blockdev-add", &over("raw".into()), SOON);
+    check(missing.is_err_and(|e| e.to_string().contains("Drive raw not found")), || {
+        "a node that is gone".into()
+    })?;
+    qmp.execute("blockdev-add", &raw, SOON)?;
+    with(&mut qmp, over("raw".into()), &["disk check 10 10 9", "disk check 50 50 3"])?;
+    // Nothing of it reached the image below.
+    let below = place.host.ok(&format!("sha256sum < {base}"))?;
+    check(below == written, || "the lower image was written to".into())?;
+    qmp.execute("blockdev-del", &json!({ "node-name": "raw" }), SOON)?;
     qmp.ask("quit")?;
     check(vmm.exit(SOON)? == 0, || "not 0".into())
 }

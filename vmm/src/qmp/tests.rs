@@ -348,6 +348,58 @@ fn the_hot_plug_conversations_of_the_manual() {
 }
 
 #[test]
+fn what_lies_under_an_image_is_a_node_or_is_described() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    let add = |driver: &str, backing: &str| {
+        format!(
+            r#"{{"execute":"blockdev-add","arguments":{{"node-name":"n","driver":"{driver}","file":{{"driver":"file","filename":"/top"}},"backing":{backing}}}}}"#
+        )
+    };
+    let file = |path: &str| format!(r#""file":{{"driver":"file","filename":"{path}"}}"#);
+    let nested = format!(r#"{{"driver":"qcow2",{},"backing":{{{}}}}}"#, file("/mid"), file("/base"));
+    let on_node = format!(r#"{{"driver":"qcow2",{},"backing":"base"}}"#, file("/mid"));
+    for backing in ["\"base\"", nested.as_str(), on_node.as_str()] {
+        assert_eq!(world.ask(&mut client, &add("qcow2", backing)), EMPTY, "{backing}");
+    }
+    let asked = world.asked.lock().unwrap().clone();
+    assert_eq!(asked[0], r#"n [] Some("base")"#);
+    let image = |path: &str, format: &str| format!(r#"BackingImage {{ file: "{path}", format: {format} }}"#);
+    assert!(
+        asked[1].contains(&format!("[{}, {}]", image("/mid", "Qcow2"), image("/base", "Raw"))),
+        "{}",
+        asked[1]
+    );
+    assert_eq!(asked[2], format!(r#"n [{}] Some("base")"#, image("/mid", "Qcow2")));
+    let deep = (0..30).fold("null".to_owned(), |under, _| {
+        format!(r#"{{"driver":"qcow2",{},"backing":{under}}}"#, file("/x"))
+    });
+    assert_eq!(world.ask(&mut client, &add("qcow2", &deep)), EMPTY);
+    for (driver, backing, want) in [
+        ("raw", "\"base\"", "a raw image has no backing file"),
+        ("qcow2", "7", "argument 'backing' of command blockdev-add must be null or a string or an object"),
+        ("qcow2", "{}", "argument 'backing.file' of command blockdev-add is missing"),
+        (
+            "qcow2",
+            r#"{"driver":"qcow2","file":{"driver":"file","filename":"/m"},"backing":{"driver":"raw"}}"#,
+            "argument 'file' of command blockdev-add is missing",
+        ),
+        (
+            "qcow2",
+            r#"{"file":{"driver":"file","filename":"/m"},"backing":"x"}"#,
+            "a raw image has no backing file",
+        ),
+    ] {
+        let got = world.ask(&mut client, &add(driver, backing));
+        assert!(got.contains(want), "{backing}: {got}");
+    }
+    let seen = r#"{"execute":"qom-list","arguments":{"path":"/machine/peripheral"}}"#;
+    let got = world.ask(&mut client, seen);
+    assert!(got.contains(r#"{"name":"rootfs","type":"child<virtio-blk-device>"}"#), "{got}");
+}
+
+#[test]
 fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
     let mut world = World::new();
     let mut client = world.connect("a");

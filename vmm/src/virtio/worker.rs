@@ -64,6 +64,23 @@ impl Worker {
 }
 
 impl Worker {
+    /// The same from outside the I/O threads. If it must be started, `io_thread` does so: a thread is born with the sandbox of the one
+    /// that starts it, and that of the main thread is wider.
+    pub(crate) fn start_from(&self, io_thread: &LoopHandle, deadline: Instant) -> io::Result<LoopHandle> {
+        if let Some(running) = &*lock(&self.0.running) {
+            return Ok(running.handle.clone());
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        let worker = self.clone();
+        io_thread.post(move |_| {
+            // The asker may have lost patience.
+            let _ = tell.send(worker.start());
+        });
+        let left = deadline.saturating_duration_since(Instant::now());
+        told.recv_timeout(left)
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the I/O thread does not answer"))?
+    }
+
     /// Whether both are the same thread.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

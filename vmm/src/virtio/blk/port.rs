@@ -212,8 +212,9 @@ impl Port {
                 }
             }
         };
-        let io_thread = worker.start().map_err(PortError::Thread)?;
-        let retired = session.gate.retire(&session.io_thread, Instant::now() + EJECT_DEADLINE);
+        let deadline = Instant::now() + EJECT_DEADLINE;
+        let io_thread = worker.start_from(&session.io_thread, deadline).map_err(PortError::Thread)?;
+        let retired = session.gate.retire(&session.io_thread, deadline);
         let server = retired.map_err(|_| {
             session.interrupt.needs_reset();
             PortError::Hangs

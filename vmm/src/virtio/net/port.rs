@@ -206,8 +206,9 @@ impl Port {
             return Ok(());
         }
         if let Some(session) = &state.session {
-            let io_thread = worker.start().map_err(PortError::Thread)?;
-            let moved = session.move_to(io_thread.clone(), Instant::now() + DEADLINE);
+            let deadline = Instant::now() + DEADLINE;
+            let io_thread = session.start_other(worker, deadline).map_err(PortError::Thread)?;
+            let moved = session.move_to(io_thread.clone(), deadline);
             state.session = Some(moved.map_err(|_| PortError::Hangs)?);
             state.io_thread = Some(io_thread);
         } else {

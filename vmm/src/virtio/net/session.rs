@@ -14,7 +14,7 @@ use super::vhost::Events;
 use crate::event::{EventFlags, LoopHandle, Ops};
 use crate::net::Backend;
 use crate::virtio::queue::Position;
-use crate::virtio::worker::Gate;
+use crate::virtio::worker::{Gate, Worker};
 use crate::virtio::{Interrupt, fd_of};
 
 /// Edge-triggered throughout: notifications need not be read back, and a tap without buffers to read into need not be taken off
@@ -64,6 +64,11 @@ impl Session {
     pub(super) fn stop(&self, wait: Duration) -> bool {
         // Reads and writes of a tap are synchronous: nothing is in flight when no handler runs.
         self.gate.close(&self.io_thread, Instant::now() + wait, |_| true)
+    }
+
+    /// Starts the thread of `worker` from this one's: see [`Worker::start_from`].
+    pub(super) fn start_other(&self, worker: &Worker, deadline: Instant) -> io::Result<LoopHandle> {
+        worker.start_from(&self.io_thread, deadline)
     }
 
     /// Has another thread serve the device, which must have no taps.

@@ -33,9 +33,11 @@ enum Step {
     Send { send: String },
     /// The next line that the VMM says.
     Receive { receive: Value },
+    /// Lines that fit `before`, as many as come, and then one that fits `until`: how far something is depends on the guest's pace.
+    Until { until: Value, before: Value },
     /// A command for the guest's shell that must succeed.
     Guest { guest: String },
-    /// A command for the host's shell that must succeed.
+    /// A command for the host's shell that must succeed; `{name}` in it is the VM's.
     Host { host: String },
     /// Two commands that must say the same.
     Same {
@@ -117,13 +119,23 @@ fn play(file: &str, number: u8) -> Outcome {
                 let got: Value = serde_json::from_str(&line)?;
                 check(fits(receive, &got), || failed(format!("expected {receive}, got {line}")))?;
             }
+            Step::Until { until, before } => loop {
+                let mut line = String::new();
+                qmp.read_line(&mut line).map_err(|e| failed(format!("no answer: {e}")))?;
+                step(format!("-> {}", line.trim_end()));
+                let got: Value = serde_json::from_str(&line)?;
+                if fits(until, &got) {
+                    break;
+                }
+                check(fits(before, &got), || failed(format!("expected {before}, got {line}")))?;
+            },
             Step::Guest { guest } => {
                 step(format!("guest: {guest}"));
                 console.shell(guest, SOON).map_err(|e| failed(format!("guest: {guest}: {e}")))?;
             }
             Step::Host { host: command } => {
                 step(format!("host: {command}"));
-                host.ok(command)?;
+                host.ok(&command.replace("{name}", &name))?;
             }
             Step::Same { guest, host: command } => {
                 let (theirs, ours) = (console.shell(guest, SOON)?, host.ok(command)?);
@@ -166,4 +178,10 @@ fn nic_hot_plug() -> Outcome {
 #[test]
 fn power_button() -> Outcome {
     play("5-powerdown.json", 5)
+}
+
+/// The guest's `free`, the memory that the host gives the VMM, and a target above what the guest booted with.
+#[test]
+fn balloon() -> Outcome {
+    play("6-balloon.json", 6)
 }

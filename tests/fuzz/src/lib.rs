@@ -63,9 +63,21 @@ impl<'a> Input<'a> {
     }
 }
 
+/// As [`queue`], `count` of them: they lie in the same place, each with indices of its own.
+pub fn queues(memory: &Arc<GuestMemory>, input: &mut Input<'_>, count: usize) -> Vec<Queue> {
+    let (layout, features) = fill(memory, input);
+    let one = |_| Queue::new(memory, layout, 1024, features).expect("a good layout");
+    (0..count).map(one).collect()
+}
+
 /// A queue whose memory holds `input`: size and features from its first byte, then 12 bytes for each descriptor (address as 24
 /// bits, so that most are near RAM; length 24 bits; flags; next), then the available ring, then data.
 pub fn queue(memory: &Arc<GuestMemory>, input: &mut Input<'_>) -> Queue {
+    let (layout, features) = fill(memory, input);
+    Queue::new(memory, layout, 1024, features).expect("a good layout")
+}
+
+fn fill(memory: &GuestMemory, input: &mut Input<'_>) -> (Layout, u64) {
     let first = input.number::<1>();
     let size = 1u16 << (first & 7);
     let mut features = VERSION_1;
@@ -82,8 +94,7 @@ pub fn queue(memory: &Arc<GuestMemory>, input: &mut Input<'_>) -> Queue {
         descriptor(memory, DATA + 16 * i, input);
     }
     write(DATA + 128, input.bytes(4096));
-    let layout = Layout { size, desc: DESC, driver: AVAIL, device: USED };
-    Queue::new(memory, layout, 1024, features).expect("a good layout")
+    (Layout { size, desc: DESC, driver: AVAIL, device: USED }, features)
 }
 
 fn descriptor(memory: &GuestMemory, at: u64, input: &mut Input<'_>) {

@@ -26,6 +26,8 @@ pub mod balloon;
 pub mod blk;
 mod chain;
 pub mod console;
+#[cfg(fuzzing)]
+mod fuzz;
 pub mod mmio;
 pub mod net;
 pub mod queue;

@@ -1,8 +1,18 @@
-//! For the fuzz targets only: page numbers and statistics that the guest tells.
+//! For the fuzz targets only: page numbers and statistics that the guest tells, and a session on any rings.
 
-use super::PAGE;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
 use super::pages::Pages;
+use super::port::Port;
+use super::serve::{Parts, Server};
 use super::stats::Stats;
+use super::{PAGE, role};
+use crate::memory::GuestMemory;
+use crate::memory::discard::Discarder;
+use crate::virtio::fuzz::{Flag, active};
+use crate::virtio::queue::Queue;
 
 /// Pages come into the balloon (`true`) and leave it, with host pages of `page_size` bytes and `ram` balloon pages of RAM. What goes to
 /// the host is RAM, whole pages of the host.
@@ -27,4 +37,27 @@ pub fn pages(page_size: u64, ram: u64, rounds: impl IntoIterator<Item = (bool, V
 /// Reads statistics.
 pub fn stats(bytes: &[u8]) {
     assert!(Stats::parse(bytes).named().count() <= 10);
+}
+
+/// A session on `queues` with the numbers from 0 on, `features` negotiated. Each byte of `turns` is the queue that has its turn next, or
+/// somebody who wants statistics. Whether the device needs a reset then.
+pub fn session(memory: Arc<GuestMemory>, queues: Vec<Queue>, features: u64, turns: &[u8]) -> bool {
+    let (Some(queues), Ok(refresh)) = (active(queues), EventFd::new(EFD_NONBLOCK)) else { return false };
+    let interrupt = Arc::new(Flag::default());
+    let queues: Vec<_> = queues.into_iter().filter_map(|q| Some((role(q.index, features)?, q))).collect();
+    let count = queues.len();
+    let mut server = Server::new(Parts {
+        discarder: Discarder::new(memory),
+        queues,
+        port: Port::new(1 << 20),
+        refresh: Arc::new(refresh),
+        interrupt: Arc::clone(&interrupt) as _,
+    });
+    for turn in turns {
+        match usize::from(*turn) % (count + 1) {
+            number if number < count => server.run(number),
+            _ => server.refresh_stats(),
+        }
+    }
+    interrupt.is_set()
 }

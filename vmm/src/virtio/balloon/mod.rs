@@ -143,13 +143,9 @@ impl VirtioDevice for Balloon {
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let mut config = self.config();
-        let Ok(offset) = usize::try_from(offset) else { return };
-        for (at, byte) in (offset..).zip(data) {
-            if (ACTUAL..CONFIG_BYTES).contains(&at)
-                && let Some(to) = config.get_mut(at)
-            {
-                *to = *byte;
-            }
+        for (at, to) in (0u64..).zip(&mut config).skip(ACTUAL) {
+            let written = at.checked_sub(offset).and_then(|n| data.get(usize::try_from(n).ok()?));
+            *to = written.copied().unwrap_or(*to);
         }
         let actual = config.last_chunk::<4>().map_or(0, |a| u32::from_le_bytes(*a));
         self.port.set_actual_pages(actual);

@@ -123,6 +123,30 @@ fn what_the_guest_says_is_told_once_and_never_more_than_it_has() {
 }
 
 #[test]
+fn writes_beside_the_number_of_pages_change_nothing_else() {
+    let mut balloon = Balloon::new(BalloonOptions {
+        memory: MEMORY,
+        deflate_on_oom: false,
+        free_page_reporting: false,
+        worker: Worker::new("t"),
+    });
+    for (offset, bytes, want) in [
+        (0, &[0xff; 4][..], 0),
+        (8, &[0xff; 8], 0),
+        (u64::MAX, &[0xff; 8], 0),
+        (u64::MAX - 3, &[0xff; 16], 0),
+        (4, &[], 0),
+        (3, &[0xff, 7], 7),
+        (5, &[1], 0x107),
+        (7, &[0, 0xff], 0x107),
+        (0, &[0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0xff], 1),
+    ] {
+        balloon.write_config(offset, bytes);
+        assert_eq!(balloon.port.actual_pages(), want, "{offset:#x} {bytes:?}");
+    }
+}
+
+#[test]
 fn a_target_outlives_the_driver() {
     let b = bench();
     b.port.set_target(MEMORY - 4096);

@@ -18,6 +18,8 @@ use crate::chardev::CharBackend;
 use crate::event::{EventFlags, LoopHandle, Ops};
 
 mod control;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod port;
 mod serve;
 mod state;

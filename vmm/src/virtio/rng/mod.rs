@@ -18,6 +18,8 @@ use super::{
 use crate::config::RngLimit;
 use crate::event::{EventFlags, Ops};
 
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod limit;
 mod serve;
 mod source;

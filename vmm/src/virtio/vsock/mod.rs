@@ -20,6 +20,9 @@ use crate::inherit::Inherited;
 use crate::net;
 use crate::vhost::{Kind, Ring, Vhost, VhostError};
 
+#[cfg(fuzzing)]
+pub mod fuzz;
+
 const DEVICE_TYPE: u32 = 19;
 /// To the guest, from the guest, and events.
 const QUEUES: [u16; 3] = [256; 3];
@@ -164,7 +167,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.cid.to_le_bytes(), offset, data);
+        read_address(self.cid, offset, data);
     }
 
     fn write_config(&mut self, _: u64, _: &[u8]) {
@@ -187,6 +190,11 @@ impl VirtioDevice for Vsock {
             tracing::error!("an I/O thread hangs; the vsock device stays down until it does not");
         }
     }
+}
+
+/// `struct virtio_vsock_config`: guest_cid.
+fn read_address(cid: u64, offset: u64, data: &mut [u8]) {
+    read_config_bytes(&cid.to_le_bytes(), offset, data);
 }
 
 /// On the I/O thread: passes on what the kernel says.

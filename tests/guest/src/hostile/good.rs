@@ -17,6 +17,11 @@ pub enum Prompt {
     },
     /// One more request: the device keeps the last one (§5.5.6.3).
     Another,
+    /// Buffers on another queue: it takes no more here while it cannot answer there.
+    Feed {
+        /// The other queue.
+        queue: u16,
+    },
 }
 
 /// Bytes of one entry of the balloon's statistics.
@@ -131,6 +136,11 @@ impl Rig {
 
     /// While an answer is waited for.
     pub fn remind(&self) {
+        if let Prompt::Feed { queue } = self.target.prompt {
+            for _ in 0..SIZE / 2 {
+                self.send(queue, Desc(self.table() + 0x7000, 1024, WRITE, 0));
+            }
+        }
         let Prompt::Message { queue } = self.target.prompt else { return };
         // Behind all that cases put into tables.
         let place = self.table() + 0x7800;
@@ -138,12 +148,12 @@ impl Rig {
             // VIRTIO_CONSOLE_DEVICE_READY: every port is made known anew.
             CONSOLE => {
                 self.put_bytes(place, &[0, 0, 0, 0, 0, 0, 1, 0]);
-                self.send(queue, place, 8);
+                self.send(queue, Desc(place, 8, 0, 0));
             }
             // Nobody listens at that port: the host resets the connection.
             _ => {
                 self.put_bytes(place, &vsock_header(self, REQUEST, 0));
-                self.send(queue, place, VSOCK_HEADER as u32);
+                self.send(queue, Desc(place, VSOCK_HEADER as u32, 0, 0));
             }
         }
     }

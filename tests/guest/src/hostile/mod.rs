@@ -160,7 +160,7 @@ const TARGETS: &[Target] = &[
     Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, cases: &[small_cases::PAGES], ..PLAIN },
     Target { name: "balloon-stats", kind: BALLOON, queues: 3, queue: 2, features: STATS, prompt: Prompt::Another, cases: &[small_cases::STATISTICS], ..PLAIN },
     Target { name: "balloon-reporting", kind: BALLOON, queues: 5, queue: 4, features: STATS | REPORTING, writable: true, cases: &[small_cases::REPORTS], ..PLAIN },
-    Target { name: "vsock-tx", kind: VSOCK, queues: 3, queue: 1, registers: true, cases: &[vsock_cases::PACKETS], ..PLAIN },
+    Target { name: "vsock-tx", kind: VSOCK, queues: 3, queue: 1, prompt: Prompt::Feed { queue: 0 }, registers: true, cases: &[vsock_cases::PACKETS], ..PLAIN },
     Target { name: "vsock-rx", kind: VSOCK, queues: 3, prompt: Prompt::Message { queue: 1 }, writable: true, cases: &[vsock_cases::BUFFERS], ..PLAIN },
 ];
 
@@ -189,9 +189,10 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
             // Told before it runs: if the VM does not survive it, this is the last line.
             put!("case {}/{}: ", target.name, case.name);
             let outcome = rig.attempt(case.run);
-            let fine = case.allowed.contains(&outcome);
+            let may = allowed(target, case);
+            let fine = may.contains(&outcome);
             put!("{}; allowed:", outcome.name());
-            for allowed in case.allowed {
+            for allowed in may {
                 put!(" {}", allowed.name());
             }
             let again = rig.recover();
@@ -204,6 +205,15 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
     }
     say!("hostile: {count} cases, {bad} bad");
     Ok(())
+}
+
+/// What the host's kernel does with rings that it serves: it takes what it can read, even where a driver must not have written it so
+/// (descriptors that were not negotiated, a NEXT that has no use, more buffers than it fills).
+const BY_THE_KERNEL: [&str; 3] = ["chain/sum-over-four-gib", "indirect/not-negotiated", "indirect/and-next"];
+
+/// How a case may end with this target.
+fn allowed(target: &Target, case: &Case) -> Allowed {
+    if target.kind == VSOCK && BY_THE_KERNEL.contains(&case.name) { ANY } else { case.allowed }
 }
 
 fn starts_with(target: &str, case: &str, prefix: &str) -> bool {

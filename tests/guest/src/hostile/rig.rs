@@ -347,16 +347,16 @@ impl Rig {
         self.offered.set(self.offered.get().wrapping_add(1));
     }
 
-    /// Makes chain 0 of another queue available, with one buffer for the device to read, and rings that queue's doorbell. Does
-    /// nothing while the device has not answered many of them.
-    pub fn send(&self, queue: u16, address: u64, length: u32) {
+    /// Makes one buffer available on another queue, and rings that queue's doorbell. Does nothing while the device has many of
+    /// them.
+    pub fn send(&self, queue: u16, buffer: Desc) {
         let Layout { desc, driver, device, .. } = self.layout(queue);
         let index: u16 = peek(driver + 2);
         if index.wrapping_sub(peek(device + 2)) >= SIZE / 2 {
             return;
         }
         let head = index % SIZE;
-        self.put_at(desc + 16 * u64::from(head), &[Desc(address, length, 0, 0)]);
+        self.put_at(desc + 16 * u64::from(head), &[buffer]);
         poke(driver + 4 + 2 * u64::from(head), head);
         fence(Ordering::SeqCst);
         poke(driver + 2, index.wrapping_add(1));

@@ -1,0 +1,255 @@
+//! Snapshots of one `flotilla-vmm` with the default guest: what was under way goes on in a new process, in several at once, and in the one that
+//! was saved. On this machine's own `/dev/kvm`; where there is none, on a test host.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use serde_json::json;
+
+use tests::console::Console;
+use tests::host::Host;
+use tests::qmp::Qmp;
+use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+
+/// Where the VMs run: one place for all tests of this file.
+struct Place {
+    host: Host,
+    /// `flotilla-vmm` there.
+    vmm: String,
+    /// The guest there.
+    guest: String,
+}
+
+fn place() -> Outcome<&'static Place> {
+    static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
+    let make = || -> Outcome<Place> {
+        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
+        if Path::new("/dev/kvm").exists() {
+            let (vmm, guest) = (vmm.display().to_string(), guest.display().to_string());
+            return Ok(Place { host: Host::here(), vmm, guest });
+        }
+        let host = Host::start("vmm-snapshot")?;
+        host.push(&vmm, "/usr/bin/flotilla-vmm")?;
+        host.push(&guest, "/root/guest.elf")?;
+        Ok(Place { host, vmm: "/usr/bin/flotilla-vmm".into(), guest: "/root/guest.elf".into() })
+    };
+    PLACE
+        .get_or_init(|| make().map_err(|error| error.to_string()))
+        .as_ref()
+        .map_err(|error| error.as_str().into())
+}
+
+/// A folder of this test's own, removed with it.
+struct Folder<'a>(&'a Host, String);
+
+impl<'a> Folder<'a> {
+    fn new(host: &'a Host, name: &str) -> Outcome<Self> {
+        let path = format!("/var/tmp/flotilla-snapshot-{}-{name}", std::process::id());
+        host.ok(&format!("mkdir -p {path}"))?;
+        Ok(Self(host, path))
+    }
+}
+
+impl Drop for Folder<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.run(&format!("rm -rf {}", self.1));
+    }
+}
+
+impl Place {
+    fn arguments(&self, more: &str) -> String {
+        format!(
+            "-machine microvm -m 256M -kernel {} -serial socket,path={{dir}}/console.sock,server,nowait {more}",
+            self.guest
+        )
+    }
+
+    fn start(&self, name: &str, more: &str) -> Outcome<(Vmm<'_>, Console, Qmp)> {
+        let name = format!("snap-{}-{name}", std::process::id());
+        let vmm = Vmm::start_as(&self.host, &self.vmm, &name, &self.arguments(more))?;
+        let (console, qmp) = (vmm.console()?, vmm.qmp()?);
+        Ok((vmm, console, qmp))
+    }
+}
+
+fn migrate(qmp: &mut Qmp, dir: &str) -> Outcome {
+    qmp.execute("migrate", &json!({ "uri": format!("file:{dir}") }), SOON)?;
+    let status = qmp.ask("query-migrate")?;
+    check(status["status"] == "completed", || status.to_string())
+}
+
+fn is_running(qmp: &mut Qmp) -> Outcome<bool> {
+    Ok(qmp.ask("query-status")?["running"] == true)
+}
+
+#[test]
+fn a_computation_goes_on_in_clones_and_in_the_original() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "clones")?;
+    let dir = format!("{}/template", folder.1);
+    let (first, mut console, mut qmp) = place.start("first", "-smp 2")?;
+    console.expect("is up.", SOON)?;
+    // Memory that has something in it, then a computation in the middle of which it stops.
+    console.enter("touch 40")?;
+    console.expect("touch: 10240 pages", SOON)?;
+    console.enter("spin 3000")?;
+    console.expect("spin 3000", SOON)?;
+    check(qmp.ask("query-migrate")?["status"] == "setup", || "a VM that has gone nowhere".into())?;
+    qmp.ask("stop")?;
+    migrate(&mut qmp, &dir)?;
+    check(!is_running(&mut qmp)?, || "it runs after the snapshot".into())?;
+    let files = place.host.ok(&format!("ls {dir}; stat -c %s {dir}/memory; ls {}", folder.1))?;
+    check(files.split_whitespace().eq(["memory", "state", "268435456", "template"]), || files.clone())?;
+    let kib: u64 = place.host.ok(&format!("du -k {dir}/memory | cut -f1"))?.trim().parse()?;
+    check((39 << 10..60 << 10).contains(&kib), || format!("{kib} KiB for 40 MiB touched"))?;
+    // Two at once from one directory, and the original after them.
+    let sum = place.host.ok(&format!("sha256sum {dir}/memory"))?;
+    let mut clones = Vec::new();
+    for (name, how) in [("second", ""), ("third", ",mapped=false"), ("fourth", ",verify=on")] {
+        clones.push(place.start(name, &format!("-smp 2 -incoming file:{dir}{how}"))?);
+    }
+    for (_, console, qmp) in &mut clones {
+        let status = qmp.ask("query-migrate")?;
+        check(status["status"] == "completed" && is_running(qmp)?, || status.to_string())?;
+        console.expect("rounds", SOON)?;
+        console.enter("echo still''here")?;
+        console.expect("still''here", SOON)?;
+        console.enter("touch 20")?;
+        console.expect("touch: 5120 pages", SOON)?;
+    }
+    qmp.ask("cont")?;
+    console.expect("rounds", SOON)?;
+    console.enter("echo the''original")?;
+    console.expect("the''original", SOON)?;
+    check(place.host.ok(&format!("sha256sum {dir}/memory"))? == sum, || {
+        "a clone wrote to the template".into()
+    })?;
+    for (vmm, mut console, _) in clones {
+        console.enter("poweroff")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    }
+    // A snapshot of a running VM, in place of the first one.
+    migrate(&mut qmp, &dir)?;
+    qmp.wait(SOON, |name, _| name == "STOP")?;
+    check(!is_running(&mut qmp)?, || "it runs after the snapshot".into())?;
+    qmp.ask("quit")?;
+    check(first.exit(SOON)? == 0, || "not 0".into())?;
+    let (vmm, mut console, mut qmp) = place.start("fifth", &format!("-smp 2 -S -incoming file:{dir}"))?;
+    console.enter("echo hello")?;
+    check(console.expect("hello", Duration::from_millis(300)).is_err(), || "it runs before cont".into())?;
+    qmp.ask("cont")?;
+    console.expect("hello", SOON)?;
+    // A reset leads to a fresh boot, not back to the snapshot.
+    qmp.ask("system_reset")?;
+    console.expect("is up.", SOON)?;
+    console.enter("poweroff")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
+}
+
+#[test]
+fn a_disk_in_use_goes_on_and_time_does_too() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "disk")?;
+    let dir = format!("{}/template", folder.1);
+    let disk = format!("{}/disk.img", folder.1);
+    place.host.ok(&format!("truncate -s 16M {disk}"))?;
+    let options = |file: &str| {
+        format!(
+            "-drive file={file},id=d,direct=off -device virtio-blk-device,drive=d,id=d,serial=one -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r,id=rng0"
+        )
+    };
+    let (first, mut console, mut qmp) = place.start("disk1", &options(&disk))?;
+    console.expect("is up.", SOON)?;
+    console.enter("disk write 0 2000 7")?;
+    console.expect("sectors in", SOON)?;
+    // The driver writes while the VM stops.
+    console.enter("disk write 2000 30000 9")?;
+    console.expect("disk write 2000", SOON)?;
+    qmp.ask("stop")?;
+    migrate(&mut qmp, &dir)?;
+    // Each goes on with a copy of its own, as of this moment.
+    let copy = format!("{}/copy.img", folder.1);
+    place.host.ok(&format!("cp {disk} {copy}"))?;
+    let (second, mut other, mut qmp2) =
+        place.start("disk2", &format!("{} -incoming file:{dir}", options(&copy)))?;
+    qmp.ask("cont")?;
+    for console in [&mut console, &mut other] {
+        console.expect("sectors in", SOON)?;
+        console.enter("disk check 0 2000 7")?;
+        console.expect("2000 sectors as written", SOON)?;
+        console.enter("disk check 2000 30000 9")?;
+        console.expect("30000 sectors as written", SOON)?;
+        console.enter("sleep 50")?;
+        console.enter("uptime")?;
+        console.expect("ticks a second", SOON)?;
+    }
+    for (vmm, qmp) in [(first, &mut qmp), (second, &mut qmp2)] {
+        qmp.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_named() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "refused")?;
+    let dir = format!("{}/template", folder.1);
+    let disk = format!("{}/disk.img", folder.1);
+    place.host.ok(&format!(
+        "truncate -s 16M {disk}; truncate -s 8M {disk}2; mkdir {0}/full; touch {0}/full/x",
+        folder.1
+    ))?;
+    let with = |serial: &str, disk: &str| {
+        format!("-drive file={disk},id=d,direct=off -device virtio-blk-device,drive=d,id=d,serial={serial}")
+    };
+    let (vmm, mut console, mut qmp) = place.start("refused", &with("one", &disk))?;
+    console.expect("is up.", SOON)?;
+    for (uri, words) in [
+        (format!("file:{}/full", folder.1), "holds other files"),
+        ("file:/proc/none/x".into(), "cannot make a directory"),
+        ("file:relative".into(), "Invalid uri"),
+        ("tcp:127.0.0.1:4446".into(), "does not support migration"),
+    ] {
+        let error = qmp
+            .execute("migrate", &json!({ "uri": uri }), SOON)
+            .map_or_else(|e| e.to_string(), |v| v.to_string());
+        check(error.contains(words), || format!("{uri}: {error}"))?;
+        check(is_running(&mut qmp)?, || format!("{uri}: it does not run on"))?;
+    }
+    migrate(&mut qmp, &dir)?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    let fits = with("one", &disk);
+    place.host.ok(&format!("cp -r {dir} {dir}-cut; truncate -s -4096 {dir}-cut/memory; cp -r {dir} {dir}-state; printf x | dd of={dir}-state/state bs=1 seek=100 conv=notrunc status=none"))?;
+    for (more, words) in [
+        (format!("{fits} -smp 2 -incoming file:{dir}"), "-smp cpus differs: 1 in the snapshot, 2 in this VM"),
+        (format!("{} -incoming file:{dir}", with("two", &disk)), "serial differs"),
+        (format!("{} -incoming file:{dir}", with("one", &format!("{disk}2"))), "the size of the disk"),
+        (format!("-incoming file:{dir}"), "what is in the slot differs"),
+        (format!("{fits} -incoming file:{dir}-none"), "no such directory"),
+        (format!("{fits} -incoming file:{dir}-cut"), "truncated"),
+        (format!("{fits} -incoming file:{dir}-state"), "checksum does not match"),
+        (
+            format!("{fits} -mem-path /dev/shm -incoming file:{dir}"),
+            "-mem-path cannot be used with snapshots",
+        ),
+    ] {
+        let arguments = place.arguments(&more).replace("{dir}", &folder.1);
+        let output = place.host.refused(&format!("timeout 20 {} {arguments} </dev/null", place.vmm))?;
+        let text = output.stderr.trim();
+        check(output.code == 1 && text.lines().count() == 1 && text.contains(words), || {
+            format!("{more}: exit {}, stderr {text:?}", output.code)
+        })?;
+    }
+    // A VM with what no snapshot holds.
+    let (vmm, mut console, mut qmp) = place.start("balloon", "-device virtio-balloon-device,id=b")?;
+    console.expect("is up.", SOON)?;
+    let error = qmp.execute("migrate", &json!({ "uri": format!("file:{dir}2") }), SOON);
+    let error = error.map_or_else(|e| e.to_string(), |v| v.to_string());
+    check(error.contains("device \\\"b\\\": virtio-balloon-device cannot be used"), || error)?;
+    check(qmp.ask("query-migrate")?["status"] == "failed", || "not failed".into())?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
+}

@@ -9,6 +9,7 @@
 //! machine    microvm (later q35, virt): what is wired where
 //! boot       kernels, initrd, command line, ACPI, MP table         snapshot  the directory that a VM is saved to
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
+//! pci        configuration space, BARs, MSI-X, root ports
 //! block net  host back ends of virtio (over vhost)  chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
 //! process sandbox event inherit                 log, daemon, signals; seccomp; the event loop; descriptors handed to us
@@ -29,6 +30,7 @@ pub mod irq;
 pub mod machine;
 pub mod memory;
 pub mod net;
+pub mod pci;
 pub mod process;
 pub mod qmp;
 pub mod sandbox;

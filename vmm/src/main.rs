@@ -180,10 +180,16 @@ impl Running {
             let told = Arc::clone(&told);
             main_loop.post(move |_| happened(&told, &Input::Guest(event)));
         };
+        let (told, main_loop) = (Arc::clone(&hub), event_loop.handle());
+        let device_left = move |port: String| {
+            let told = Arc::clone(&told);
+            main_loop.post(move |_| happened(&told, &Input::Left(port)));
+        };
         let environment = Environment {
             inherited,
             main_loop: event_loop.handle(),
             guest_events: Arc::new(guest_events),
+            device_left: Arc::new(device_left),
             serial,
             chardevs: host_ends.by_id.clone(),
         };

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
-use vmm::boot::{AcpiPorts, BootFiles, MmioSlot, Platform, load};
+use vmm::boot::{AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Reduced, load};
 use vmm::config::{BootConfig, Smp};
 use vmm::cpu::Topology;
 use vmm::cpu::x86_64::BootState;
@@ -48,10 +48,12 @@ fuzz_target!(|data: &[u8]| {
     let platform = Platform {
         cpus: 2,
         topology: &Topology::new(&smp).expect("two cores"),
-        slots: &slots,
+        hardware: Hardware::Reduced(Reduced {
+            slots: &slots,
+            acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
+            button_irq: 3,
+        }),
         serial: None,
-        acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
-        button_irq: 3,
         dirty_memory: first & 1 != 0,
     };
     let mut files = BootFiles::open(&config, &Inherited::default()).expect("plain files");

@@ -54,20 +54,57 @@ pub struct AcpiPorts {
     pub claim: u16,
 }
 
+/// What a microvm's tables describe: a hardware-reduced ACPI platform with virtio-mmio devices.
+#[derive(Debug, Clone, Copy)]
+pub struct Reduced<'a> {
+    /// virtio-mmio devices in order.
+    pub slots: &'a [MmioSlot],
+    /// ACPI registers.
+    pub acpi: AcpiPorts,
+    /// Interrupt (GSI) of the power button.
+    pub button_irq: u32,
+}
+
+/// What a q35's tables describe: ACPI hardware and a PCI Express root.
+#[derive(Debug, Clone, Copy)]
+pub struct Pcie {
+    /// First of the I/O ports of the power management registers: events, +4 control, +8 timer.
+    pub pm_base: u16,
+    /// Interrupt (GSI) of those registers.
+    pub sci: u32,
+    /// Sleep control register, beside the one in `pm_base`.
+    pub sleep: u16,
+    /// Reset register.
+    pub reset: u16,
+    /// ECAM of 256 buses: 256 MiB at this address.
+    pub ecam: u64,
+    /// Where BARs may lie below 4 GiB: first address and bytes.
+    pub window32: (u64, u64),
+    /// And above it, if the processors can address that much.
+    pub window64: Option<(u64, u64)>,
+    /// GSI of INTA# of slot 0; the four pins of the slots take this one and the next three in turn.
+    pub first_pin: u32,
+}
+
+/// What kind of platform the tables describe.
+#[derive(Debug, Clone, Copy)]
+pub enum Hardware<'a> {
+    /// microvm.
+    Reduced(Reduced<'a>),
+    /// q35.
+    Pcie(Pcie),
+}
+
 /// What the loader has to know about the machine.
 pub struct Platform<'a> {
     /// vCPUs at boot.
     pub cpus: u8,
     /// Gives their APIC ids.
     pub topology: &'a crate::cpu::Topology,
-    /// virtio-mmio devices in order.
-    pub slots: &'a [MmioSlot],
+    /// What else there is.
+    pub hardware: Hardware<'a>,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
-    /// ACPI registers.
-    pub acpi: AcpiPorts,
-    /// Interrupt (GSI) of the power button.
-    pub button_irq: u32,
     /// Guest RAM may hold old data (it is backed by a file, or a guest has run), so what must be zero has to be written.
     pub dirty_memory: bool,
 }

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 
 pub use options::help;
 use options::{Arity, Class, Spec};
+pub(super) use props::number;
 
 use super::{InvalidConfig, VmConfig};
 

@@ -5,6 +5,7 @@
 
 pub mod cmdline;
 mod incoming;
+mod pci;
 mod serial_ports;
 mod validate;
 
@@ -14,6 +15,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 pub use incoming::Incoming;
+pub use pci::{PciPlace, ROOT_BUS};
 pub use serial_ports::SerialPort;
 pub use validate::InvalidConfig;
 
@@ -104,6 +106,11 @@ impl VmConfig {
     /// The ports of the virtio-serial device by number, which the command line may leave open.
     pub fn serial_ports(&self) -> Result<Vec<SerialPort>, InvalidConfig> {
         serial_ports::number(self)
+    }
+
+    /// Where each device of a machine with PCI is, in their order; `None` for those that are on no bus.
+    pub fn pci_places(&self) -> Result<Vec<Option<PciPlace>>, InvalidConfig> {
+        pci::places(self)
     }
 
     /// The chardev that `kind` stands for: itself, or the one its [`ChardevKind::Ref`] names.
@@ -452,6 +459,20 @@ pub struct PciAddr {
     pub function: u8,
 }
 
+impl std::str::FromStr for PciAddr {
+    type Err = ();
+
+    /// `slot[.function]`, each decimal or hexadecimal.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let part = |text: &str, limit: u8| {
+            let number = cmdline::number(text).and_then(|n| u8::try_from(n).ok());
+            number.filter(|n| *n < limit).ok_or(())
+        };
+        let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
+        Ok(Self { slot: part(slot, 32)?, function: part(function, 8)? })
+    }
+}
+
 /// Device models and their properties. `-device` (`*-device`) and `-pci` spellings share one variant;
 /// which was written is in [`Device::addr`] and [`Device::bus`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -519,6 +540,11 @@ pub enum DeviceDriver {
         /// `max-bytes=` and `period=`; `None` for no limit.
         limit: Option<RngLimit>,
     },
+    /// `pcie-root-port`: a slot that devices can be plugged into while the guest runs.
+    PcieRootPort {
+        /// `port=`: number of the slot as the guest shows it.
+        port: u8,
+    },
     /// `vhost-vsock-*`.
     VhostVsock {
         /// `guest-cid=`, 3 to 0xffff_fffe.
@@ -539,7 +565,23 @@ impl DeviceDriver {
             Self::VirtSerialPort { .. } => "virtserialport",
             Self::VirtioBalloon { .. } => "virtio-balloon-device",
             Self::VirtioRng { .. } => "virtio-rng-device",
+            Self::PcieRootPort { .. } => "pcie-root-port",
             Self::VhostVsock { .. } => "vhost-vsock-device",
+        }
+    }
+}
+
+impl DeviceDriver {
+    /// What is written after `-device` for a machine with PCI.
+    pub fn pci_name(&self) -> &'static str {
+        match self {
+            Self::VirtioBlk { .. } => "virtio-blk-pci",
+            Self::VirtioNet { .. } => "virtio-net-pci",
+            Self::VirtioSerial { .. } => "virtio-serial-pci",
+            Self::VirtioBalloon { .. } => "virtio-balloon-pci",
+            Self::VirtioRng { .. } => "virtio-rng-pci",
+            Self::VhostVsock { .. } => "vhost-vsock-pci",
+            Self::VirtConsole { .. } | Self::VirtSerialPort { .. } | Self::PcieRootPort { .. } => self.name(),
         }
     }
 }

@@ -51,11 +51,8 @@ fn unique<'a>(what: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), Inva
 
 fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
     let has_guest = config.machine.kind != MachineKind::None;
-    if has_guest && config.machine.kind != MachineKind::Microvm {
-        return bad(format!(
-            "-machine {} is not supported in this version: use microvm",
-            config.machine.kind
-        ));
+    if config.machine.kind == MachineKind::Virt {
+        return bad("-machine virt is not supported in this version: use microvm or q35");
     }
     let smp = &config.smp;
     if smp.cpus == 0 || smp.max_cpus > MAX_CPUS || smp.cpus > smp.max_cpus {
@@ -265,12 +262,16 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
     unique("device", config.devices.iter().map(|d| d.id.as_str()))?;
     unique("rng object", config.rngs.iter().map(|r| r.id.as_str()))?;
     config.serial_ports()?;
+    let has_pci = config.machine.kind == MachineKind::Q35;
+    if has_pci {
+        config.pci_places()?;
+    }
     let mut balloon = false;
     let (mut drives, mut netdevs) = (BTreeSet::new(), BTreeSet::new());
     let (mut cids, mut vsock_fds) = (BTreeSet::new(), BTreeSet::new());
     for device in &config.devices {
         let Device { id, driver, .. } = device;
-        if device.is_pci() || device.multifunction {
+        if !has_pci && (device.is_pci() || device.multifunction) {
             return bad(format!(
                 "device \"{id}\": 'bus', 'addr' and 'multifunction' belong to PCI devices: leave them out on a microvm"
             ));
@@ -316,7 +317,8 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                 }
                 &None
             }
-            DeviceDriver::VirtioSerial { .. }
+            DeviceDriver::PcieRootPort { .. }
+            | DeviceDriver::VirtioSerial { .. }
             | DeviceDriver::VirtConsole { .. }
             | DeviceDriver::VirtSerialPort { .. } => &None,
             DeviceDriver::VhostVsock { guest_cid, vhost_fd } => {
@@ -346,6 +348,9 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                 "device \"{id}\": iothread \"{name}\" not found: add -object iothread,id={name}"
             ));
         }
+    }
+    if has_pci {
+        return Ok(());
     }
     if drives.len() > MICROVM_BLOCK_SLOTS {
         return bad(format!(

@@ -14,7 +14,7 @@
 //!                                Shutdown
 //! ```
 //!
-//! A reset leads from each state but the last back to itself; asking the guest to power down changes none.
+//! A reset leads from each state but the last back to itself, also one that the guest asks for where the machine starts again in place; asking the guest to power down changes none.
 
 use crate::machine::GuestEvent;
 
@@ -46,6 +46,10 @@ pub enum Input {
     Powerdown,
     /// The guest ended its run.
     Guest(GuestEvent),
+    /// The guest asked for a reset, and its machine starts again in place.
+    Restart,
+    /// The guest has let the device in this root port go.
+    Left(String),
     /// This process was told to end: the number of the signal.
     Signal(i32),
 }
@@ -131,6 +135,8 @@ pub(super) enum Effect {
     PressButton,
     /// Tell everybody that it was pressed.
     Pressed,
+    /// End the device that was in this root port, and tell everybody.
+    Forget(String),
     /// Answer the client.
     Reply,
     /// Tell everybody that it ends, and end the loop.
@@ -163,6 +169,15 @@ pub(super) fn step(state: State, input: &Input) -> Result<Step, Refusal> {
         (State::Prelaunch | State::Paused, Input::Reset) => {
             to(state, vec![Effect::Reset, Effect::Reply, Effect::WasReset])
         }
+        (State::Running, Input::Restart) => {
+            let effects = vec![Effect::Pause, Effect::Reset, Effect::Resume, Effect::WasReset];
+            to(State::Running, effects)
+        }
+        // It asked in the moment before.
+        (State::Prelaunch | State::Paused, Input::Restart) => {
+            to(state, vec![Effect::Reset, Effect::WasReset])
+        }
+        (_, Input::Left(port)) => to(state, vec![Effect::Forget(port.clone())]),
         (_, Input::Powerdown) => to(state, vec![Effect::PressButton, Effect::Reply, Effect::Pressed]),
         (_, Input::Quit) => to(State::Shutdown, vec![Effect::Reply, Effect::End(End::Quit)]),
         (_, Input::Signal(number)) => to(State::Shutdown, vec![Effect::End(End::Signal(*number))]),
@@ -183,7 +198,9 @@ mod tests {
             4 => Just(Input::Cont),
             1 => Just(Input::Quit),
             2 => Just(Input::Reset),
+            2 => Just(Input::Restart),
             1 => Just(Input::Powerdown),
+            1 => Just(Input::Left("pcie.1".to_owned())),
             1 => Just(Input::Signal(15)),
             1 => Just(Input::Guest(GuestEvent::PowerOff)),
             1 => Just(Input::Guest(GuestEvent::InternalError(String::new()))),
@@ -214,11 +231,12 @@ mod tests {
                         | Effect::WasReset
                         | Effect::PressButton
                         | Effect::Pressed
+                        | Effect::Forget(_)
                         | Effect::Reply => {}
                     }
                 }
                 let replies = step.effects.iter().filter(|e| **e == Effect::Reply).count();
-                let asked = !matches!(input, Input::Signal(_) | Input::Guest(_));
+                let asked = !matches!(input, Input::Signal(_) | Input::Guest(_) | Input::Restart | Input::Left(_));
                 prop_assert_eq!(replies, usize::from(asked), "one answer for each question");
                 prop_assert!(step.next != State::Prelaunch || before == State::Prelaunch, "nothing leads back to the beginning");
                 state = step.next;

@@ -176,6 +176,8 @@ pub trait Vm: Send {
     fn press_power_button(&mut self);
     /// Adds, removes, plugs or unplugs a back end or device; after an error everything is as before.
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError>;
+    /// What was plugged into this root port has been let go by the guest: ends it, and returns its name.
+    fn device_left(&mut self, port: &str) -> Option<String>;
     /// Block nodes, those that devices use first.
     fn block_devices(&self) -> Vec<BlockDevice>;
     /// Devices by id, with their drivers.
@@ -216,6 +218,9 @@ impl Vm for Machine {
     fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         Self::hotplug(self, request)
     }
+    fn device_left(&mut self, port: &str) -> Option<String> {
+        Self::device_left(self, port)
+    }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Self::block_devices(self)
     }
@@ -254,6 +259,8 @@ pub struct Control {
     kind: MachineKind,
     /// Bytes at boot.
     memory: u64,
+    /// On a q35 a guest that asks for a reset gets one and does not end, and a device leaves when the guest lets it go.
+    is_q35: bool,
     terminals: Vec<Terminal>,
     migration: migration::Status,
     main_loop: LoopHandle,
@@ -280,6 +287,7 @@ impl Control {
             smp: config.smp.clone(),
             kind: config.machine.kind,
             memory: config.memory.size,
+            is_q35: config.machine.kind == MachineKind::Q35,
             terminals: Vec::new(),
             migration: migration::Status::at_start(config.incoming.is_some()),
             main_loop,
@@ -317,7 +325,7 @@ impl Control {
             Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(device), None),
             Command::DeviceDel(id) => {
                 let deleted = Event { name: "DEVICE_DELETED", data: json!({ "device": id, "path": id }) };
-                return self.hotplug(Hotplug::Unplug(id), Some(deleted));
+                return self.hotplug(Hotplug::Unplug(id), (!self.is_q35).then_some(deleted));
             }
             Command::Balloon(bytes) => {
                 return match self.vm.as_deref_mut() {
@@ -380,7 +388,12 @@ impl Control {
         if let Input::Guest(GuestEvent::InternalError(why)) = input {
             tracing::error!("the VM cannot go on: {why}");
         }
-        self.apply(input).0
+        let restart = self.is_q35 && *input == Input::Guest(GuestEvent::Reset);
+        let (mut outcomes, error) = self.apply(if restart { &Input::Restart } else { input });
+        if let Some(error @ CommandError::Machine { what: RESET_FAILED, .. }) = error {
+            outcomes.extend(self.happened(&Input::Guest(GuestEvent::InternalError(one_line(&error)))));
+        }
+        outcomes
     }
 
     /// Applies the effects of `input`; the state changes only when all of them worked.
@@ -406,6 +419,14 @@ impl Control {
                 }
                 Effect::Pressed => {
                     outcomes.push(Outcome::Event(Event { name: "POWERDOWN", data: json!({}) }));
+                    Ok(())
+                }
+                Effect::Forget(port) => {
+                    if let Some(device) = self.vm.as_deref_mut().and_then(|vm| vm.device_left(&port)) {
+                        let data =
+                            json!({ "device": device, "path": format!("/machine/peripheral/{device}") });
+                        outcomes.push(Outcome::Event(Event { name: "DEVICE_DELETED", data }));
+                    }
                     Ok(())
                 }
                 Effect::Reply => {

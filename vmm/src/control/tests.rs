@@ -34,6 +34,9 @@ impl Vm for FakeVm {
             _ => Ok(()),
         }
     }
+    fn device_left(&mut self, _: &str) -> Option<String> {
+        None
+    }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Vec::new()
     }

@@ -9,9 +9,10 @@ pub mod saved;
 mod x86_64;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 
 #[cfg(target_arch = "x86_64")]
@@ -56,5 +57,88 @@ impl Line for KvmLine {
         {
             tracing::error!(gsi = self.gsi, %error, "interrupt lost (further losses on this line are not logged)");
         }
+    }
+}
+
+/// Message-signalled interrupts into the guest.
+pub trait Messages: Send + Sync {
+    /// Delivers one: `data` written to `address`, as the guest has programmed them. Callable from any thread.
+    fn send(&self, address: u64, data: u32);
+}
+
+/// Messages by `KVM_SIGNAL_MSI`: one system call for each, as a write to an irqfd would be, and no routing table, whose every change KVM waits
+/// out a grace period for (about 8 ms).
+pub struct KvmMessages(Arc<VmFd>);
+
+impl KvmMessages {
+    /// Messages to the vCPUs of `vm`.
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self(vm)
+    }
+}
+
+impl Messages for KvmMessages {
+    fn send(&self, address: u64, data: u32) {
+        let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+        // Fails where the guest's message reaches no processor: its own doing, and nobody to tell.
+        let _ = self.0.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() });
+    }
+}
+
+/// A share in a level-triggered line. The line is up while any of its shares is.
+pub trait Level: Send + Sync {
+    /// Asserts or releases this share. Callable from any thread.
+    fn set(&self, asserted: bool);
+}
+
+/// A level-triggered line at one GSI, which any number of devices share.
+pub struct SharedLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    /// Shares that are asserted. Held over the change of the line, so that the last change is the one that stays.
+    asserted: Mutex<u32>,
+}
+
+impl SharedLine {
+    /// The line of `gsi`, down.
+    pub fn new(vm: Arc<VmFd>, gsi: u32) -> Arc<Self> {
+        Arc::new(Self { vm, gsi, asserted: Mutex::new(0) })
+    }
+
+    /// A share of its own for one device.
+    pub fn share(self: &Arc<Self>) -> Arc<dyn Level> {
+        Arc::new(Share { line: Arc::clone(self), asserted: Mutex::new(false) })
+    }
+
+    fn count(&self, up: bool) {
+        let mut asserted = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *asserted;
+        *asserted = if up { before.saturating_add(1) } else { before.saturating_sub(1) };
+        if (before == 0) != (*asserted == 0)
+            && let Err(error) = self.vm.set_irq_line(self.gsi, *asserted > 0)
+        {
+            tracing::error!(gsi = self.gsi, %error, "interrupt line stuck");
+        }
+    }
+}
+
+struct Share {
+    line: Arc<SharedLine>,
+    asserted: Mutex<bool>,
+}
+
+impl Level for Share {
+    fn set(&self, asserted: bool) {
+        let mut mine = self.asserted.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *mine, asserted) != asserted {
+            self.line.count(asserted);
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // A device that leaves takes its interrupt along.
+        self.set(false);
     }
 }

@@ -56,6 +56,8 @@ pub struct NewDevice {
     pub netdev: Option<String>,
     /// Slot, decimal or hexadecimal.
     pub addr: Option<String>,
+    /// Root port to plug it into; machines with PCI only.
+    pub bus: Option<String>,
     /// Slot minus one.
     pub lun: Option<u64>,
     /// Serial number of a disk, at most 20 bytes.

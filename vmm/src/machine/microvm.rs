@@ -16,16 +16,17 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use super::doorbell::KvmDoorbell;
+use super::guest;
 use super::others::Others;
 use super::replaceable::Replaceable;
 use super::slots::{self, Slot, Workers};
 use super::snapshot::{Identity, Source};
-use super::{CpuInfo, Environment, GuestEvent, MachineError};
-use crate::boot::{self, AcpiPorts, BootFiles, MmioSlot, Platform, SerialPort};
+use super::{CpuInfo, Environment, MachineError};
+use crate::boot::{self, AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::bus::{Bus, BusDevice};
 use crate::config::VmConfig;
-use crate::cpu::{self, Buses, Ended, OnEnd, Topology, Vcpus, x86_64};
-use crate::device::{AcpiRegisters, I8042Reset, NoClock, OnPower, PowerRequest, SerialDevice};
+use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
+use crate::device::{AcpiRegisters, I8042Reset, NoClock, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
 use crate::memory::discard::Discarder;
 use crate::memory::{self, GuestMemory};
@@ -52,15 +53,17 @@ impl Wiring {
         Platform {
             cpus: self.cpus,
             topology: &self.topology,
-            slots: &self.places,
+            hardware: Hardware::Reduced(Reduced {
+                slots: &self.places,
+                acpi: AcpiPorts {
+                    sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
+                    sleep_status: ACPI_BASE + AcpiRegisters::SLEEP_STATUS,
+                    reset: ACPI_BASE + AcpiRegisters::RESET,
+                    claim: ACPI_BASE + AcpiRegisters::CLAIM,
+                },
+                button_irq: BUTTON_IRQ,
+            }),
             serial: self.has_serial.then_some(SERIAL),
-            acpi: AcpiPorts {
-                sleep_control: ACPI_BASE + AcpiRegisters::SLEEP_CONTROL,
-                sleep_status: ACPI_BASE + AcpiRegisters::SLEEP_STATUS,
-                reset: ACPI_BASE + AcpiRegisters::RESET,
-                claim: ACPI_BASE + AcpiRegisters::CLAIM,
-            },
-            button_irq: BUTTON_IRQ,
             dirty_memory,
         }
     }
@@ -93,7 +96,7 @@ pub(super) struct Microvm {
 
 impl Microvm {
     pub(super) fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
-        let Environment { inherited, main_loop, guest_events, serial, chardevs } = environment;
+        let Environment { inherited, main_loop, guest_events, serial, chardevs, .. } = environment;
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
         let source = match &config.incoming {
@@ -122,7 +125,7 @@ impl Microvm {
         let doorbell: Arc<dyn Doorbell> = Arc::new(KvmDoorbell(Arc::clone(&vm)));
         let line = |gsi| -> Arc<dyn Line> { Arc::new(KvmLine::new(Arc::clone(&vm), gsi)) };
         let slots: Arc<[Slot]> = slots::connect(occupants, &memory, &doorbell, line, &buses.mmio)?.into();
-        let on_power = on_power(&guest_events);
+        let on_power = guest::on_power(&guest_events);
         buses.ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
         buses.ports.insert(NoClock::PORT, NoClock::PORTS, Arc::new(NoClock))?;
         let claimed = Arc::clone(&slots);
@@ -160,7 +163,7 @@ impl Microvm {
             }
         }
         let identity = Identity::new(config, serial.is_some(), slots.len());
-        let vcpus = Vcpus::new(vcpus, buses, on_end(guest_events));
+        let vcpus = Vcpus::new(vcpus, buses, guest::on_end(guest_events));
         let balloon = others.balloon;
         Ok(Self {
             vcpus,
@@ -235,21 +238,7 @@ impl Microvm {
     }
 
     pub(super) fn cpus(&self) -> Vec<CpuInfo> {
-        let tids = self.vcpus.tids();
-        (0u8..)
-            .zip(tids)
-            .map(|(index, host_tid)| {
-                let place = self.wiring.topology.place(index);
-                CpuInfo {
-                    index,
-                    socket_id: place.socket as u8,
-                    die_id: place.die as u8,
-                    core_id: self.wiring.topology.core_in_die(&place) as u8,
-                    thread_id: place.thread as u8,
-                    host_tid,
-                }
-            })
-            .collect()
+        guest::cpus(&self.vcpus, &self.wiring.topology)
     }
 
     /// Goes through all devices even if one fails, and returns the first failure.
@@ -268,27 +257,4 @@ impl Microvm {
         }
         result
     }
-}
-
-type OnGuest = Arc<dyn Fn(GuestEvent) + Send + Sync>;
-
-fn on_power(events: &OnGuest) -> OnPower {
-    let events = Arc::clone(events);
-    Arc::new(move |request| {
-        events(match request {
-            PowerRequest::Off => GuestEvent::PowerOff,
-            PowerRequest::Reset => GuestEvent::Reset,
-        });
-    })
-}
-
-fn on_end(events: OnGuest) -> OnEnd {
-    Arc::new(move |ended| {
-        events(match ended {
-            Ended::Shutdown => GuestEvent::TripleFault,
-            Ended::PowerOff => GuestEvent::PowerOff,
-            Ended::Reset => GuestEvent::Reset,
-            Ended::Failed(text) => GuestEvent::InternalError(text),
-        });
-    })
 }

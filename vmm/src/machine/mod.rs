@@ -11,10 +11,13 @@
 //! Only the thread that owns the VM's life calls a [`Machine`]. What the guest does comes back through
 //! [`Environment::guest_events`], from vCPU threads.
 
+mod devices;
 mod doorbell;
+mod guest;
 mod hotplug;
 mod microvm;
 mod others;
+mod q35;
 mod replaceable;
 mod slots;
 mod snapshot;
@@ -28,12 +31,13 @@ use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::chardev::CharBackend;
 use crate::config::{InvalidConfig, MachineKind, VmConfig};
-use crate::cpu::CpuError;
+use crate::cpu::{CpuError, Vcpus};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::irq::IrqError;
 use crate::memory::MemoryError;
 use crate::net::NetError;
+use crate::pci::RootError;
 use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use crate::virtio::rng::RngError;
@@ -41,6 +45,8 @@ use crate::virtio::state::StateError;
 use crate::virtio::vsock::VsockError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
+pub use q35::PlugError;
+use q35::Q35;
 pub use replaceable::{BlockDevice, Hotplug, HotplugError};
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
@@ -73,6 +79,9 @@ pub struct CpuInfo {
     pub host_tid: i32,
 }
 
+/// Told the name of a root port whose device has left.
+pub type OnLeft = Arc<dyn Fn(String) + Send + Sync>;
+
 /// What a machine gets from the process around it.
 pub struct Environment {
     /// Descriptors passed by the launcher.
@@ -81,6 +90,8 @@ pub struct Environment {
     pub main_loop: LoopHandle,
     /// Told, from vCPU threads, what the guest did. Must not block. A guest may do the same thing more than once.
     pub guest_events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
+    /// Told, by its name, the root port whose device the guest has let go, from vCPU threads or while the machine is reset. Must not block.
+    pub device_left: OnLeft,
     /// What the serial port is connected to; `None` means that there is no serial port.
     pub serial: Option<Arc<dyn CharBackend>>,
     /// The host ends of `-chardev`, by id.
@@ -91,7 +102,7 @@ pub struct Environment {
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// A board that does not exist yet.
-    #[error("-machine {0}: not supported in this version; use -machine microvm")]
+    #[error("-machine {0}: not supported in this version; use -machine microvm or q35")]
     Unsupported(MachineKind),
     /// A device that does not exist yet.
     #[error("device \"{device}\": {driver} is not supported in this version")]
@@ -190,15 +201,35 @@ pub enum MachineError {
     /// Devices that do not fit the slots.
     #[error(transparent)]
     Hotplug(#[from] Refusal),
+    /// Two functions in one place of the root bus.
+    #[error(transparent)]
+    Pci(#[from] RootError),
     /// Two devices in one place: a mistake in the machine's own map.
     #[error("the machine's address map is wrong: {0}")]
     Map(#[from] BusError),
 }
 
+/// What the machine is built on.
+enum Board {
+    /// `-machine none`, which has no guest.
+    None,
+    Microvm(Box<Microvm>),
+    Q35(Box<Q35>),
+}
+
+impl Board {
+    fn vcpus(&self) -> Option<&Vcpus> {
+        match self {
+            Self::None => None,
+            Self::Microvm(board) => Some(&board.vcpus),
+            Self::Q35(board) => Some(&board.vcpus),
+        }
+    }
+}
+
 /// One virtual machine.
 pub struct Machine {
-    /// Nothing for `-machine none`, which has no guest.
-    board: Option<Microvm>,
+    board: Board,
 }
 
 impl Machine {
@@ -207,76 +238,122 @@ impl Machine {
     /// An error says what was wrong and what to do, and leaves nothing behind.
     pub fn build(config: &VmConfig, environment: Environment) -> Result<Self, MachineError> {
         let board = match config.machine.kind {
-            MachineKind::None => None,
-            MachineKind::Microvm => Some(Microvm::build(config, environment)?),
-            kind @ (MachineKind::Q35 | MachineKind::Virt) => return Err(MachineError::Unsupported(kind)),
+            MachineKind::None => Board::None,
+            MachineKind::Microvm => Board::Microvm(Box::new(Microvm::build(config, environment)?)),
+            MachineKind::Q35 => Board::Q35(Box::new(Q35::build(config, environment)?)),
+            kind @ MachineKind::Virt => return Err(MachineError::Unsupported(kind)),
         };
         Ok(Self { board })
     }
 
     /// Starts the vCPUs, once. With `paused` they stay out of the guest until [`resume`](Self::resume).
     pub fn start(&mut self, paused: bool) -> Result<(), MachineError> {
-        self.board.as_mut().map_or(Ok(()), |b| b.start(paused))
+        match &mut self.board {
+            Board::None => Ok(()),
+            Board::Microvm(board) => board.start(paused),
+            Board::Q35(board) => Ok(board.vcpus.start(paused)?),
+        }
     }
 
     /// Returns when no vCPU runs the guest. After an error (one did not stop within ten seconds) all of them go on.
     pub fn pause(&self) -> Result<(), MachineError> {
-        self.board.as_ref().map_or(Ok(()), |b| b.vcpus.pause().map_err(Into::into))
+        self.board.vcpus().map_or(Ok(()), |vcpus| vcpus.pause().map_err(Into::into))
     }
 
     /// Lets the vCPUs run the guest.
     pub fn resume(&self) {
-        if let Some(board) = &self.board {
-            board.vcpus.resume();
+        if let Some(vcpus) = self.board.vcpus() {
+            vcpus.resume();
         }
     }
 
     /// Puts the machine back to where it was after [`start`](Self::start), paused; it must be paused. After an error it cannot go on.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        self.board.as_mut().map_or(Ok(()), Microvm::reset)
+        match &mut self.board {
+            Board::None => Ok(()),
+            Board::Microvm(board) => board.reset(),
+            Board::Q35(board) => board.reset(),
+        }
     }
 
     /// Presses the power button: the guest decides what follows.
     pub fn press_power_button(&self) {
-        if let Some(board) = &self.board {
-            board.press_power_button();
+        match &self.board {
+            Board::None => {}
+            Board::Microvm(board) => board.press_power_button(),
+            Board::Q35(board) => board.press_power_button(),
         }
     }
 
     /// Adds, removes, plugs or unplugs a back end or device. After an error everything is as before.
     pub fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
-        let board = self.board.as_mut().ok_or(HotplugError::NoSlots)?;
-        board.replaceable.apply(request)
+        match &mut self.board {
+            Board::Microvm(board) => board.replaceable.apply(request),
+            Board::Q35(board) => board.hotplug(request),
+            Board::None => Err(HotplugError::NoSlots),
+        }
+    }
+
+    /// The guest has let go what was plugged into this root port: ends it, and returns the device's name.
+    pub fn device_left(&mut self, port: &str) -> Option<String> {
+        match &mut self.board {
+            Board::None | Board::Microvm(_) => None,
+            Board::Q35(board) => board.device_left(port),
+        }
     }
 
     /// Block nodes: those that devices use first, in order of their slots.
     pub fn block_devices(&self) -> Vec<BlockDevice> {
-        self.board.as_ref().map_or_else(Vec::new, |b| b.replaceable.block_devices())
+        match &self.board {
+            Board::None => Vec::new(),
+            Board::Microvm(board) => board.replaceable.block_devices(),
+            Board::Q35(board) => board.block_devices(),
+        }
     }
 
     /// Devices by id, with what `-device` calls their driver.
     pub fn devices(&self) -> Vec<(String, &'static str)> {
-        self.board.as_ref().map_or_else(Vec::new, |b| b.replaceable.devices())
+        match &self.board {
+            Board::None => Vec::new(),
+            Board::Microvm(board) => board.replaceable.devices(),
+            Board::Q35(board) => board.devices(),
+        }
     }
 
     /// I/O threads that the command line names, each with the host's thread; 0 while it has not been needed.
     pub fn iothreads(&self) -> Vec<(String, i32)> {
-        self.board.as_ref().map_or_else(Vec::new, Microvm::iothreads)
+        match &self.board {
+            Board::None => Vec::new(),
+            Board::Microvm(board) => board.iothreads(),
+            Board::Q35(board) => board.iothreads(),
+        }
     }
 
     /// The online vCPUs in order.
     pub fn cpus(&self) -> Vec<CpuInfo> {
-        self.board.as_ref().map_or_else(Vec::new, Microvm::cpus)
+        match &self.board {
+            Board::None => Vec::new(),
+            Board::Microvm(board) => board.cpus(),
+            Board::Q35(board) => board.cpus(),
+        }
     }
 
     /// The balloon, if the machine has one: its target, what the guest has, and word of changes.
     pub fn balloon(&self) -> Option<Arc<balloon::Port>> {
-        self.board.as_ref()?.balloon.clone()
+        match &self.board {
+            Board::None => None,
+            Board::Microvm(board) => board.balloon.clone(),
+            Board::Q35(board) => board.balloon.clone(),
+        }
     }
 
     /// Ends the machine: stops the vCPUs, resets the devices, and makes durable what the guest has written.
     pub fn shut_down(self) -> Result<(), MachineError> {
-        self.board.map_or(Ok(()), Microvm::shut_down)
+        match self.board {
+            Board::None => Ok(()),
+            Board::Microvm(board) => board.shut_down(),
+            Board::Q35(board) => board.shut_down(),
+        }
     }
 }
 

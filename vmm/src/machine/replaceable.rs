@@ -9,6 +9,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
+use super::q35::PlugError;
 use super::slots::Workers;
 use crate::block::{BlockError, Disk};
 use crate::config::{BackingImage, DeviceDriver, Drive, NetBackend, Netdev, TapSource, VmConfig};
@@ -64,6 +65,9 @@ pub enum HotplugError {
     /// The slot of a NIC.
     #[error(transparent)]
     Nic(#[from] net::PortError),
+    /// A device that cannot come or go on PCI.
+    #[error(transparent)]
+    Pci(#[from] PlugError),
     /// A machine without slots.
     #[error("this machine has no replaceable slots")]
     NoSlots,
@@ -274,7 +278,7 @@ impl Replaceable {
     }
 }
 
-fn open_netdev(
+pub(super) fn open_netdev(
     netdev: &mut Netdev,
     fds: Vec<OwnedFd>,
     vhost: Vec<OwnedFd>,
@@ -293,7 +297,7 @@ fn open_netdev(
 }
 
 /// Whoever opened the netdev owns its descriptors: the numbers may stand for something else later.
-fn forget_descriptors(netdev: &mut Netdev) {
+pub(super) fn forget_descriptors(netdev: &mut Netdev) {
     if let NetBackend::Tap { source, vhost_fds, .. } = &mut netdev.backend {
         vhost_fds.clear();
         if let TapSource::Fds(fds) = source {
@@ -303,6 +307,6 @@ fn forget_descriptors(netdev: &mut Netdev) {
 }
 
 /// Whether it was made from descriptors, and has been used.
-fn is_spent(netdev: &Netdev) -> bool {
+pub(super) fn is_spent(netdev: &Netdev) -> bool {
     matches!(&netdev.backend, NetBackend::Tap { source: TapSource::Fds(fds), .. } if fds.is_empty())
 }

@@ -5,10 +5,9 @@
 
 use std::sync::Arc;
 
-use super::MachineError;
 use super::others::Others;
 use super::replaceable::Ports;
-use crate::block::Disk;
+use super::{MachineError, devices};
 use crate::boot::MmioSlot;
 use crate::bus::Bus;
 use crate::config::{Device, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
@@ -85,7 +84,8 @@ impl Workers {
         self.named.iter().find(|(name, _)| name == id).map(|(_, worker)| worker)
     }
 
-    fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
+    /// As [`find`](Self::find), for `device` of the command line.
+    pub(super) fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
         let missing = || {
             let id = iothread.cloned().unwrap_or_default();
             no_such(device, "iothread", &id, "-object iothread")
@@ -105,35 +105,19 @@ pub(super) fn fill(
     let (mut blocks, mut nets, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Device { id, driver, .. } in &config.devices {
         match driver {
-            DeviceDriver::VirtioBlk { drive, serial, iothread, queue_size, .. } => {
+            DeviceDriver::VirtioBlk { .. } => {
                 check_room(id, "disks", blocks.len(), MICROVM_BLOCK_SLOTS)?;
-                let worker = workers.get(id, iothread.as_ref())?;
-                let wanted = config.drives.iter().find(|d| d.id == *drive);
-                let drive = wanted.ok_or_else(|| no_such(id, "drive", drive, "-drive"))?;
-                let device = Blk::new(BlkOptions {
-                    backend: Some(Disk::open(drive, inherited)?),
-                    serial: serial.clone(),
-                    read_only: drive.readonly,
-                    queue_size: *queue_size,
-                    worker,
-                });
-                ports.blocks.push(device.port());
-                blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                if let Some(device) = devices::disk(id, driver, config, inherited, workers)? {
+                    ports.blocks.push(device.port());
+                    blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                }
             }
-            DeviceDriver::VirtioNet { netdev, mac, iothread, multi_queue, queue_size } => {
+            DeviceDriver::VirtioNet { .. } => {
                 check_room(id, "network devices", nets.len(), MICROVM_NET_SLOTS)?;
-                let worker = workers.get(id, iothread.as_ref())?;
-                let wanted = config.netdevs.iter().find(|n| n.id == *netdev);
-                let netdev = wanted.ok_or_else(|| no_such(id, "netdev", netdev, "-netdev"))?;
-                let device = Net::new(NetOptions {
-                    backend: Some(net::Backend::open(netdev, inherited)?),
-                    mac: mac.unwrap_or_else(|| net::default_mac(nets.len() as u8)),
-                    multi_queue: *multi_queue,
-                    queue_size: *queue_size,
-                    worker,
-                });
-                ports.nets.push(device.port());
-                nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                if let Some(device) = devices::nic(id, driver, nets.len(), config, inherited, workers)? {
+                    ports.nets.push(device.port());
+                    nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                }
             }
             // Ports of the virtio-serial device have no slot of their own.
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}

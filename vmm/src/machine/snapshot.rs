@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::microvm::Microvm;
 use super::slots::Slot;
-use super::{Machine, MachineError};
+use super::{Board, Machine, MachineError};
 use crate::config::{Incoming, Smp, VmConfig};
 use crate::cpu::x86_64::state::{self, Part, VcpuState};
 use crate::cpu::{CpuError, Vcpu};
@@ -202,7 +202,11 @@ impl Machine {
     /// Saves the machine, which must be paused, to the directory `dir`, and leaves it as it was. After an error what was in `dir` is
     /// still there.
     pub fn save(&mut self, dir: &Path) -> Result<(), MachineError> {
-        let board = self.board.as_ref().ok_or_else(|| MachineError::Excluded("-machine none".into()))?;
+        let board = match &mut self.board {
+            Board::Microvm(board) => board,
+            Board::None => return Err(MachineError::Excluded("-machine none".into())),
+            Board::Q35(_) => return Err(MachineError::Excluded("-machine q35".into())),
+        };
         board.check_exclusions()?;
         // Before the devices stand still: what is most likely to fail.
         let draft = Draft::create(dir)?;

@@ -60,6 +60,10 @@ fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
 }
 
 fn rig(code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
+    rig_on(MachineKind::Microvm, code, pvh, cpus)
+}
+
+fn rig_on(kind: MachineKind, code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
     if !std::path::Path::new("/dev/kvm").exists() {
         eprintln!("no /dev/kvm: skipped");
         return None;
@@ -68,6 +72,7 @@ fn rig(code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
     kernel.write_all(&elf(code, pvh)).unwrap();
     let mut config = VmConfig::default();
     config.boot.kernel = Some(kernel.path().into());
+    config.machine.kind = kind;
     config.smp.cpus = cpus;
     config.smp.max_cpus = cpus;
     config.smp.cores = cpus;
@@ -80,6 +85,7 @@ fn rig(code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
         guest_events: Arc::new(move |event| {
             let _ = tx.send(event);
         }),
+        device_left: Arc::new(|_| {}),
         serial: Some(Arc::new(Screen(screen_tx))),
         chardevs: HashMap::new(),
     };
@@ -114,6 +120,42 @@ fn a_guest_prints_and_ends_in_each_way() {
         rig.machine.start(false).unwrap();
         assert_eq!(rig.events.recv_timeout(LIMIT), Ok(expected));
         assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), b"hi");
+        rig.machine.shut_down().unwrap();
+    }
+}
+
+#[test]
+fn a_q35_has_configuration_space_and_ends_in_each_way() {
+    // mov dx, 0xcf8; mov eax, address; out dx, eax; mov dx, 0xcfc; in al, dx; mov dx, 0x3f8; out dx, al
+    let read = |address: u32| {
+        let mut code = vec![0x66, 0xba, 0xf8, 0x0c, 0xb8];
+        code.extend(address.to_le_bytes());
+        code.extend([0xef, 0x66, 0xba, 0xfc, 0x0c, 0xec, 0x66, 0xba, 0xf8, 0x03, 0xee]);
+        code
+    };
+    // mov ebx, address in ECAM; mov al, [rbx]; mov dx, 0x3f8; out dx, al
+    let ecam = |address: u32| {
+        let mut code = vec![0xbb];
+        code.extend(address.to_le_bytes());
+        code.extend([0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]);
+        code
+    };
+    for (ending, expected) in [
+        (out(0x605, 0x34), GuestEvent::PowerOff),
+        (out(0xce9, 0x34), GuestEvent::PowerOff),
+        (out(0xcf9, 6), GuestEvent::Reset),
+        (out(0x64, 0xfe), GuestEvent::Reset),
+    ] {
+        // The vendor of the host bridge, the device of LPC; by PVH, since paging would hide ECAM.
+        let parts = [read(0x8000_0000), read(0x8000_f800), ecam(0xb00f_8002), ending, SPIN.to_vec()];
+        let Some(mut rig) = rig_on(MachineKind::Q35, &parts.concat(), true, 1) else { return };
+        rig.machine.start(false).unwrap();
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(expected.clone()));
+        assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), [0x86, 0x86, 0x18]);
+        rig.machine.pause().unwrap();
+        rig.machine.reset().unwrap();
+        rig.machine.resume();
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(expected), "again after a reset");
         rig.machine.shut_down().unwrap();
     }
 }
@@ -176,6 +218,7 @@ fn the_smallest_and_the_missing_boards() {
         inherited: Arc::default(),
         main_loop: EventLoop::new().unwrap().handle(),
         guest_events: Arc::new(|_| {}),
+        device_left: Arc::new(|_| {}),
         serial: None,
         chardevs: HashMap::new(),
     };
@@ -187,9 +230,93 @@ fn the_smallest_and_the_missing_boards() {
     none.resume();
     assert_eq!(none.cpus(), []);
     none.shut_down().unwrap();
-    for kind in [MachineKind::Q35, MachineKind::Virt] {
-        config.machine.kind = kind;
-        let error = Machine::build(&config, environment()).err().unwrap().to_string();
-        assert!(error.contains("not supported in this version"), "{error}");
+    config.machine.kind = MachineKind::Virt;
+    let error = Machine::build(&config, environment()).err().unwrap().to_string();
+    assert!(error.contains("not supported in this version"), "{error}");
+}
+
+#[test]
+fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return;
     }
+    let mut kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.write_all(&elf(&SPIN, true)).unwrap();
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let line = format!(
+        "-machine q35 -kernel {} -device pcie-root-port,id=pcie.1,bus=pcie.0,addr=0x1,port=1 \
+         -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r,id=rng,bus=pcie.0,addr=0x2",
+        kernel.path().display()
+    );
+    let request = crate::config::cmdline::parse(line.split_whitespace().map(Into::into)).unwrap();
+    let crate::config::cmdline::Request::Run(config) = request else { panic!("no machine") };
+    let (tell, left) = channel();
+    let event_loop = EventLoop::new().unwrap();
+    let environment = Environment {
+        inherited: Arc::default(),
+        main_loop: event_loop.handle(),
+        guest_events: Arc::new(|_| {}),
+        device_left: Arc::new(move |port| tell.send(port).unwrap()),
+        serial: None,
+        chardevs: HashMap::new(),
+    };
+    let mut machine = Machine::build(&config, environment).unwrap();
+    let drive = || {
+        let drive = crate::config::Drive::new("d", image.path());
+        let drive = crate::config::Drive { direct: false, aio: Some(crate::config::Aio::Off), ..drive };
+        Hotplug::AddDrive { drive: Box::new(drive), node: None }
+    };
+    let plug = |id: &str, driver: &str, bus: &str, addr: Option<&str>| {
+        Hotplug::Plug(NewDevice {
+            id: id.into(),
+            driver: driver.into(),
+            drive: Some("d".into()),
+            netdev: Some("n".into()),
+            bus: Some(bus.into()),
+            addr: addr.map(Into::into),
+            ..NewDevice::default()
+        })
+    };
+    let disk = |id: &str| plug(id, "virtio-blk-pci", "pcie.1", Some("0x0"));
+    let unplug = |id: &str| Hotplug::Unplug(id.into());
+    let ask = |machine: &mut Machine, request, expected: &str| match machine.hotplug(request) {
+        Ok(()) => assert_eq!(expected, ""),
+        Err(e) => assert!(!expected.is_empty() && e.to_string().contains(expected), "{e}"),
+    };
+    let m = &mut machine;
+    ask(m, disk("a"), "No drive configured matched for blk device");
+    ask(m, plug("a", "virtio-net-pci", "pcie.1", Some("0")), "Netdev: \"n\" not found for net device");
+    ask(m, drive(), "");
+    ask(m, drive(), "already registered");
+    ask(m, plug("a", "virtio-rng-pci", "pcie.1", Some("0")), "Driver virtio-rng-pci is not support");
+    ask(m, plug("rng", "virtio-blk-pci", "pcie.1", Some("0")), "Device id rng existed");
+    ask(m, plug("a", "virtio-blk-pci", "pcie.1", None), "Should set addr.");
+    ask(m, plug("a", "virtio-blk-pci", "pcie.1", Some("1")), "not supported for device with devfn 8");
+    ask(m, plug("a", "virtio-blk-pci", "pcie.0", Some("7")), "No hot plug controller found for bus pcie.0");
+    ask(m, plug("a", "virtio-blk-pci", "pcie.7", Some("0")), "Failed to add virtio pci device");
+    ask(m, unplug("a"), "Can not find parent device");
+    ask(m, unplug("rng"), "for bus pcie.0 when unplug request");
+    for round in 0..2 {
+        ask(m, disk("a"), "");
+        ask(m, disk("b"), "pcie.1 is occupied");
+        ask(m, Hotplug::RemoveDrive("d".into()), "in use by device a");
+        assert_eq!(m.block_devices()[0].device.as_deref(), Some("a"), "round {round}");
+        // No guest has looked at the button that came with the device.
+        ask(m, unplug("a"), "Guest is still on the fly");
+        m.reset().unwrap();
+        assert!(left.try_recv().is_err(), "nobody has asked it to leave");
+        ask(m, unplug("a"), "");
+        ask(m, unplug("a"), "Guest is still on the fly");
+        assert_eq!(m.device_left("pcie.1"), None, "it is still there");
+        m.reset().unwrap();
+        assert_eq!(left.try_recv().as_deref(), Ok("pcie.1"));
+        ask(m, disk("b"), "pcie.1 is occupied");
+        assert_eq!(m.device_left("pcie.1").as_deref(), Some("a"));
+        assert_eq!(m.block_devices()[0].device, None);
+    }
+    ask(m, Hotplug::RemoveDrive("d".into()), "");
+    let devices: Vec<String> = m.devices().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(devices, ["pcie.1", "rng"]);
+    machine.shut_down().unwrap();
 }

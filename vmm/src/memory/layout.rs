@@ -1,12 +1,17 @@
-//! The physical address map of microvm on x86_64: owns where RAM lies and what the hole below 4 GiB holds.
+//! The physical address map on x86_64: owns where RAM lies and what the hole below 4 GiB holds.
 //!
 //! ```text
-//! 0           3 GiB                              4 GiB
-//! | RAM       | hole: virtio-mmio, IOAPIC, LAPIC | RAM (the rest) |
+//!          0           3 GiB                              4 GiB
+//! microvm  | RAM       | hole: virtio-mmio, IOAPIC, LAPIC | RAM (the rest) |
+//!
+//!          0      2 GiB    0xb000_0000  0xc000_0000     0xf000_0000       4 GiB
+//! q35      | RAM  | hole   | ECAM       | BARs          | IOAPIC, LAPIC   | RAM (the rest) | 64-bit BARs |
 //! ```
 
-/// RAM ends here at the latest; the hole for devices follows.
+/// RAM of a microvm ends here at the latest; the hole for devices follows.
 pub const GAP_START: u64 = 0xc000_0000;
+/// RAM of a q35 ends here at the latest.
+pub const Q35_GAP_START: u64 = 0x8000_0000;
 /// RAM that did not fit below the hole starts here.
 pub const GAP_END: u64 = 0x1_0000_0000;
 /// Everything from here up to 1 MiB is not RAM to the guest (EBDA, option ROM and BIOS area of a PC).
@@ -23,9 +28,9 @@ pub struct Range {
     pub size: u64,
 }
 
-/// Where `size` bytes of RAM lie: below the hole, and above it for what does not fit.
-pub fn ram(size: u64) -> Vec<Range> {
-    let low = size.min(GAP_START);
+/// Where `size` bytes of RAM lie: below the hole, which starts at `gap`, and above it for what does not fit.
+pub fn ram(size: u64, gap: u64) -> Vec<Range> {
+    let low = size.min(gap);
     [Range { base: 0, size: low }, Range { base: GAP_END, size: size - low }]
         .into_iter()
         .filter(|r| r.size > 0)
@@ -47,7 +52,8 @@ mod tests {
             (3 * gib + 4096, vec![low(3 * gib), high(4096)]),
             (512 * gib, vec![low(3 * gib), high(509 * gib)]),
         ] {
-            assert_eq!(ram(size), expected);
+            assert_eq!(ram(size, GAP_START), expected);
         }
+        assert_eq!(ram(3 * gib, Q35_GAP_START), [low(2 * gib), high(gib)]);
     }
 }

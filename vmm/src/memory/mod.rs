@@ -17,7 +17,7 @@ use rustix::mm::Advice;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion};
 
-use crate::config::{MachineConfig, MemoryBackendKind, MemoryConfig};
+use crate::config::{MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig};
 use backing::Backing;
 
 /// Guest RAM as every device sees it. Built once, before the vCPUs start.
@@ -134,7 +134,15 @@ pub fn may_be_dirty(memory: &MemoryConfig) -> bool {
 pub fn build(memory: &MemoryConfig, machine: &MachineConfig) -> Result<GuestMemory, MemoryError> {
     let wish = Wish::new(memory, machine);
     let backing = Backing::open(&wish)?;
-    map_all(memory, &wish, &backing)
+    map_all(memory, gap(machine), &wish, &backing)
+}
+
+/// Where RAM below 4 GiB ends at the latest.
+fn gap(machine: &MachineConfig) -> u64 {
+    match machine.kind {
+        MachineKind::Q35 => layout::Q35_GAP_START,
+        MachineKind::Microvm | MachineKind::Virt | MachineKind::None => layout::GAP_START,
+    }
 }
 
 /// Maps guest RAM that was saved to `file`, which has exactly its size: privately, so that pages come in when the guest needs them and are
@@ -145,7 +153,7 @@ pub fn restore(
     file: &File,
 ) -> Result<GuestMemory, MemoryError> {
     let failed = |source| MemoryError::Map { size: memory.size, source };
-    map_all(memory, &Wish::new(memory, machine), &Backing::snapshot(file).map_err(failed)?)
+    map_all(memory, gap(machine), &Wish::new(memory, machine), &Backing::snapshot(file).map_err(failed)?)
 }
 
 /// Puts new pages, all zero, in place of guest RAM, whatever lay under it. Nobody may use RAM meanwhile.
@@ -170,10 +178,18 @@ pub fn renew(memory: &GuestMemory, dump_guest_core: bool) -> Result<(), MemoryEr
     Ok(())
 }
 
-fn map_all(memory: &MemoryConfig, wish: &Wish<'_>, backing: &Backing) -> Result<GuestMemory, MemoryError> {
+fn map_all(
+    memory: &MemoryConfig,
+    gap: u64,
+    wish: &Wish<'_>,
+    backing: &Backing,
+) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::with_capacity(2);
-    for range in layout::ram(memory.size) {
-        regions.push(map(range, backing, wish)?);
+    // The second range continues in the file where the first ended, so the file holds RAM without the hole.
+    let mut offset = 0;
+    for range in layout::ram(memory.size, gap) {
+        regions.push(map(range, offset, backing, wish)?);
+        offset += range.size;
     }
     if wish.prealloc {
         for region in &regions {
@@ -184,11 +200,14 @@ fn map_all(memory: &MemoryConfig, wish: &Wish<'_>, backing: &Backing) -> Result<
         .map_err(|e| MemoryError::Map { size: memory.size, source: io::Error::other(e) })
 }
 
-fn map(range: layout::Range, backing: &Backing, wish: &Wish<'_>) -> Result<GuestRegionMmap, MemoryError> {
+fn map(
+    range: layout::Range,
+    offset: u64,
+    backing: &Backing,
+    wish: &Wish<'_>,
+) -> Result<GuestRegionMmap, MemoryError> {
     let failed = |source| MemoryError::Map { size: range.size, source };
     let size = usize::try_from(range.size).map_err(|e| failed(io::Error::other(e)))?;
-    // The second range continues in the file where the first ended, so the file holds RAM without the hole.
-    let offset = if range.base == 0 { 0 } else { layout::GAP_START };
     // Without MAP_NORESERVE a host with overcommit off would refuse VMs that will never touch all their memory.
     let (file, flags) = backing.mapping(offset);
     let flags = if backing.huge() { flags } else { flags | libc::MAP_NORESERVE };
@@ -274,7 +293,6 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::MachineKind;
     use vm_memory::Bytes as _;
 
     fn machine(mem_share: bool) -> MachineConfig {

@@ -288,6 +288,7 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
         drive,
         netdev,
         addr: arguments.text("addr"),
+        bus: arguments.text("bus"),
         lun: arguments.int("lun"),
         serial,
         mac,

@@ -72,6 +72,9 @@ impl Vm for FakeVm {
         self.1.lock().unwrap().push(words);
         Ok(())
     }
+    fn device_left(&mut self, _: &str) -> Option<String> {
+        None
+    }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Vec::new()
     }

@@ -12,13 +12,9 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use super::queue::{Layout, Position, Queue};
-use super::status::{DEVICE_NEEDS_RESET, Effect, Status};
-use super::{
-    ActivateError, Activation, ActiveQueue, Doorbell, F_VERSION_1, Interrupt, VirtioDevice, complain,
-};
+use super::registers::{Link, QueueSetup, Registers, set_high, set_low};
+use super::status::{DEVICE_NEEDS_RESET, Effect};
+use super::{Doorbell, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::Line;
 use crate::memory::GuestMemory;
@@ -84,6 +80,14 @@ impl Signals {
     }
 }
 
+impl Signals {
+    /// After a reset of the device.
+    fn clear(&self) {
+        self.pending.store(0, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+    }
+}
+
 impl Interrupt for Signals {
     fn queue(&self, _: u16) {
         self.raise(INT_QUEUE);
@@ -100,51 +104,6 @@ impl Interrupt for Signals {
             self.config();
         }
     }
-}
-
-#[derive(Default, Clone, Copy)]
-struct QueueRegisters {
-    layout: Layout,
-    ready: bool,
-}
-
-#[derive(Default)]
-struct Running {
-    /// By queue number; `None` where the driver has not enabled the queue.
-    notify: Vec<Option<Arc<EventFd>>>,
-    /// Where doorbells are attached, by queue number.
-    bells: Vec<(u64, u16, Arc<EventFd>)>,
-    /// Doorbells have been asked for: not a second time, also where that failed.
-    has_bells: bool,
-}
-
-impl Running {
-    /// Attaches a doorbell to every enabled queue.
-    fn attach(&mut self, doorbell: &dyn Doorbell, base: u64) {
-        self.has_bells = true;
-        let addr = base + reg::QUEUE_NOTIFY;
-        for (queue, fd) in (0u16..).zip(&self.notify) {
-            let Some(fd) = fd else { continue };
-            match doorbell.attach(addr, queue, fd) {
-                Ok(()) => self.bells.push((addr, queue, Arc::clone(fd))),
-                // Slower, but it works: the driver's writes come to `notify` below.
-                Err(error) => tracing::warn!("no virtio doorbell at {addr:#x}/{queue}: {error}"),
-            }
-        }
-    }
-}
-
-struct Registers {
-    device: Box<dyn VirtioDevice>,
-    status: Status,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    driver_features: u64,
-    queue_sel: u32,
-    queues: Vec<QueueRegisters>,
-    running: Option<Running>,
-    /// The device has been stopped to be saved, or not been started after it was restored: where its queues stand.
-    suspended: Option<Vec<(u16, Position)>>,
 }
 
 /// One virtio device behind MMIO registers.
@@ -177,7 +136,6 @@ impl MmioTransport {
         line: Arc<dyn Line>,
         doorbell: Arc<dyn Doorbell>,
     ) -> Arc<Self> {
-        let queues = vec![QueueRegisters::default(); device.queue_sizes().len()];
         Arc::new(Self {
             memory,
             doorbell,
@@ -188,17 +146,7 @@ impl MmioTransport {
                 generation: AtomicU32::new(0),
             }),
             claimed: AtomicBool::new(false),
-            registers: Mutex::new(Registers {
-                device,
-                status: Status::default(),
-                device_features_sel: 0,
-                driver_features_sel: 0,
-                driver_features: 0,
-                queue_sel: 0,
-                queues,
-                running: None,
-                suspended: None,
-            }),
+            registers: Mutex::new(Registers::new(device, false)),
         })
     }
 
@@ -219,118 +167,40 @@ impl MmioTransport {
 
     /// The machine is reset: the device stops, every register is as new, and both windows work again.
     pub fn reset(&self) {
-        self.reset_registers(&mut self.lock());
+        let mut registers = self.lock();
+        registers.reset(&*self.doorbell);
+        self.signals.clear();
+        drop(registers);
         self.claimed.store(false, Ordering::Release);
     }
 
     /// The machine goes down: the device stops, and what the guest has written to it is made durable. Waits with a deadline.
     pub fn shut_down(&self) -> io::Result<()> {
         let mut registers = self.lock();
-        self.reset_registers(&mut registers);
-        registers.device.shut_down()
+        let result = registers.shut_down(&*self.doorbell);
+        self.signals.clear();
+        result
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reset_registers(&self, r: &mut Registers) {
-        if let Some(running) = r.running.take() {
-            // First no new notification, then no more work.
-            self.detach(&running);
-            r.device.reset();
-        }
-        r.suspended = None;
-        r.status = Status::default();
-        r.device_features_sel = 0;
-        r.driver_features_sel = 0;
-        r.driver_features = 0;
-        r.queue_sel = 0;
-        r.queues.fill(QueueRegisters::default());
-        self.signals.pending.store(0, Ordering::Release);
-        self.signals.needs_reset.store(false, Ordering::Release);
-    }
-
-    fn detach(&self, running: &Running) {
-        for (addr, queue, fd) in &running.bells {
-            if let Err(error) = self.doorbell.detach(*addr, *queue, fd) {
-                tracing::warn!("virtio doorbell {addr:#x}/{queue} stays: {error}");
-            }
-        }
-    }
-
-    /// Builds the queues, which begin at zero or where `positions` say, and starts the device. Returns what notifies it; what did so
-    /// `before`, if it ran, does so again.
-    fn start(
-        &self,
-        r: &mut Registers,
-        before: &Running,
-        positions: &[(u16, Position)],
-    ) -> Result<Vec<Option<Arc<EventFd>>>, ActivateError> {
-        let features = r.driver_features;
-        let (mut queues, mut notifies) = (Vec::new(), Vec::new());
-        let sizes = r.device.queue_sizes();
-        for (index, (registers, max)) in (0u16..).zip(r.queues.iter().zip(sizes)) {
-            if !registers.ready {
-                notifies.push(None);
-                continue;
-            }
-            let mut queue = Queue::new(&self.memory, registers.layout, *max, features)
-                .map_err(|e| ActivateError::BadQueue(index, e))?;
-            if let Some((_, position)) = positions.iter().find(|(i, _)| *i == index) {
-                queue.go_on_at(*position);
-            }
-            let notify = match before.notify.get(usize::from(index)) {
-                Some(Some(notify)) => Arc::clone(notify),
-                _ => Arc::new(EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Host)?),
-            };
-            notifies.push(Some(Arc::clone(&notify)));
-            queues.push(ActiveQueue { index, queue, notify });
-        }
+    fn with_link<T>(&self, base: u64, action: impl FnOnce(&Link<'_>) -> T) -> T {
         let interrupt = Arc::clone(&self.signals) as Arc<dyn Interrupt>;
-        let memory = Arc::clone(&self.memory);
-        r.device.activate(Activation { memory, features, queues, interrupt })?;
-        Ok(notifies)
-    }
-
-    fn activate(&self, r: &mut Registers, base: u64) -> Result<(), ActivateError> {
-        let mut running = Running { notify: self.start(r, &Running::default(), &[])?, ..Running::default() };
-        if r.device.wants_doorbell() {
-            running.attach(&*self.doorbell, base);
-        }
-        r.running = Some(running);
-        Ok(())
+        let bell = |_| Some(base + reg::QUEUE_NOTIFY);
+        action(&Link { memory: &self.memory, doorbell: &*self.doorbell, interrupt, bell: &bell })
     }
 
     fn write_status(&self, value: u8, base: u64) {
-        let mut guard = self.lock();
-        let r = &mut *guard;
-        let offered = r.device.features();
-        let fine = r.driver_features & !offered == 0 && r.driver_features & F_VERSION_1 != 0;
-        let (next, effect) = r.status.write(value, fine);
-        r.status = next;
-        match effect {
-            Effect::None => {}
-            Effect::Reset => self.reset_registers(r),
-            Effect::Activate => {
-                if let Err(error) = self.activate(r, base) {
-                    complain(|| tracing::warn!("virtio device {}: {error}", r.device.device_type()));
-                    self.signals.needs_reset();
-                }
-            }
+        let mut registers = self.lock();
+        if self.with_link(base, |link| registers.write_status(value, link)) == Effect::Reset {
+            self.signals.clear();
         }
     }
 
     fn notify(&self, queue: u32, base: u64) {
-        let mut guard = self.lock();
-        let r = &mut *guard;
-        let Some(running) = &mut r.running else { return };
-        // A slot that was empty at DRIVER_OK has been filled since.
-        if !running.has_bells && r.device.wants_doorbell() {
-            running.attach(&*self.doorbell, base);
-        }
-        let fd = usize::try_from(queue).ok().and_then(|q| running.notify.get(q)?.clone());
-        drop(guard);
+        let fd = self.with_link(base, |link| self.lock().notified(queue, link));
         if let Some(fd) = fd {
             // Fails only when the counter is full; the device has more than enough notifications then.
             let _ = fd.write(1);
@@ -348,18 +218,11 @@ impl MmioTransport {
             _ => {}
         }
         let r = self.lock();
-        let queue = usize::try_from(r.queue_sel).ok();
         match offset {
             reg::DEVICE_ID => r.device.device_type(),
-            reg::DEVICE_FEATURES => match r.device_features_sel {
-                0 => r.device.features() as u32,
-                1 => (r.device.features() >> 32) as u32,
-                _ => 0,
-            },
-            reg::QUEUE_SIZE_MAX => {
-                queue.and_then(|q| r.device.queue_sizes().get(q)).map_or(0, |max| u32::from(*max))
-            }
-            reg::QUEUE_READY => queue.and_then(|q| r.queues.get(q)).map_or(0, |q| u32::from(q.ready)),
+            reg::DEVICE_FEATURES => r.device_features(),
+            reg::QUEUE_SIZE_MAX => u32::from(r.queue_max()),
+            reg::QUEUE_READY => r.queue().map_or(0, |q| u32::from(q.ready)),
             reg::STATUS => {
                 let broken = self.signals.needs_reset.load(Ordering::Acquire);
                 u32::from(r.status.bits() | if broken { DEVICE_NEEDS_RESET } else { 0 })
@@ -384,48 +247,31 @@ impl MmioTransport {
         match offset {
             reg::DEVICE_FEATURES_SEL => r.device_features_sel = value,
             reg::DRIVER_FEATURES_SEL => r.driver_features_sel = value,
-            reg::DRIVER_FEATURES if r.status.features_open() => match r.driver_features_sel {
-                0 => set_low(&mut r.driver_features, value),
-                1 => set_high(&mut r.driver_features, value),
-                // Bits 64 and up: we offer none. A driver that sets one anyway must not get FEATURES_OK.
-                _ if value != 0 => r.driver_features &= !F_VERSION_1,
-                _ => {}
-            },
+            reg::DRIVER_FEATURES => r.set_driver_features(value),
             reg::QUEUE_SEL => r.queue_sel = value,
-            _ if r.status.queues_open() => {
-                if let Some(queue) = usize::try_from(r.queue_sel).ok().and_then(|q| r.queues.get_mut(q)) {
-                    queue.write(offset, value);
+            _ => {
+                if let Some(queue) = r.open_queue() {
+                    write_queue(queue, offset, value);
                 }
             }
-            _ => {}
         }
     }
 }
 
-impl QueueRegisters {
-    fn write(&mut self, offset: u64, value: u32) {
-        let l = &mut self.layout;
-        match offset {
-            // A size that does not fit is no size: activation refuses 0.
-            reg::QUEUE_SIZE => l.size = u16::try_from(value).unwrap_or(0),
-            reg::QUEUE_READY => self.ready = value == 1,
-            reg::QUEUE_DESC_LOW => set_low(&mut l.desc, value),
-            reg::QUEUE_DESC_HIGH => set_high(&mut l.desc, value),
-            reg::QUEUE_DRIVER_LOW => set_low(&mut l.driver, value),
-            reg::QUEUE_DRIVER_HIGH => set_high(&mut l.driver, value),
-            reg::QUEUE_DEVICE_LOW => set_low(&mut l.device, value),
-            reg::QUEUE_DEVICE_HIGH => set_high(&mut l.device, value),
-            _ => {}
-        }
+fn write_queue(queue: &mut QueueSetup, offset: u64, value: u32) {
+    let l = &mut queue.layout;
+    match offset {
+        // A size that does not fit is no size: activation refuses 0.
+        reg::QUEUE_SIZE => l.size = u16::try_from(value).unwrap_or(0),
+        reg::QUEUE_READY => queue.ready = value == 1,
+        reg::QUEUE_DESC_LOW => set_low(&mut l.desc, value),
+        reg::QUEUE_DESC_HIGH => set_high(&mut l.desc, value),
+        reg::QUEUE_DRIVER_LOW => set_low(&mut l.driver, value),
+        reg::QUEUE_DRIVER_HIGH => set_high(&mut l.driver, value),
+        reg::QUEUE_DEVICE_LOW => set_low(&mut l.device, value),
+        reg::QUEUE_DEVICE_HIGH => set_high(&mut l.device, value),
+        _ => {}
     }
-}
-
-fn set_low(to: &mut u64, value: u32) {
-    *to = *to & !0xffff_ffff | u64::from(value);
-}
-
-fn set_high(to: &mut u64, value: u32) {
-    *to = *to & 0xffff_ffff | u64::from(value) << 32;
 }
 
 impl Window {

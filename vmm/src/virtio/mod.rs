@@ -5,7 +5,8 @@
 //! device: registers written later cannot reach it (virtio 1.2 §2.1, §3.1).
 //!
 //! ```text
-//! mmio       registers, doorbells, interrupt status         status   who may write what when (pure)
+//! mmio pci   register layouts, interrupts                   status   who may write what when (pure)
+//! registers  what they come to on every transport
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
 //! rng balloon console  small devices
 //! worker     I/O threads and the gate that reset waits at   state    what is saved of a transport and its device
@@ -30,7 +31,9 @@ pub mod console;
 mod fuzz;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
+mod registers;
 pub mod rng;
 pub mod state;
 pub mod status;
@@ -62,7 +65,8 @@ pub trait Interrupt: Send + Sync {
 /// Lets the kernel signal a queue's descriptor on the driver's write, with no exit to user space. The machine implements it
 /// with KVM's ioeventfd. A transport works without it: a write that does reach it signals the same descriptor.
 pub trait Doorbell: Send + Sync {
-    /// From now on a 4-byte write of `queue` to guest physical address `addr` signals `fd`.
+    /// From now on the driver's notification of `queue` at guest physical address `addr` signals `fd`. Over MMIO all queues have one address,
+    /// at which their number is written; on PCI each has its own.
     fn attach(&self, addr: u64, queue: u16, fd: &EventFd) -> io::Result<()>;
     /// Undoes `attach` with the same arguments.
     fn detach(&self, addr: u64, queue: u16, fd: &EventFd) -> io::Result<()>;

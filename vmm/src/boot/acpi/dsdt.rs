@@ -8,6 +8,8 @@
 //! \_SB.Vxxx        LNRO0005: virtio-mmio device xxx (hexadecimal). _STA writes xxx to the claim port.
 //! ```
 //!
+//! A q35 has the first and COM1, and what `pci` adds.
+//!
 //! A kernel with ACPI runs `_STA` of every device before it binds drivers, and so claims it; one without never does.
 //! That is how the machine knows which of the device's two register windows the kernel will use.
 
@@ -19,8 +21,8 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::boot::{MmioSlot, Platform, SerialPort};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, pci};
+use crate::boot::{Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::device::SLEEP_TYPE_S5;
 
 /// `_STA`: present, enabled, shown, working.
@@ -33,7 +35,24 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
     let (typ, zero) = (SLEEP_TYPE_S5, 0u8);
     Name::new("_S5_".into(), &Package::new(vec![&typ, &typ, &zero, &zero])).to_aml_bytes(&mut aml);
 
-    let (port, one) = (platform.acpi.claim, 1u8);
+    let com1 = platform.serial.map(Com1);
+    match &platform.hardware {
+        Hardware::Reduced(reduced) => mmio_devices(reduced, com1.as_ref(), &mut aml),
+        Hardware::Pcie(pcie) => {
+            let host = pci::Host(*pcie);
+            let mut children: Vec<&dyn Aml> = vec![&host];
+            children.extend(com1.iter().map(|d| d as &dyn Aml));
+            Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
+        }
+    }
+
+    let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    table.append_slice(&aml);
+    table
+}
+
+fn mmio_devices(reduced: &Reduced<'_>, com1: Option<&Com1>, aml: &mut Vec<u8>) {
+    let (port, one) = (reduced.acpi.claim, 1u8);
     let region = OpRegion::new("CLMP".into(), OpRegionSpace::SystemIO, &port, &one);
     let field = Field::new(
         "CLMP".into(),
@@ -42,18 +61,13 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"CLMF", 8)],
     );
-    let button = PowerButton(platform.button_irq);
-    let com1 = platform.serial.map(Com1);
+    let button = PowerButton(reduced.button_irq);
     let devices: Vec<Virtio> =
-        (0..).zip(platform.slots).map(|(number, slot)| Virtio { number, slot }).collect();
+        (0..).zip(reduced.slots).map(|(number, slot)| Virtio { number, slot }).collect();
     let mut children: Vec<&dyn Aml> = vec![&region, &field, &button];
-    children.extend(com1.iter().map(|d| d as &dyn Aml));
+    children.extend(com1.map(|d| d as &dyn Aml));
     children.extend(devices.iter().map(|d| d as &dyn Aml));
-    Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
-
-    let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.append_slice(&aml);
-    table
+    Scope::new("_SB_".into(), children).to_aml_bytes(aml);
 }
 
 /// A line of ours: edge-triggered, active high, not shared.

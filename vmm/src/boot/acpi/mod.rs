@@ -1,4 +1,5 @@
-//! ACPI tables (ACPI 6.4): a hardware-reduced platform with its processors, its serial port and its virtio-mmio devices.
+//! ACPI tables (ACPI 6.4): a hardware-reduced platform with its processors, its serial port and its virtio-mmio devices, or one with ACPI hardware
+//! and a PCI Express root.
 //!
 //! One file for each table. The blob is built in host memory and written once: RSDP first, where kernels that are not told its
 //! address look for it.
@@ -6,20 +7,38 @@
 mod dsdt;
 mod fadt;
 mod madt;
+mod pci;
 
-use acpi_tables::Aml;
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::{BootError, Platform};
+use super::{BootError, Hardware, Platform};
 use crate::memory::GuestMemory;
 
 const OEM_ID: [u8; 6] = *b"FLOTIL";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-/// Tables start at multiples of this.
-const ALIGN: usize = 16;
+/// Tables start at multiples of this, the FACS (ACPI 6.4 §5.2.10) as the strictest.
+const ALIGN: usize = 64;
+
+/// The FACS: no table like the others. Platforms with ACPI hardware must have one; its lock and its waking vectors stay unused.
+struct Facs;
+
+impl Aml for Facs {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        const LENGTH: u32 = 64;
+        const VERSION: u8 = 2;
+        sink.vec(b"FACS");
+        sink.dword(LENGTH);
+        // Hardware signature, waking vector, lock, flags, 64-bit waking vector.
+        sink.vec(&[0; 24]);
+        sink.byte(VERSION);
+        sink.vec(&[0; 31]);
+    }
+}
 
 /// Writes all tables from `at` on; returns the address of the RSDP.
 pub(super) fn write(memory: &GuestMemory, at: u64, platform: &Platform<'_>) -> Result<u64, BootError> {
@@ -38,11 +57,24 @@ fn tables(at: u64, platform: &Platform<'_>) -> Vec<u8> {
         address
     };
     let dsdt = add(&dsdt::table(platform));
-    let fadt = add(&fadt::table(dsdt, &platform.acpi));
+    let facs = match &platform.hardware {
+        Hardware::Reduced(_) => 0,
+        Hardware::Pcie(_) => add(&Facs),
+    };
+    let fadt = match &platform.hardware {
+        Hardware::Reduced(reduced) => fadt::reduced(dsdt, &reduced.acpi),
+        Hardware::Pcie(pcie) => fadt::full(dsdt, facs, pcie),
+    };
+    let fadt = add(&fadt);
     let madt = add(&madt::table(platform));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Hardware::Pcie(pcie) = &platform.hardware {
+        let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        mcfg.add_ecam(pcie.ecam, 0, 0, u8::MAX);
+        xsdt.add_entry(add(&mcfg));
+    }
     let xsdt = add(&xsdt);
     let mut rsdp = Vec::with_capacity(Rsdp::len());
     Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);

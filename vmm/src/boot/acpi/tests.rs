@@ -1,7 +1,7 @@
 //! Every table is well-formed and says what a kernel needs to know.
 
 use super::*;
-use crate::boot::{AcpiPorts, MmioSlot, SerialPort};
+use crate::boot::{AcpiPorts, MmioSlot, Pcie, Reduced, SerialPort};
 use crate::config::Smp;
 use crate::cpu::Topology;
 
@@ -20,13 +20,59 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
     let platform = Platform {
         cpus,
         topology: &Topology::new(&smp).unwrap(),
-        slots: &slots,
+        hardware: Hardware::Reduced(Reduced {
+            slots: &slots,
+            acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
+            button_irq: 3,
+        }),
         serial: serial.then_some(SerialPort { port: 0x3f8, irq: 4 }),
-        acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
-        button_irq: 3,
         dirty_memory: false,
     };
     tables(AT, &platform)
+}
+
+#[test]
+fn a_q35_has_acpi_hardware_and_a_pcie_root() {
+    let smp = Smp { cpus: 2, max_cpus: 2, sockets: 1, dies: 1, clusters: 1, cores: 2, threads: 1 };
+    let pcie = Pcie {
+        pm_base: 0x600,
+        sci: 9,
+        sleep: 0xce9,
+        reset: 0xcf9,
+        ecam: 0xb000_0000,
+        window32: (0xc000_0000, 0x3000_0000),
+        window64: Some((5 << 30, 32 << 30)),
+        first_pin: 16,
+    };
+    let platform = Platform {
+        cpus: 2,
+        topology: &Topology::new(&smp).unwrap(),
+        hardware: Hardware::Pcie(pcie),
+        serial: None,
+        dirty_memory: false,
+    };
+    let blob = tables(AT, &platform);
+    assert!(blob.len() < 0x1_0000, "runs into the MP table: {:#x}", blob.len());
+    let xsdt = at(&blob, number(&blob[24..32]));
+    let tables: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| at(&blob, number(entry))).collect();
+    let signatures: Vec<&[u8]> = tables.iter().map(|t| &t[..4]).collect();
+    assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
+    assert!(tables.iter().all(|t| sum(t) == 0));
+    let fadt = tables[0];
+    assert_eq!(number(&fadt[112..116]) & (1 << 20 | 1 << 4), 0, "ACPI hardware, with the fixed power button");
+    assert_eq!((number(&fadt[46..48]), number(&fadt[48..52])), (9, 0), "SCI, and ACPI mode from the start");
+    assert_eq!((number(&fadt[56..60]), number(&fadt[64..68]), number(&fadt[76..80])), (0x600, 0x604, 0x608));
+    assert_eq!((number(&fadt[120..128]), fadt[128]), (0xcf9, 0xf));
+    let facs = number(&fadt[36..40]);
+    assert_eq!((&at(&blob, facs)[..4], at(&blob, facs).len(), facs % 64), (&b"FACS"[..], 64, 0));
+    assert_eq!(number(&tables[2][44..52]), 0xb000_0000);
+    let find = |name: &[u8]| blob.windows(name.len()).any(|w| w == name);
+    assert!([&b"PCI0"[..], b"_PRT", b"_OSC", b"_CRS", b"RES0", b"_S5_"].iter().all(|n| find(n)));
+    assert!(!find(b"LNRO0005"));
+    // The override of the SCI: level, active high.
+    assert!(find(&[2, 10, 0, 9, 9, 0, 0, 0, 0xd, 0]));
+    // Pin D of slot 31: GSI 16 + (31 + 3) % 4.
+    assert!(find(&[0x0c, 0xff, 0xff, 0x1f, 0, 0x0a, 3, 0, 0x0a, 18]));
 }
 
 fn number(bytes: &[u8]) -> usize {

@@ -59,7 +59,7 @@ fn params(map: &[MapEntry], rsdp: u64, initrd: Option<Initrd>, header: Option<se
         size: e.size,
         r#type: if e.usable { E820_RAM } else { E820_RESERVED },
     });
-    // Five entries at most; the table holds 128.
+    // Six entries at most; the table holds 128.
     let mut count = 0;
     let mut table = params.e820_table;
     for (slot, entry) in table.iter_mut().zip(entries) {

@@ -16,7 +16,7 @@ mod raw;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::file::BootFile;
-use super::{BootError, Platform, acpi, cmdline};
+use super::{BootError, Hardware, Platform, acpi, cmdline};
 use crate::config::BootConfig;
 use crate::cpu::x86_64::BootState;
 use crate::inherit::Inherited;
@@ -34,6 +34,8 @@ const CMDLINE_LIMIT: usize = 2047;
 /// There is room for this much before the EBDA, whatever a kernel claims to take.
 const CMDLINE_ROOM: usize = 0x1_0000;
 const BIOS_AREA: u64 = 0xe_0000;
+/// 256 buses of 32 devices of 8 functions of 4 KiB.
+const ECAM_SIZE: u64 = 256 << 20;
 
 /// Where a processor in real mode begins after a reset (F000:FFF0).
 const RESET_VECTOR: u64 = 0xf_fff0;
@@ -103,7 +105,10 @@ pub fn load(
 ) -> Result<BootState, BootError> {
     let kernel = load_kernel(&mut files.kernel, memory, platform.dirty_memory)?;
 
-    let words: Vec<String> = platform.slots.iter().map(cmdline::virtio_mmio).collect();
+    let words: Vec<String> = match &platform.hardware {
+        Hardware::Reduced(reduced) => reduced.slots.iter().map(cmdline::virtio_mmio).collect(),
+        Hardware::Pcie(_) => Vec::new(),
+    };
     let line = cmdline::build(append, &words, kernel.cmdline_limit)?;
     write(memory, CMDLINE, &line, "the command line")?;
 
@@ -111,7 +116,12 @@ pub fn load(
         Some(file) => Some(initrd::load(file, memory, &kernel)?),
         None => None,
     };
-    let map = memory_map(memory);
+    let mut map = memory_map(memory);
+    if let Hardware::Pcie(pcie) = &platform.hardware {
+        // Linux uses ECAM only where the memory map keeps it free (PCI Firmware 3.3 §4.1.2).
+        map.push(MapEntry { base: pcie.ecam, size: ECAM_SIZE, usable: false });
+        map.sort_by_key(|entry| entry.base);
+    }
     let rsdp = acpi::write(memory, BIOS_AREA, platform)?;
     mptable::write_all(memory, platform)?;
     write(memory, RESET_VECTOR, &RESET_CODE, "the reset vector")?;

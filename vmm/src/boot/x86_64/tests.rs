@@ -6,7 +6,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::boot::{AcpiPorts, MmioSlot};
+use crate::boot::{AcpiPorts, Hardware, MmioSlot, Reduced};
 use crate::config::Smp;
 use crate::cpu::Topology;
 
@@ -22,10 +22,12 @@ fn boot(memory: &GuestMemory, config: &BootConfig) -> Result<BootState, BootErro
     let platform = Platform {
         cpus: 2,
         topology: &Topology::new(&smp).unwrap(),
-        slots: &slots,
+        hardware: Hardware::Reduced(Reduced {
+            slots: &slots,
+            acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
+            button_irq: 3,
+        }),
         serial: None,
-        acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
-        button_irq: 3,
         dirty_memory: false,
     };
     let mut files = BootFiles::open(config, &Inherited::default())?;

@@ -34,11 +34,10 @@ fn machine(text: &str) -> Result<MachineConfig, CmdlineError> {
         None => MachineKind::Microvm,
         Some(name) => match name.to_ascii_lowercase().as_str() {
             "microvm" => MachineKind::Microvm,
+            "q35" => MachineKind::Q35,
             "none" => MachineKind::None,
-            known @ ("q35" | "virt") => {
-                return Err(props.unsupported(format!("machine type {known} (use microvm)")));
-            }
-            _ => return Err(props.bad(format!("unknown machine type '{name}': use microvm"))),
+            "virt" => return Err(props.unsupported("machine type virt (use microvm or q35)")),
+            _ => return Err(props.bad(format!("unknown machine type '{name}': use microvm or q35"))),
         },
     };
     if let Some(name) = props.text("accel")? {

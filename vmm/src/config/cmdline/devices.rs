@@ -1,8 +1,8 @@
 //! `-device`: the devices of the guest.
 
-use super::props::{Props, number};
+use super::props::Props;
 use super::{CmdlineError, Given};
-use crate::config::{Device, DeviceDriver, PciAddr, VmConfig};
+use crate::config::{Device, DeviceDriver, VmConfig};
 
 /// Drivers of this version, by their name on a machine without PCI.
 const DRIVERS: [&str; 8] = [
@@ -15,10 +15,12 @@ const DRIVERS: [&str; 8] = [
     "virtio-rng-device",
     "vhost-vsock-device",
 ];
+/// Those of them that a machine with PCI has under the same name.
+const WITHOUT_BUS: [&str; 2] = ["virtconsole", "virtserialport"];
+const ROOT_PORT: &str = "pcie-root-port";
 
 /// Drivers that a later version will have.
-const KNOWN: [&str; 21] = [
-    "pcie-root-port",
+const KNOWN: [&str; 20] = [
     "vfio-pci",
     "vhost-user-fs-device",
     "vhost-user-fs-pci",
@@ -74,38 +76,62 @@ fn device(text: &str, iothreads: &[String]) -> Result<(Option<String>, String, D
     let Some(name) = props.word("driver")? else {
         return Err(props.bad("the driver is missing: write -device DRIVER,KEY=VALUE"));
     };
-    if let Some(stem) = name.strip_suffix("-pci") {
-        let twin = format!("{stem}-device");
-        if DRIVERS.contains(&twin.as_str()) {
-            return Err(
-                props.unsupported(format!("device {name} (no machine of this version has PCI; use {twin})"))
-            );
-        }
-    }
-    if !DRIVERS.contains(&name.as_str()) {
+    // One model, whatever it is plugged into.
+    let twin = name.strip_suffix("-pci").map(|stem| format!("{stem}-device"));
+    let model = twin.filter(|twin| DRIVERS.contains(&twin.as_str()));
+    let is_pci = model.is_some() || name == ROOT_PORT;
+    let model = model.unwrap_or_else(|| name.clone());
+    if !DRIVERS.contains(&model.as_str()) && !is_pci {
         let known = KNOWN.contains(&name.as_str()) || KNOWN_PREFIXES.iter().any(|p| name.starts_with(p));
         return Err(if known {
             props.unsupported(format!("device {name}"))
         } else {
-            props.bad(format!("unknown driver '{name}': use {}", DRIVERS.join(", ")))
+            props.bad(format!("unknown driver '{name}': use {}", drivers().join(", ")))
         });
     }
     let id = props.id()?;
     let (bus, addr) = (props.text("bus")?, props.text("addr")?);
     let addr = match addr {
         None => None,
-        Some(text) => Some(pci_addr(&text).ok_or_else(|| {
+        Some(text) => Some(text.parse().map_err(|()| {
             props.bad(format!("addr={text}: write SLOT[.FUNCTION], slot up to 0x1f, function up to 0x7"))
         })?),
     };
     let multifunction = props.boolean("multifunction")?.unwrap_or(false);
-    let driver = match name.as_str() {
+    let driver = match model.as_str() {
         "virtio-blk-device" => virtio_blk(&mut props)?,
         "virtio-net-device" => virtio_net(&mut props, iothreads)?,
-        _ => super::small_devices::driver(&name, &mut props)?,
+        ROOT_PORT => root_port(&mut props)?,
+        _ => super::small_devices::driver(&model, &mut props)?,
     };
+    if is_pci {
+        // What firmware reads, and there is none.
+        props.text("romfile")?;
+    }
+    let missing = (is_pci && (bus.is_none() || addr.is_none())).then(|| {
+        props.bad(format!("{name} needs 'bus' and 'addr': add bus=pcie.0,addr=0x0 for the first free slot"))
+    });
     props.finish()?;
+    if let Some(error) = missing {
+        return Err(error);
+    }
     Ok((id, name, Device { id: String::new(), bus, addr, multifunction, driver }))
+}
+
+/// What can be written after `-device`: under both names where both are there.
+fn drivers() -> Vec<String> {
+    let mut names: Vec<String> = DRIVERS.map(String::from).to_vec();
+    let pci = DRIVERS.iter().filter(|name| !WITHOUT_BUS.contains(name));
+    names.extend(pci.filter_map(|name| name.strip_suffix("-device")).map(|stem| format!("{stem}-pci")));
+    names.push(ROOT_PORT.to_owned());
+    names
+}
+
+fn root_port(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+    let port = props.number("port", 0..=255)?.and_then(|n| u8::try_from(n).ok());
+    // Numbers of chassis tell slots of several boxes apart: there is one.
+    props.number("chassis", 0..=255)?;
+    Ok(DeviceDriver::PcieRootPort { port: port.unwrap_or(0) })
 }
 
 fn virtio_blk(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
@@ -174,17 +200,10 @@ fn mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
 }
 
-/// `slot[.function]`, each decimal or hexadecimal.
-fn pci_addr(text: &str) -> Option<PciAddr> {
-    let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-    let slot = u8::try_from(number(slot)?).ok().filter(|n| *n < 32)?;
-    let function = u8::try_from(number(function)?).ok().filter(|n| *n < 8)?;
-    Some(PciAddr { slot, function })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PciAddr;
 
     #[test]
     fn reads_pci_addresses() {
@@ -199,7 +218,8 @@ mod tests {
             (".", None),
             ("1.2.3", None),
         ] {
-            assert_eq!(pci_addr(text), want.map(|(slot, function)| PciAddr { slot, function }), "{text}");
+            let want = want.map(|(slot, function)| PciAddr { slot, function });
+            assert_eq!(text.parse().ok(), want, "{text}");
         }
     }
 

@@ -57,7 +57,7 @@ pub(super) const OPTIONS: &[Spec] = &[
     used(
         "-machine",
         Arity::One,
-        "microvm[,dump-guest-core=on|off][,mem-share=on|off]\tthe board (default microvm)",
+        "microvm|q35[,dump-guest-core=on|off][,mem-share=on|off]\tthe board (default microvm)",
     ),
     used("-accel", Arity::One, "kvm\tthe accelerator (default kvm)"),
     used("-cpu", Arity::One, "host\tthe CPU model (default host)"),

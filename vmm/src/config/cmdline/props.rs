@@ -193,7 +193,7 @@ pub(super) fn boolean(text: &str) -> Option<bool> {
 }
 
 /// Decimal, or hexadecimal with `0x`. No sign, no blanks.
-pub(super) fn number(text: &str) -> Option<u64> {
+pub(in crate::config) fn number(text: &str) -> Option<u64> {
     let (digits, radix) = match text.strip_prefix("0x") {
         Some(hex) => (hex, 16),
         None => (text, 10),

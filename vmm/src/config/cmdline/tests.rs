@@ -221,10 +221,10 @@ fn each_bad_line_gets_one_clear_line() {
             "-m: maxmem above the memory at boot (memory hot-plug) is not supported in this version",
         ),
         (
-            "-machine q35 -kernel /k",
-            "-machine: machine type q35 (use microvm) is not supported in this version",
+            "-machine virt -kernel /k",
+            "-machine: machine type virt (use microvm or q35) is not supported in this version",
         ),
-        ("-machine pc -kernel /k", "-machine: unknown machine type 'pc': use microvm"),
+        ("-machine pc -kernel /k", "-machine: unknown machine type 'pc': use microvm or q35"),
         (
             "-machine microvm,foo=on -kernel /k",
             "-machine: unknown key 'foo' (known: accel, dump-guest-core, mem-share, usb)",
@@ -269,18 +269,24 @@ fn each_bad_line_gets_one_clear_line() {
         ("-kernel /k -device pvpanic,id=x", "-device: device pvpanic is not supported in this version"),
         (
             "-kernel /k -device virtio-rng-pci,rng=r",
-            "-device: device virtio-rng-pci (no machine of this version has PCI; use virtio-rng-device) \
-             is not supported in this version",
+            "-device: virtio-rng-pci needs 'bus' and 'addr': add bus=pcie.0,addr=0x0 for the first free slot",
         ),
         (
             "-kernel /k -device nonsense,id=x",
             "-device: unknown driver 'nonsense': use virtio-blk-device, virtio-net-device, virtio-serial-device, \
-             virtconsole, virtserialport, virtio-balloon-device, virtio-rng-device, vhost-vsock-device",
+             virtconsole, virtserialport, virtio-balloon-device, virtio-rng-device, vhost-vsock-device, \
+             virtio-blk-pci, virtio-net-pci, virtio-serial-pci, virtio-balloon-pci, virtio-rng-pci, \
+             vhost-vsock-pci, pcie-root-port",
         ),
         (
-            "-kernel /k -device virtio-blk-pci,drive=d",
-            "-device: device virtio-blk-pci (no machine of this version has PCI; use virtio-blk-device) \
-             is not supported in this version",
+            "-kernel /k -drive file=/x,id=d -device virtio-blk-pci,drive=d,bus=pcie.0,addr=0x1",
+            "device \"virtio-blk-pci.0\": 'bus', 'addr' and 'multifunction' belong to PCI devices: \
+             leave them out on a microvm",
+        ),
+        (
+            "-machine q35 -kernel /k -drive file=/x,id=d -device virtio-blk-device,drive=d",
+            "device \"virtio-blk-device.0\": a q35 has PCI devices only: use the -pci driver, \
+             with bus=pcie.0,addr=0x0 for the first free slot",
         ),
         ("-kernel /k -drive file=/x", "-drive: 'id' is missing: add id=NAME"),
         ("-kernel /k -drive id=a", "-drive: 'file' is missing: add file=VALUE"),

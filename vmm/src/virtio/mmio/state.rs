@@ -2,21 +2,18 @@
 
 use std::sync::atomic::Ordering;
 
+use super::super::ActivateError;
 use super::super::F_VERSION_1;
 use super::super::queue::Queue;
+use super::super::registers::QueueSetup;
 use super::super::state::{QueueState, StateError, TransportState, same};
 use super::super::status::{DRIVER_OK, Status};
-use super::{INT_CONFIG, INT_QUEUE, MmioTransport, QueueRegisters};
+use super::{INT_CONFIG, INT_QUEUE, MmioTransport};
 
 impl MmioTransport {
     /// Stops the device where it stands; the driver must not run. After an error it goes on.
     pub fn suspend(&self) -> Result<(), StateError> {
-        let mut guard = self.lock();
-        let r = &mut *guard;
-        if r.running.is_some() {
-            r.suspended = Some(r.device.suspend()?);
-        }
-        Ok(())
+        self.lock().suspend()
     }
 
     /// The state of a transport that was suspended.
@@ -70,7 +67,7 @@ impl MmioTransport {
         r.driver_features = state.driver_features;
         r.queue_sel = state.queue_sel;
         for (queue, saved) in r.queues.iter_mut().zip(&state.queues) {
-            *queue = QueueRegisters { layout: saved.layout, ready: saved.ready };
+            *queue = QueueSetup { layout: saved.layout, ready: saved.ready };
         }
         if status.has(DRIVER_OK) {
             let positions = (0u16..).zip(&state.queues).filter(|(_, q)| q.ready);
@@ -79,7 +76,7 @@ impl MmioTransport {
             for ((index, queue), max) in (0u16..).zip(&r.queues).zip(r.device.queue_sizes()) {
                 if queue.ready && !state.needs_reset {
                     Queue::new(&self.memory, queue.layout, *max, state.driver_features)
-                        .map_err(|e| super::ActivateError::BadQueue(index, e))?;
+                        .map_err(|e| ActivateError::BadQueue(index, e))?;
                 }
             }
         }
@@ -92,24 +89,9 @@ impl MmioTransport {
 
     /// Lets a suspended device go on, with the queues where they stood. Interrupts may come from now on.
     pub fn resume(&self) -> Result<(), StateError> {
-        let mut guard = self.lock();
-        let r = &mut *guard;
-        let Some(positions) = r.suspended.take() else { return Ok(()) };
-        let before = r.running.take().unwrap_or_default();
-        if self.signals.needs_reset.load(Ordering::Acquire) {
-            // It stands still until its driver resets it.
-            self.detach(&before);
-            return Ok(());
-        }
-        match self.start(r, &before, &positions) {
-            Ok(notify) => {
-                r.running = Some(super::Running { notify, ..before });
-                Ok(())
-            }
-            Err(error) => {
-                self.detach(&before);
-                Err(error.into())
-            }
-        }
+        let broken = self.signals.needs_reset.load(Ordering::Acquire);
+        let mut registers = self.lock();
+        // Doorbells stay where they are, so it does not matter by which window they were found.
+        self.with_link(0, |link| registers.resume(broken, link))
     }
 }

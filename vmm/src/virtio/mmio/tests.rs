@@ -4,7 +4,9 @@ use std::sync::atomic::AtomicUsize;
 
 use super::*;
 use crate::virtio::testing::{RAM, Rig, Ring, TestDoorbell, W1, W2};
-use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, read_config_bytes};
+use crate::virtio::{
+    ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, read_config_bytes,
+};
 
 #[derive(Default)]
 struct Seen {

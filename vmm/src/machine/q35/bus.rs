@@ -1,0 +1,202 @@
+//! What is on a q35's buses: opens the host ends of the devices, and puts everything where the command line says.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+
+use super::map;
+use crate::config::{Device, DeviceDriver, PciAddr, PciPlace, VmConfig};
+use crate::inherit::Inherited;
+use crate::irq::{KvmMessages, Level, Messages, SharedLine};
+use crate::machine::doorbell::KvmPciDoorbell;
+use crate::machine::others::Others;
+use crate::machine::slots::{Workers, no_such};
+use crate::machine::{MachineError, OnLeft, devices};
+use crate::memory::GuestMemory;
+use crate::pci::{Address, Function, PortEvents, Root, RootPort, host_bridge, lpc};
+use crate::virtio::pci::{PciTransport, Place, Wires};
+use crate::virtio::{Doorbell, VirtioDevice, blk, net};
+
+/// The host end of a device, by its name.
+pub(super) enum End {
+    /// A block node.
+    Disk(String, Arc<blk::Port>),
+    /// A network back end.
+    Nic(String, Arc<net::Port>),
+    /// What has no name, or cannot be unplugged.
+    Other,
+}
+
+/// A device with its host end open, not connected to a machine yet.
+struct Model {
+    driver: &'static str,
+    device: Box<dyn VirtioDevice>,
+    end: End,
+}
+
+/// What will be on the buses, in command-line order.
+pub(super) struct Plan {
+    ports: Vec<(String, PciAddr, bool, u8)>,
+    devices: Vec<(String, PciPlace, bool, Model)>,
+}
+
+/// A device in its place.
+pub(super) struct Seat {
+    pub(super) id: String,
+    pub(super) driver: &'static str,
+    pub(super) transport: Arc<PciTransport>,
+    pub(super) end: End,
+    /// The root port whose slot it is in.
+    pub(super) port: Option<String>,
+}
+
+/// A root port.
+pub(super) struct Slot {
+    pub(super) id: String,
+    pub(super) port: Arc<RootPort>,
+    pub(super) addr: PciAddr,
+}
+
+/// What everything on the bus is connected to.
+pub(super) struct Fixtures {
+    memory: Arc<GuestMemory>,
+    doorbell: Arc<dyn Doorbell>,
+    messages: Arc<dyn Messages>,
+    pins: [Arc<SharedLine>; map::PINS],
+    on_left: OnLeft,
+}
+
+impl Fixtures {
+    pub(super) fn new(vm: &Arc<VmFd>, memory: &Arc<GuestMemory>, on_left: OnLeft) -> Self {
+        let mut gsi = map::FIRST_PIN..;
+        Self {
+            memory: Arc::clone(memory),
+            doorbell: Arc::new(KvmPciDoorbell(Arc::clone(vm))),
+            messages: Arc::new(KvmMessages::new(Arc::clone(vm))),
+            pins: std::array::from_fn(|_| {
+                SharedLine::new(Arc::clone(vm), gsi.next().unwrap_or(map::FIRST_PIN))
+            }),
+            on_left,
+        }
+    }
+
+    /// The line of pin A of a device in `slot` of the root bus; a bridge passes on pin A of device 0 behind it as its own.
+    fn line(&self, slot: u8) -> Arc<dyn Level> {
+        self.pins[usize::from(slot) % map::PINS].share()
+    }
+
+    /// Connects a device that comes to lie at `addr` of the root bus, or behind the port there.
+    pub(super) fn connect(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        addr: PciAddr,
+        place: Place,
+    ) -> Arc<PciTransport> {
+        let wires = Wires {
+            memory: Arc::clone(&self.memory),
+            doorbell: Arc::clone(&self.doorbell),
+            messages: Arc::clone(&self.messages),
+            line: self.line(addr.slot),
+        };
+        PciTransport::new(device, place, wires)
+    }
+}
+
+/// Tells the machine which port's device has left.
+struct Left {
+    port: String,
+    tell: OnLeft,
+}
+
+impl PortEvents for Left {
+    fn left(&self, device: Arc<dyn Function>) {
+        // The machine has it too, and ends it.
+        drop(device);
+        (self.tell)(self.port.clone());
+    }
+}
+
+/// Opens the host ends of all devices.
+pub(super) fn open(
+    config: &VmConfig,
+    inherited: &Inherited,
+    workers: &Workers,
+    others: &mut Others,
+) -> Result<Plan, MachineError> {
+    let mut plan = Plan { ports: Vec::new(), devices: Vec::new() };
+    let mut nics = 0;
+    for (device, place) in config.devices.iter().zip(config.pci_places()?) {
+        let Device { id, driver, multifunction, .. } = device;
+        let Some(place) = place else { continue };
+        if let (DeviceDriver::PcieRootPort { port }, PciPlace::Root(addr)) = (driver, &place) {
+            plan.ports.push((id.clone(), *addr, *multifunction, *port));
+            continue;
+        }
+        let model = match driver {
+            DeviceDriver::VirtioBlk { drive, .. } => devices::disk(id, driver, config, inherited, workers)?
+                .map(|disk| {
+                    let end = End::Disk(drive.clone(), disk.port());
+                    Model { driver: driver.pci_name(), device: Box::new(disk), end }
+                }),
+            DeviceDriver::VirtioNet { netdev, .. } => {
+                nics += 1;
+                devices::nic(id, driver, nics - 1, config, inherited, workers)?.map(|nic| {
+                    let end = End::Nic(netdev.clone(), nic.port());
+                    Model { driver: driver.pci_name(), device: Box::new(nic), end }
+                })
+            }
+            _ => {
+                let worker = workers.get(id, None)?;
+                let device = others.make(id, driver, config, inherited, &worker)?;
+                Some(Model { driver: driver.pci_name(), device, end: End::Other })
+            }
+        };
+        let Some(model) = model else { continue };
+        plan.devices.push((id.clone(), place, *multifunction, model));
+    }
+    Ok(plan)
+}
+
+/// Puts the chipset, the root ports and the devices onto the root bus.
+pub(super) fn populate(
+    root: &Arc<Root>,
+    plan: Plan,
+    fixtures: &Fixtures,
+) -> Result<(Vec<Slot>, Vec<Seat>), MachineError> {
+    root.add(Address { device: 0, function: 0 }, host_bridge(map::ECAM))?;
+    root.add(Address { device: 31, function: 0 }, lpc(map::PM_BASE))?;
+    let mut slots = Vec::with_capacity(plan.ports.len());
+    for (id, addr, multifunction, number) in plan.ports {
+        let events = Left { port: id.clone(), tell: Arc::clone(&fixtures.on_left) };
+        let messages = Arc::clone(&fixtures.messages);
+        let port = RootPort::new(number, multifunction, messages, fixtures.line(addr.slot), Arc::new(events));
+        root.add_port(address(addr), &port)?;
+        slots.push(Slot { id, port, addr });
+    }
+    let mut seats = Vec::with_capacity(plan.devices.len());
+    for (id, place, multifunction, Model { driver, device, end }) in plan.devices {
+        match place {
+            PciPlace::Root(addr) => {
+                let place = Place { behind_port: false, multifunction };
+                let transport = fixtures.connect(device, addr, place);
+                root.add(address(addr), Arc::clone(&transport) as _)?;
+                seats.push(Seat { id, driver, transport, end, port: None });
+            }
+            PciPlace::Port(name) => {
+                let slot = slots.iter().find(|slot| slot.id == name);
+                let slot = slot.ok_or_else(|| no_such(&id, "bus", &name, "-device pcie-root-port"))?;
+                let place = Place { behind_port: true, multifunction };
+                let transport = fixtures.connect(device, slot.addr, place);
+                // Places have been checked: the slot is empty.
+                if slot.port.insert_cold(Arc::clone(&transport) as _).is_ok() {
+                    seats.push(Seat { id, driver, transport, end, port: Some(name) });
+                }
+            }
+        }
+    }
+    Ok((slots, seats))
+}
+
+fn address(addr: PciAddr) -> Address {
+    Address { device: addr.slot, function: addr.function }
+}

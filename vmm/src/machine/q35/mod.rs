@@ -1,0 +1,246 @@
+//! q35 on x86_64: PCI Express, ACPI with its fixed hardware, direct kernel boot.
+//!
+//! ```text
+//! I/O ports                                     memory
+//! 0x61        KVM (PIT)                         0            RAM, to 2 GiB at most
+//! 0x64        reset line of the 8042            0xb000_0000  ECAM, 256 MiB
+//! 0x70, 0x71  no clock                          0xc000_0000  BARs, 768 MiB
+//! 0x3f8..400  serial, GSI 4                     0xfec0_0000  IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
+//! 0x600..60c  ACPI registers, GSI 9             4 GiB        the rest of RAM
+//! 0xce9, 0xcea  sleep                           behind it    64-bit BARs, 32 GiB
+//! 0xcf8..d00  configuration space, reset
+//!
+//! pcie.0: 00.0 host bridge · 1f.0 LPC · devices and root ports where bus= and addr= put them · INTx on GSI 16 to 19
+//! ```
+//!
+//! [`Q35::build`] is in the order that KVM makes cheap, as on a microvm.
+
+mod bus;
+mod map;
+mod plug;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_ioctls::VmFd;
+
+use super::others::Others;
+use super::replaceable::BlockDevice;
+use super::slots::Workers;
+use super::{CpuInfo, Environment, GuestEvent, MachineError, guest};
+use crate::boot::{self, BootFiles, Hardware, Pcie, Platform, SerialPort};
+use crate::bus::{Bus, BusDevice};
+use crate::config::VmConfig;
+use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
+use crate::device::{I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister};
+use crate::inherit::Inherited;
+use crate::irq::{self, KvmLine, SharedLine};
+use crate::memory::discard::Discarder;
+use crate::memory::{self, GuestMemory};
+use crate::pci::Root;
+use crate::virtio::balloon;
+use bus::{Fixtures, Seat, Slot};
+pub use plug::PlugError;
+use plug::Shelves;
+
+const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
+
+/// What a guest is told about the machine each time it starts.
+struct Wiring {
+    cpus: u8,
+    topology: Topology,
+    pcie: Pcie,
+    has_serial: bool,
+    append: String,
+    /// Memory that was filled beforehand stays where it is.
+    clears_memory: bool,
+}
+
+impl Wiring {
+    fn platform(&self, dirty_memory: bool) -> Platform<'_> {
+        Platform {
+            cpus: self.cpus,
+            topology: &self.topology,
+            hardware: Hardware::Pcie(self.pcie),
+            serial: self.has_serial.then_some(SERIAL),
+            dirty_memory,
+        }
+    }
+}
+
+/// A q35. Fields drop in this order: vCPUs stop before anything that they use goes.
+pub(in crate::machine) struct Q35 {
+    pub(in crate::machine) vcpus: Vcpus,
+    workers: Workers,
+    root: Arc<Root>,
+    slots: Vec<Slot>,
+    seats: Vec<Seat>,
+    shelves: Shelves,
+    fixtures: Fixtures,
+    inherited: Arc<Inherited>,
+    wiring: Wiring,
+    files: BootFiles,
+    serial: Option<Arc<SerialDevice>>,
+    pm: Arc<PmRegisters>,
+    /// The guest has asked for a reset that has not come yet.
+    resetting: Arc<AtomicBool>,
+    pub(in crate::machine) balloon: Option<Arc<balloon::Port>>,
+    /// The VM file goes before guest memory, so that no slot outlives its mapping.
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
+}
+
+impl Q35 {
+    pub(in crate::machine) fn build(
+        config: &VmConfig,
+        environment: Environment,
+    ) -> Result<Self, MachineError> {
+        let Environment { inherited, main_loop, guest_events, device_left, serial, chardevs } = environment;
+        let topology = Topology::new(&config.smp)?;
+        // What a user is most likely to have got wrong comes first, while failing is cheap.
+        let workers = Workers::new(config);
+        let mut others = Others { chardevs, main_loop, balloon: None };
+        let plan = bus::open(config, &inherited, &workers, &mut others)?;
+
+        let (kvm, vm) = cpu::open(&inherited)?;
+        x86_64::prepare_vm(&kvm, &vm)?;
+        let memory = Arc::new(memory::build(&config.memory, &config.machine)?);
+        memory::register(&vm, &memory)?;
+        irq::create_controllers(&vm)?;
+        let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
+        let vm = Arc::new(vm);
+
+        let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let (windows, pcie) = map::windows(config.memory.size);
+        let root = Root::new(Arc::clone(&buses.mmio), windows);
+        let fixtures = Fixtures::new(&vm, &memory, device_left);
+        let (slots, seats) = bus::populate(&root, plan, &fixtures)?;
+
+        let resetting = Arc::new(AtomicBool::new(false));
+        let events = once_until_done(guest_events, &resetting);
+        let on_power = guest::on_power(&events);
+        let (power, reset) = (Arc::clone(&on_power), PowerRequest::Reset);
+        buses.mmio.insert(map::ECAM, map::ECAM_SIZE, root.ecam())?;
+        let ports = &buses.ports;
+        ports.insert(map::CONFIG_PORTS, 8, root.ports(Box::new(move || power(reset))))?;
+        ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
+        ports.insert(NoClock::PORT, NoClock::PORTS, Arc::new(NoClock))?;
+        let sleep = SleepRegister::new(Arc::clone(&on_power));
+        ports.insert(map::SLEEP.into(), SleepRegister::PORTS, Arc::new(sleep))?;
+        let pm = PmRegisters::new(on_power, SharedLine::new(Arc::clone(&vm), map::SCI).share());
+        ports.insert(map::PM_BASE.into(), PmRegisters::PORTS, Arc::clone(&pm) as _)?;
+        let serial = serial
+            .map(|backend| SerialDevice::new(Arc::new(KvmLine::new(Arc::clone(&vm), SERIAL.irq)), backend));
+        if let Some(port) = &serial {
+            let port = Arc::clone(port) as Arc<dyn BusDevice>;
+            ports.insert(SERIAL.port.into(), SerialDevice::PORTS, port)?;
+        }
+
+        let wiring = Wiring {
+            cpus: config.smp.cpus,
+            topology,
+            pcie,
+            has_serial: serial.is_some(),
+            append: config.boot.append.clone(),
+            clears_memory: !config.memory.prealloc,
+        };
+        let mut files = BootFiles::open(&config.boot, &inherited)?;
+        let dirty = memory::may_be_dirty(&config.memory);
+        let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
+        if let Some(first) = vcpus.first() {
+            state.apply(first.fd())?;
+        }
+        let vcpus = Vcpus::new(vcpus, buses, guest::on_end(events));
+        let (shelves, balloon) = (Shelves::new(config, &seats), others.balloon);
+        Ok(Self {
+            vcpus,
+            workers,
+            root,
+            slots,
+            seats,
+            shelves,
+            fixtures,
+            inherited,
+            wiring,
+            files,
+            serial,
+            pm,
+            resetting,
+            balloon,
+            vm,
+            memory,
+        })
+    }
+
+    /// Presses the power button. A guest that has not enabled it does not notice.
+    pub(in crate::machine) fn press_power_button(&self) {
+        self.pm.press_button();
+    }
+
+    /// Everything as at power-on, and the kernel loaded again. The vCPUs must be paused, and stay so.
+    pub(in crate::machine) fn reset(&mut self) -> Result<(), MachineError> {
+        self.root.reset();
+        self.pm.reset();
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
+        irq::reset_controllers(&self.vm)?;
+        if self.wiring.clears_memory {
+            // As after power-on: what ran before is nobody's business, and its pages need not be kept.
+            let ram = Discarder::new(Arc::clone(&self.memory));
+            if let Err(error) = ram.discard(0, u64::MAX) {
+                tracing::warn!("guest memory keeps what it held before the reset: {error}");
+            }
+        }
+        let platform = self.wiring.platform(true);
+        let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
+        // The topology has checked that every id fits.
+        let ids: Vec<u8> =
+            (0..self.wiring.cpus).map(|index| self.wiring.topology.apic_id(index) as u8).collect();
+        self.vcpus.reset(move |vcpu| {
+            let id = ids.get(usize::from(vcpu.index())).copied().unwrap_or_default();
+            x86_64::reset(vcpu, id, &state)
+        })?;
+        self.resetting.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Block nodes: those that devices use first.
+    pub(in crate::machine) fn block_devices(&self) -> Vec<BlockDevice> {
+        self.shelves.block_devices(&self.seats)
+    }
+
+    pub(in crate::machine) fn iothreads(&self) -> Vec<(String, i32)> {
+        self.workers.named().map(|(id, worker)| (id.to_owned(), worker.tid().unwrap_or(0))).collect()
+    }
+
+    pub(in crate::machine) fn cpus(&self) -> Vec<CpuInfo> {
+        guest::cpus(&self.vcpus, &self.wiring.topology)
+    }
+
+    /// Goes through all devices even if one fails, and returns the first failure.
+    pub(in crate::machine) fn shut_down(mut self) -> Result<(), MachineError> {
+        let mut result = self.vcpus.stop().map_err(MachineError::from);
+        for Seat { id, transport, .. } in &self.seats {
+            if let Err(source) = transport.shut_down() {
+                let error = MachineError::Flush { device: id.clone(), source };
+                if result.is_ok() {
+                    result = Err(error);
+                } else {
+                    tracing::error!("{error}");
+                }
+            }
+        }
+        result
+    }
+}
+
+/// Passes a request for a reset on once until it has been carried out: a guest that asks runs on for a moment, and asks again by another way.
+fn once_until_done(events: guest::OnGuest, resetting: &Arc<AtomicBool>) -> guest::OnGuest {
+    let resetting = Arc::clone(resetting);
+    Arc::new(move |event| {
+        if event != GuestEvent::Reset || !resetting.swap(true, Ordering::AcqRel) {
+            events(event);
+        }
+    })
+}

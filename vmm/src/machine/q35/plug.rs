@@ -1,0 +1,360 @@
+//! Hot-plug on a q35: named back ends, devices that come into root ports and leave them. The slot's own protocol with the guest is the
+//! port's (`pci::slot`).
+//!
+//! ```text
+//! back end:  add ──▶ idle ──plug──▶ used ──the device has left──▶ idle ──remove──▶ (unknown)
+//! device:    plug ──▶ in its slot ──device_del──▶ asked ──the guest lets it go──▶ off the bus ──device_left──▶ gone
+//! ```
+//!
+//! A back end is opened when it is added, so that its errors come where a client can name their cause; after its device has left, the next
+//! one opens it again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Q35;
+use super::bus::{End, Seat};
+use crate::block::Disk;
+use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
+use crate::inherit::Inherited;
+use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
+use crate::machine::replaceable::{
+    BlockDevice, Hotplug, HotplugError, forget_descriptors, is_spent, open_netdev,
+};
+use crate::net::{self, Backend};
+use crate::pci::Pending;
+use crate::virtio::blk::{self, Blk, BlkOptions};
+use crate::virtio::net::{Net, NetOptions};
+use crate::virtio::pci::Place;
+use crate::virtio::{VirtioDevice, Worker};
+
+/// Named back ends of one kind: more could never be plugged, and each holds a file.
+const BACKENDS_MAX: usize = 64;
+/// Of a queue of a device that is plugged.
+const QUEUE_SIZE: u16 = 256;
+
+/// Why a device cannot come or go. The texts that StratoVirt's clients know are theirs.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// The name of the device is taken.
+    #[error("Device id {0} existed")]
+    DeviceExists(String),
+    /// A driver that cannot be plugged.
+    #[error("Failed to add device: Driver {0} is not support")]
+    Driver(String),
+    /// No block node of that name.
+    #[error("Failed to add virtio pci blk: No drive configured matched for blk device")]
+    NoDrive,
+    /// No network back end of that name.
+    #[error("Failed to add virtio pci net: Netdev: \"{0}\" not found for net device")]
+    NoNetdev(String),
+    /// Nowhere to plug it.
+    #[error("Failed to add virtio pci {kind}: Failed to add virtio pci device: {why}")]
+    Place {
+        /// blk or net.
+        kind: &'static str,
+        /// What is wrong with the place.
+        why: String,
+    },
+    /// No address.
+    #[error("Failed to add virtio pci {0}: Should set addr.")]
+    NoAddr(&'static str),
+    /// Another place than the one behind a root port.
+    #[error("Failed to plug device: HotPlug is not supported for device with devfn {0}")]
+    Function(u8),
+    /// The root bus.
+    #[error("Failed to plug device: No hot plug controller found for bus pcie.0 when plug")]
+    RootBus,
+    /// No such device.
+    #[error("Can not find parent device from pci bus")]
+    NoDevice,
+    /// A device on the root bus.
+    #[error("No hot plug controller found for bus pcie.0 when unplug request")]
+    Fixed,
+    /// The guest has not finished with the slot.
+    #[error(transparent)]
+    Pending(#[from] Pending),
+}
+
+struct Named<C> {
+    config: C,
+    /// The device on it.
+    user: Option<String>,
+}
+
+/// Named back ends of one kind.
+struct Shelf<C>(Vec<(String, Named<C>)>);
+
+impl<C> Shelf<C> {
+    fn find(&self, name: &str) -> Option<&Named<C>> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, named)| named)
+    }
+
+    fn check_new(&self, name: &str, kind: SlotKind) -> Result<(), Refusal> {
+        if self.find(name).is_some() {
+            return Err(Refusal::Registered(name.to_owned()));
+        }
+        if self.0.len() >= BACKENDS_MAX { Err(Refusal::TooMany(kind)) } else { Ok(()) }
+    }
+
+    fn add(&mut self, name: &str, config: C) {
+        self.0.push((name.to_owned(), Named { config, user: None }));
+    }
+
+    fn remove(&mut self, name: &str, missing: Refusal) -> Result<(), Refusal> {
+        match self.find(name) {
+            None => Err(missing),
+            Some(Named { user: Some(device), .. }) => {
+                Err(Refusal::InUse { name: name.to_owned(), device: device.clone() })
+            }
+            Some(_) => {
+                self.0.retain(|(n, _)| n != name);
+                Ok(())
+            }
+        }
+    }
+
+    /// The configuration of a back end that no device uses.
+    fn idle(&self, name: &str) -> Result<Option<&C>, Refusal> {
+        match self.find(name) {
+            None => Ok(None),
+            Some(Named { user: Some(device), .. }) => {
+                Err(Refusal::InUse { name: name.to_owned(), device: device.clone() })
+            }
+            Some(named) => Ok(Some(&named.config)),
+        }
+    }
+
+    fn config_mut(&mut self, name: &str) -> Option<&mut C> {
+        self.0.iter_mut().find(|(n, _)| n == name).map(|(_, named)| &mut named.config)
+    }
+
+    fn use_by(&mut self, name: &str, device: Option<&str>) {
+        if let Some((_, named)) = self.0.iter_mut().find(|(n, _)| n == name) {
+            named.user = device.map(str::to_owned);
+        }
+    }
+}
+
+/// All back ends that have names.
+pub(super) struct Shelves {
+    drives: Shelf<Drive>,
+    nets: Shelf<Netdev>,
+    /// Open, and on no device.
+    disks: HashMap<String, Disk>,
+    backends: HashMap<String, Backend>,
+    /// NICs so far: their addresses count on.
+    nics: u8,
+}
+
+impl Shelves {
+    /// As the command line has it.
+    pub(super) fn new(config: &VmConfig, seats: &[Seat]) -> Self {
+        let (mut drives, mut nets) = (Shelf(Vec::new()), Shelf(Vec::new()));
+        config.drives.iter().for_each(|drive| drives.add(&drive.id, drive.clone()));
+        config.netdevs.iter().for_each(|netdev| nets.add(&netdev.id, netdev.clone()));
+        let mut nics = 0;
+        for seat in seats {
+            match &seat.end {
+                End::Disk(node, _) => drives.use_by(node, Some(&seat.id)),
+                End::Nic(netdev, _) => {
+                    nets.use_by(netdev, Some(&seat.id));
+                    nets.config_mut(netdev).into_iter().for_each(forget_descriptors);
+                    nics += 1;
+                }
+                End::Other => {}
+            }
+        }
+        Self { drives, nets, disks: HashMap::new(), backends: HashMap::new(), nics }
+    }
+
+    /// The images of a node that no device uses, nearest first. It is only read from now on, so it gives its own hold of the image up.
+    fn lay_under(&mut self, node: &str) -> Result<Vec<BackingImage>, Refusal> {
+        let drive = self.drives.idle(node)?.ok_or_else(|| Refusal::NoDrive(node.to_owned()))?;
+        let mut images = vec![BackingImage { file: drive.file.clone(), format: drive.format }];
+        images.extend_from_slice(&drive.backing);
+        self.disks.remove(node);
+        Ok(images)
+    }
+
+    fn release(&mut self, end: &End) {
+        match end {
+            End::Disk(node, _) => self.drives.use_by(node, None),
+            End::Nic(netdev, _) => self.nets.use_by(netdev, None),
+            End::Other => {}
+        }
+    }
+
+    /// Block nodes: those that devices use first.
+    pub(super) fn block_devices(&self, seats: &[Seat]) -> Vec<BlockDevice> {
+        let used = seats.iter().filter_map(|seat| {
+            let End::Disk(node, port) = &seat.end else { return None };
+            let drive = self.drives.find(node)?.config.clone();
+            Some(BlockDevice { device: Some(seat.id.clone()), drive, stats: port.stats() })
+        });
+        let idle = self.drives.0.iter().filter(|(_, named)| named.user.is_none());
+        let idle = idle.map(|(_, named)| BlockDevice {
+            device: None,
+            drive: named.config.clone(),
+            stats: blk::Stats::default(),
+        });
+        used.chain(idle).collect()
+    }
+}
+
+impl Q35 {
+    /// Adds, removes, plugs or unplugs. After an error everything is as before.
+    pub(in crate::machine) fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+        let shelves = &mut self.shelves;
+        match request {
+            Hotplug::AddDrive { mut drive, node } => {
+                shelves.drives.check_new(&drive.id, SlotKind::Block)?;
+                if let Some(node) = node {
+                    drive.backing.extend(shelves.lay_under(&node)?);
+                }
+                let disk = Disk::open(&drive, &self.inherited)?;
+                shelves.disks.insert(drive.id.clone(), disk);
+                shelves.drives.add(&drive.id.clone(), *drive);
+            }
+            Hotplug::RemoveDrive(name) => {
+                shelves.drives.remove(&name, Refusal::NoDrive(name.clone()))?;
+                shelves.disks.remove(&name);
+            }
+            Hotplug::AddNetdev { mut netdev, fds, vhost_fds } => {
+                shelves.nets.check_new(&netdev.id, SlotKind::Net)?;
+                let backend = open_netdev(&mut netdev, fds, vhost_fds, &self.inherited)?;
+                shelves.backends.insert(netdev.id.clone(), backend);
+                shelves.nets.add(&netdev.id.clone(), netdev);
+            }
+            Hotplug::RemoveNetdev(name) => {
+                shelves.nets.remove(&name, Refusal::NoNetdev(name.clone()))?;
+                shelves.backends.remove(&name);
+            }
+            Hotplug::Plug(device) => self.plug(&device)?,
+            Hotplug::Unplug(id) => self.ask_removal(&id)?,
+        }
+        Ok(())
+    }
+
+    /// Devices by id with their drivers, root ports first.
+    pub(in crate::machine) fn devices(&self) -> Vec<(String, &'static str)> {
+        let ports = self.slots.iter().map(|slot| (slot.id.clone(), "pcie-root-port"));
+        ports.chain(self.seats.iter().map(|seat| (seat.id.clone(), seat.driver))).collect()
+    }
+
+    fn plug(&mut self, new: &NewDevice) -> Result<(), HotplugError> {
+        let (kind, driver) = match new.driver.as_str() {
+            "virtio-blk-pci" => ("blk", "virtio-blk-pci"),
+            "virtio-net-pci" => ("net", "virtio-net-pci"),
+            other => return Err(PlugError::Driver(other.to_owned()).into()),
+        };
+        if self.seats.iter().any(|s| s.id == new.id) || self.slots.iter().any(|s| s.id == new.id) {
+            return Err(PlugError::DeviceExists(new.id.clone()).into());
+        }
+        let wrong = |why: String| PlugError::Place { kind, why };
+        let addr = new.addr.as_ref().ok_or(PlugError::NoAddr(kind))?;
+        let addr: PciAddr = addr.parse().map_err(|()| wrong(format!("addr \"{addr}\" is none")))?;
+        let bus = new.bus.as_ref().ok_or_else(|| wrong("bus is missing: name a root port".to_owned()))?;
+        if bus == ROOT_BUS {
+            return Err(PlugError::RootBus.into());
+        }
+        let slot = self.slots.iter().find(|slot| slot.id == *bus);
+        let slot = slot.ok_or_else(|| wrong(format!("bus {bus} not found")))?;
+        if addr != (PciAddr { slot: 0, function: 0 }) {
+            return Err(PlugError::Function(addr.slot << 3 | addr.function).into());
+        }
+        // One that the guest has let go and that has not ended yet still has its name and its back end.
+        let occupied = || wrong(format!("{bus} is occupied"));
+        if slot.port.device().is_some() || self.seats.iter().any(|s| s.port.as_deref() == Some(bus)) {
+            return Err(occupied().into());
+        }
+        let (place, id) = (Place { behind_port: true, multifunction: false }, new.id.clone());
+        let worker = self.workers.find(new.iothread.as_ref());
+        let worker = worker.ok_or_else(|| Refusal::NoIothread(new.iothread.clone().unwrap_or_default()))?;
+        let (device, end) = self.shelves.take(new, kind, &self.inherited, worker.clone())?;
+        let transport = self.fixtures.connect(device, slot.addr, place);
+        slot.port.plug(Arc::clone(&transport) as _).map_err(|_| occupied())?;
+        match &end {
+            End::Disk(node, _) => self.shelves.drives.use_by(node, Some(&id)),
+            End::Nic(netdev, _) => self.shelves.nets.use_by(netdev, Some(&id)),
+            End::Other => {}
+        }
+        self.seats.push(Seat { id, driver, transport, end, port: Some(bus.clone()) });
+        Ok(())
+    }
+
+    fn ask_removal(&self, id: &str) -> Result<(), PlugError> {
+        let Some(seat) = self.seats.iter().find(|s| s.id == id) else {
+            let is_port = self.slots.iter().any(|s| s.id == id);
+            return Err(if is_port { PlugError::Fixed } else { PlugError::NoDevice });
+        };
+        let name = seat.port.as_ref().ok_or(PlugError::Fixed)?;
+        let slot = self.slots.iter().find(|slot| slot.id == *name).ok_or(PlugError::NoDevice)?;
+        Ok(slot.port.ask_removal()?)
+    }
+
+    /// The guest has let the device in this root port's slot go: ends it, and returns its name.
+    pub(in crate::machine) fn device_left(&mut self, port: &str) -> Option<String> {
+        let slot = self.slots.iter().find(|slot| slot.id == port)?;
+        if slot.port.device().is_some() {
+            return None;
+        }
+        let seat = self.seats.remove(self.seats.iter().position(|s| s.port.as_deref() == Some(port))?);
+        if let Err(error) = seat.transport.shut_down() {
+            tracing::error!(device = seat.id, "data that the guest has written may be lost: {error}");
+        }
+        // No file stays open, and no tap stays taken, whoever may still hold the device for a moment.
+        let closed = match &seat.end {
+            End::Disk(_, port) => port.eject().map_err(HotplugError::from),
+            End::Nic(_, port) => port.eject().map_err(HotplugError::from),
+            End::Other => Ok(()),
+        };
+        if let Err(error) = closed {
+            tracing::error!(device = seat.id, "{error}");
+        }
+        self.shelves.release(&seat.end);
+        Some(seat.id)
+    }
+}
+
+impl Shelves {
+    /// Makes the device that a client has described, from a back end that no other uses.
+    fn take(
+        &mut self,
+        new: &NewDevice,
+        kind: &str,
+        inherited: &Inherited,
+        worker: Worker,
+    ) -> Result<(Box<dyn VirtioDevice>, End), HotplugError> {
+        if kind == "blk" {
+            let node = new.drive.as_ref().unwrap_or(&new.id).clone();
+            let drive = self.drives.idle(&node)?.ok_or(PlugError::NoDrive)?;
+            let disk = match self.disks.remove(&node) {
+                Some(disk) => disk,
+                None => Disk::open(drive, inherited)?,
+            };
+            let (backend, serial, read_only) = (Some(disk), new.serial.clone(), drive.readonly);
+            let blk = Blk::new(BlkOptions { backend, serial, read_only, queue_size: QUEUE_SIZE, worker });
+            let end = End::Disk(node, blk.port());
+            return Ok((Box::new(blk), end));
+        }
+        let name = new.netdev.as_ref().unwrap_or(&new.id).clone();
+        self.nets.idle(&name)?.ok_or_else(|| PlugError::NoNetdev(name.clone()))?;
+        let backend = match (self.backends.remove(&name), self.nets.config_mut(&name)) {
+            (Some(backend), _) => backend,
+            (None, Some(netdev)) if !is_spent(netdev) => {
+                let opened = Backend::open(netdev, inherited);
+                forget_descriptors(netdev);
+                opened?
+            }
+            (None, _) => return Err(Refusal::DescriptorsGone(name).into()),
+        };
+        let mac = new.mac.unwrap_or_else(|| net::default_mac(self.nics));
+        self.nics = self.nics.wrapping_add(1);
+        let options =
+            NetOptions { backend: Some(backend), mac, multi_queue: false, queue_size: QUEUE_SIZE, worker };
+        let nic = Net::new(options);
+        let end = End::Nic(name, nic.port());
+        Ok((Box::new(nic), end))
+    }
+}

@@ -143,7 +143,7 @@ const VERSION: Kind = Object(&[
 ]);
 
 /// Commands that take arguments they do not know, without effect: clients have come to rely on it.
-const TOLERANT: [&str; 2] = ["balloon", "query-balloon"];
+const TOLERANT: [&str; 3] = ["balloon", "migrate", "query-balloon"];
 
 /// All commands, by name.
 pub(super) const COMMANDS: &[Spec] = &[

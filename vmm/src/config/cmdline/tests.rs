@@ -461,8 +461,14 @@ fn whole_lines_that_must_work_unmodified() {
         -device vhost-vsock-device,id=vsock-3,guest-cid=3,vhostfd=5";
     let libvirt = "-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg,usb=off -daemonize \
         -qmp unix:S,server,nowait -pidfile F";
+    let (manual_again, least_again) = (
+        format!("{manual} -incoming file:/path/to/template"),
+        format!("-incoming file:/var/tmp/snapshot_template {least}"),
+    );
     for (line, devices, drives, netdevs) in [
         (manual, 1, 1, 0),
+        (manual_again.as_str(), 1, 1, 0),
+        (least_again.as_str(), 4, 1, 1),
         (least.as_str(), 4, 1, 1),
         (most.as_str(), 8, 2, 1),
         (kata, 6, 1, 1),

@@ -11,6 +11,8 @@ use crate::{blk, clock, cpu, memory};
 
 /// VIRTIO_F_EVENT_IDX.
 const EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_BLK_F_FLUSH: without it a device may have to make each write durable (§5.2.6.2).
+const FLUSH: u64 = 1 << 9;
 /// Longest queue that is used.
 const SIZE: u16 = 256;
 /// Table, driver area and device area, one page each.
@@ -210,7 +212,7 @@ pub fn disk(
     [depth, kib, milliseconds]: [u64; 3],
 ) -> Result<Done, Problem> {
     let bytes = kib.clamp(1, 1024) * 1024;
-    let features = window.negotiate(EVENT_IDX)?;
+    let features = window.negotiate(EVENT_IDX | FLUSH)?;
     let sectors = blk::capacity(window);
     let (places, step) = (sectors * 512 / bytes, bytes / 512);
     if places == 0 {

@@ -17,6 +17,7 @@ use crate::inherit::Inherited;
 use crate::sandbox;
 
 mod align;
+mod cached;
 mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -26,6 +27,7 @@ mod throttle;
 mod uring;
 
 use align::Bounce;
+use cached::Cached;
 use engine::Mover;
 pub(crate) use engine::{Engine, Op};
 pub use qcow2::FormatError;
@@ -264,6 +266,10 @@ impl Disk {
     fn mover(&self, depth: u16) -> Box<dyn Mover> {
         if self.aio != Aio::Off {
             match uring::Uring::new(depth, self.aio == Aio::Threads) {
+                // Not where every call is asked to go to a thread, and not around the page cache.
+                Ok(uring) if self.aio != Aio::Threads && !self.alignment.direct() => {
+                    return Box::new(Cached::new(uring));
+                }
                 Ok(uring) => return Box::new(uring),
                 Err(error) => {
                     tracing::info!(drive = self.id, "no io_uring ({error}): using synchronous I/O");

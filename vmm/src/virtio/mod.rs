@@ -10,6 +10,7 @@
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
 //! rng balloon console  small devices
 //! worker     I/O threads and the gate that reset waits at   state    what is saved of a transport and its device
+//! spin       how long a device looks before it sleeps (pure)
 //! ```
 
 use std::io;
@@ -35,6 +36,7 @@ pub mod pci;
 pub mod queue;
 mod registers;
 pub mod rng;
+mod spin;
 pub mod state;
 pub mod status;
 pub mod vsock;

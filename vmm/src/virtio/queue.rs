@@ -70,6 +70,8 @@ pub struct Queue {
     /// Position of the next used entry, and how far the driver has been told.
     next_used: u16,
     published: u16,
+    /// How far the index that the driver sees has got.
+    shown: u16,
     in_flight: Box<[u64]>,
 }
 
@@ -111,6 +113,7 @@ impl Queue {
             avail_seen: 0,
             next_used: 0,
             published: 0,
+            shown: 0,
             in_flight: vec![0; entries.div_ceil(64)].into(),
         })
     }
@@ -184,7 +187,7 @@ impl Queue {
     }
 
     /// Gives request `head` back, with the number of bytes written to its buffers from the first one on.
-    /// The driver sees it after [`publish`](Self::publish).
+    /// The driver sees it after [`show`](Self::show) or [`publish`](Self::publish).
     pub fn complete(&mut self, head: u16, written: u32) {
         let (word, bit) = Self::in_flight_bit(head);
         if head >= self.size || self.in_flight[word] & bit == 0 {
@@ -198,6 +201,15 @@ impl Queue {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
+    /// Shows the driver all completed requests, so that one that looks can go on. One that waits for an interrupt gets it with
+    /// [`publish`](Self::publish), which must follow.
+    pub fn show(&mut self) {
+        if self.shown != self.next_used {
+            self.used(1).store(self.next_used.to_le(), Ordering::Release);
+            self.shown = self.next_used;
+        }
+    }
+
     /// Shows the driver all completed requests. True: it wants an interrupt for them.
     #[must_use]
     pub fn publish(&mut self) -> bool {
@@ -205,7 +217,7 @@ impl Queue {
         if old == new {
             return false;
         }
-        self.used(1).store(new.to_le(), Ordering::Release);
+        self.show();
         self.published = new;
         // §2.7.7.2: the index must be visible before we look whether the driver wants to be told, else both sides sleep.
         fence(Ordering::SeqCst);
@@ -238,7 +250,7 @@ impl Queue {
     pub(crate) fn go_on_at(&mut self, position: Position) {
         self.in_flight.fill(0);
         (self.next_avail, self.avail_seen) = (position.avail, position.avail);
-        (self.next_used, self.published) = (position.used, position.used);
+        (self.next_used, self.published, self.shown) = (position.used, position.used, position.used);
     }
 
     /// Goes on where somebody else has stopped: at request `base`, with none in flight.
@@ -247,7 +259,12 @@ impl Queue {
         (self.next_avail, self.avail_seen) = (base, base);
         // What a driver has written over it harms only itself: any value is a position.
         self.next_used = u16::from_le(self.used(1).load(Ordering::Acquire));
-        self.published = self.next_used;
+        (self.published, self.shown) = (self.next_used, self.next_used);
+    }
+
+    /// Whether the driver has made requests available that were not taken yet. Cheap; to be asked again and again.
+    pub fn waits(&self) -> bool {
+        u16::from_le(self.avail(1).load(Ordering::Relaxed)) != self.next_avail
     }
 
     /// Asks the driver not to notify while the device looks by itself.

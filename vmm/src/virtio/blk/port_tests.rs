@@ -279,3 +279,25 @@ fn what_was_done_is_counted() {
     };
     assert_eq!(port.stats(), want);
 }
+
+#[test]
+fn a_disk_that_comes_later_gets_a_doorbell() {
+    let image = image();
+    let blk = device(None);
+    let port = blk.port();
+    let rig = Rig::new(blk);
+    let ring = rig.start(!0, 1, 16).remove(0);
+    assert!(rig.doorbell.attached.lock().unwrap().is_empty(), "an empty slot costs nothing");
+    port.insert(open(image.path(), Aio::IoUring, false), None).unwrap();
+    let mut d = Disked { rig, ring, image };
+    d.rig.wait(|| (d.rig.get(0x60) & 2 != 0).then_some(()));
+    d.rig.set(0x64, 2);
+    assert_eq!(d.ask(IN, 1, &[(BUFFER, 512, true)]), (OK, 513));
+    assert_eq!(d.rig.doorbell.attached.lock().unwrap().len(), 1);
+    // Another disk in the same slot keeps it, and the driver's reset takes it away.
+    port.eject().unwrap();
+    port.insert(open(d.image.path(), Aio::IoUring, false), None).unwrap();
+    assert_eq!(d.rig.doorbell.attached.lock().unwrap().len(), 1);
+    d.rig.set(0x70, 0);
+    assert!(d.rig.doorbell.attached.lock().unwrap().is_empty());
+}

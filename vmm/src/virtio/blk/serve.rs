@@ -18,11 +18,14 @@ use super::request::{ID_BYTES, Kind, Request, Rules, Status};
 use crate::block::{Around, Engine, Op, Throttle};
 use crate::event::{EventFlags, Ops, Token};
 use crate::virtio::queue::{Position, Queue, QueueError};
+use crate::virtio::spin::Spin;
 use crate::virtio::worker::Gate;
 use crate::virtio::{Interrupt, complain, fd_of};
 
 /// Requests taken per wake-up, so that one busy device does not starve the others on its thread.
 const BATCH: u32 = 256;
+/// Requests started between two looks at what is done already: a driver that polls goes on while the rest is served.
+const SHOW_EVERY: u32 = 4;
 /// Times that one request is tried again when the kernel says EINTR or EAGAIN.
 const TRIES: u32 = 16;
 
@@ -57,6 +60,7 @@ pub(super) struct Server {
     spare: Vec<Request>,
     /// The ring made no sense, or the engine failed: only wait for what is in flight.
     broken: bool,
+    spin: Spin,
     parts: Parts,
     /// No request is taken; told, once, when nothing is in flight.
     quiet: Option<Option<Sender<()>>>,
@@ -188,6 +192,7 @@ impl Server {
             busy: 0,
             spare: Vec::new(),
             broken: false,
+            spin: Spin::default(),
             parts,
             quiet: None,
             leaving: None,
@@ -268,6 +273,7 @@ impl Server {
             self.publish();
             return Ok(false);
         }
+        self.spin.woken();
         self.parts.queue.disable_notify();
         let mut left = BATCH;
         loop {
@@ -288,6 +294,10 @@ impl Server {
                 }
                 left -= 1;
                 self.start(request);
+                if left.is_multiple_of(SHOW_EVERY) {
+                    self.reap();
+                    self.parts.queue.show();
+                }
             }
             self.submit();
             self.reap();
@@ -299,9 +309,14 @@ impl Server {
             if left == 0 {
                 return Ok(true);
             }
+            let queue = &self.parts.queue;
+            if self.busy == 0 && self.spin.look(|| queue.waits()) {
+                continue;
+            }
             if !self.parts.queue.enable_notify()? {
                 return Ok(false);
             }
+            self.spin.woken();
             self.parts.queue.disable_notify();
         }
     }

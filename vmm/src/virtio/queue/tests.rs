@@ -297,6 +297,28 @@ fn one_head_is_in_flight_once() {
 }
 
 #[test]
+fn a_driver_that_polls_sees_requests_before_one_that_waits_is_told() {
+    let (mut ring, mut queue) = pair(ALL, 8);
+    let mut chain = Chain::default();
+    ring.set_used_event(0);
+    assert!(!queue.waits());
+    for _ in 0..3 {
+        ring.add(&[(DATA, 1, true)]);
+    }
+    for done in 0..3 {
+        assert!(queue.waits());
+        assert_eq!(queue.pop(&mut chain), Ok(true));
+        queue.complete(chain.head, done);
+        assert_eq!(ring.next_used(), None);
+        queue.show();
+        assert_eq!(ring.next_used().map(|used| used.1), Some(done));
+    }
+    assert!(!queue.waits());
+    assert!(queue.publish(), "of the first, which was shown long ago");
+    assert!(!queue.publish());
+}
+
+#[test]
 fn interrupts_are_suppressed_as_the_driver_asks() {
     // Without EVENT_IDX: by the flag.
     let (mut ring, mut queue) = pair(0, 8);

@@ -220,3 +220,5 @@ fn is_option(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod whole_line_tests;

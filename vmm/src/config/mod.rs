@@ -15,7 +15,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 pub use incoming::Incoming;
-pub use pci::{PciPlace, ROOT_BUS};
+pub use pci::{PciAddr, PciPlace, ROOT_BUS};
 pub use serial_ports::SerialPort;
 pub use validate::InvalidConfig;
 
@@ -447,29 +447,6 @@ impl Device {
     /// Says whether the device was asked for on a PCI bus.
     pub fn is_pci(&self) -> bool {
         self.bus.is_some() || self.addr.is_some()
-    }
-}
-
-/// Slot and function on a PCI bus.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PciAddr {
-    /// 0 to 31.
-    pub slot: u8,
-    /// 0 to 7.
-    pub function: u8,
-}
-
-impl std::str::FromStr for PciAddr {
-    type Err = ();
-
-    /// `slot[.function]`, each decimal or hexadecimal.
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let part = |text: &str, limit: u8| {
-            let number = cmdline::number(text).and_then(|n| u8::try_from(n).ok());
-            number.filter(|n| *n < limit).ok_or(())
-        };
-        let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-        Ok(Self { slot: part(slot, 32)?, function: part(function, 8)? })
     }
 }
 

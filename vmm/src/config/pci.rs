@@ -3,12 +3,35 @@
 use std::collections::BTreeMap;
 
 use super::validate::{InvalidConfig, bad};
-use super::{Device, DeviceDriver, PciAddr, VmConfig};
+use super::{Device, DeviceDriver, VmConfig, cmdline};
 
 /// Name of the root bus.
 pub const ROOT_BUS: &str = "pcie.0";
 const HOST_BRIDGE: u8 = 0;
 const LPC: u8 = 31;
+
+/// Slot and function on a PCI bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PciAddr {
+    /// 0 to 31.
+    pub slot: u8,
+    /// 0 to 7.
+    pub function: u8,
+}
+
+impl std::str::FromStr for PciAddr {
+    type Err = ();
+
+    /// `slot[.function]`, each decimal or hexadecimal.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let part = |text: &str, limit: u8| {
+            let number = cmdline::number(text).and_then(|n| u8::try_from(n).ok());
+            number.filter(|n| *n < limit).ok_or(())
+        };
+        let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
+        Ok(Self { slot: part(slot, 32)?, function: part(function, 8)? })
+    }
+}
 
 /// Where a PCI device is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use crate::event::Ops;
 
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod limit;
 mod port;
 mod request;
 mod serve;

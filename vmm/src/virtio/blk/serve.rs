@@ -4,7 +4,6 @@
 //! (the number of its head) back; no path drops one earlier.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -13,9 +12,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::limit::{Limit, borrow_timer};
 use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
-use crate::block::{Around, Engine, Op, Throttle};
+use crate::block::{Around, Engine, Op};
 use crate::event::{EventFlags, Ops, Token};
 use crate::virtio::queue::{Position, Queue, QueueError};
 use crate::virtio::spin::Spin;
@@ -68,32 +68,6 @@ pub(super) struct Server {
     leaving: Option<Sender<()>>,
 }
 
-/// A limit on requests per second. Requests above it stay in the ring, in their order, until the timer says so.
-struct Limit {
-    throttle: Throttle,
-    since: Instant,
-    timer: TimerFd,
-    watch: Token,
-    /// The timer runs.
-    waiting: bool,
-}
-
-impl Limit {
-    /// False: not now; the timer will say when.
-    fn allows_one(&mut self) -> bool {
-        if self.waiting {
-            return false;
-        }
-        let Err(wait) = self.throttle.ready(self.since.elapsed()) else { return true };
-        match self.timer.reset(wait, None) {
-            Ok(()) => self.waiting = true,
-            // Never seen; better no limit than a disk that stands still.
-            Err(error) => complain(|| tracing::warn!("virtio-blk: cannot set a timer: {error}")),
-        }
-        !self.waiting
-    }
-}
-
 /// The first thing of a session, on the I/O thread. Weak, here and below: a job that waits for its turn, or comes after the
 /// driver's reset, must not keep a disk that has left.
 pub(super) fn start(
@@ -130,11 +104,6 @@ pub(super) fn insert(
         Ok(())
     });
     give_up_on_error(inserted, interrupt);
-}
-
-fn borrow_timer(timer: &TimerFd) -> BorrowedFd<'_> {
-    // SAFETY: the timer keeps its descriptor open as long as the borrow lasts.
-    unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
 fn give_up_on_error(result: Option<io::Result<()>>, interrupt: &dyn Interrupt) {
@@ -212,12 +181,12 @@ impl Server {
             let watch = gate.watch(ops, borrow_timer(&timer), edge, move |_, ops: &mut Ops<'_>| {
                 over.enter(|server| {
                     if let Some(limit) = &mut server.limit {
-                        limit.waiting = false;
+                        limit.fired();
                     }
                 });
                 turn(&over, ops);
             })?;
-            self.limit = Some(Limit { throttle, since: Instant::now(), timer, watch, waiting: false });
+            self.limit = Some(Limit::new(throttle, timer, watch));
         }
         let engine = self.engine.insert(medium.disk.engine(self.parts.queue.size()));
         self.medium = Some(medium);
@@ -239,7 +208,7 @@ impl Server {
             gate.unwatch(ops, token);
         }
         if let Some(limit) = self.limit.take() {
-            gate.unwatch(ops, limit.watch);
+            gate.unwatch(ops, limit.watch());
         }
         (self.engine, self.around, self.medium) = (None, None, None);
         let _ = gone.send(());
@@ -290,7 +259,7 @@ impl Server {
                     break;
                 }
                 if let Some(limit) = &mut self.limit {
-                    limit.throttle.spend(limit.since.elapsed());
+                    limit.spend_one();
                 }
                 left -= 1;
                 self.start(request);

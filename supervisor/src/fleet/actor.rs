@@ -75,9 +75,11 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
-    let link = Link::new(proxy);
+    let mut link = Link::new(proxy);
     if alive {
         link.expect();
+    } else {
+        link.cut();
     }
     let (view, _) = watch::channel(Arc::new(View {
         name: Arc::clone(&name),

@@ -69,6 +69,8 @@ impl Proxy {
         let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
         let vm: Arc<str> = path.file_stem().map(|name| name.to_string_lossy()).unwrap_or_default().into();
         let kept = identity(path).ok().and_then(|identity| Some((shelf.take(identity.1)?, identity)));
+        // Clients may have waited in a kept one: until the VM's owner says what there is, commands wait too, and are not told "not running".
+        let line = if kept.is_some() { Line::Connecting } else { Line::Down };
         let (listener, identity, kept) = match kept {
             Some((socket, identity)) => {
                 let listener = std::os::unix::net::UnixListener::from(socket);
@@ -86,7 +88,7 @@ impl Proxy {
             vm,
             watch,
             calls: Semaphore::new(CALLS),
-            line: watch::Sender::new(Line::Down),
+            line: watch::Sender::new(line),
             greeting: Mutex::new(greeting.into()),
             clients: Arc::new(Semaphore::new(MAX_CLIENTS)),
             stop: CancellationToken::new(),

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::feature;
-use super::turn::{BATCH, Ended, PUBLISH_EVERY, SHOW_EVERY, is_gone};
+use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
 use crate::virtio::queue::{Buffers, Chain, Lent, MAX_BUFFERS, Position, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};
@@ -107,8 +107,6 @@ impl Receiver {
             }
             if packet % PUBLISH_EVERY == 0 {
                 self.publish(interrupt);
-            } else if packet % SHOW_EVERY == 0 {
-                self.queue.queue.show();
             }
         }
         Ok(Ended::Full)

@@ -6,8 +6,6 @@ use std::io;
 pub(super) const BATCH: u32 = 256;
 /// Packets between two looks whether the driver wants to know.
 pub(super) const PUBLISH_EVERY: u32 = 32;
-/// Packets after which a driver that polls sees them; divides `PUBLISH_EVERY`.
-pub(super) const SHOW_EVERY: u32 = 8;
 
 /// Why a batch ended.
 #[derive(Debug, PartialEq, Eq)]

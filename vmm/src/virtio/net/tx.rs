@@ -3,10 +3,9 @@
 use std::io;
 
 use super::feature;
-use super::turn::{BATCH, Ended, PUBLISH_EVERY, SHOW_EVERY, is_gone};
+use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
 use crate::net::{HEADER_BYTES, Tap};
 use crate::virtio::queue::{Chain, MAX_BUFFERS, QueueError};
-use crate::virtio::spin::Spin;
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// Largest packet: 64 KiB of IP in an Ethernet frame with a VLAN tag.
@@ -24,17 +23,15 @@ pub(super) struct Sender {
     features: u64,
     chain: Chain,
     header: [u8; HEADER_BYTES],
-    spin: Spin,
 }
 
 impl Sender {
     pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
-        Self { queue, features, chain: Chain::default(), header: [0; HEADER_BYTES], spin: Spin::default() }
+        Self { queue, features, chain: Chain::default(), header: [0; HEADER_BYTES] }
     }
 
     /// Sends what the driver has queued; drops it when there is no tap.
     pub(super) fn run(&mut self, tap: Option<&Tap>, interrupt: &dyn Interrupt) -> Result<Ended, QueueError> {
-        self.spin.woken();
         self.queue.queue.disable_notify();
         let result = self.batch(tap, interrupt);
         self.publish(interrupt);
@@ -59,22 +56,14 @@ impl Sender {
                 packet += 1;
                 if packet % PUBLISH_EVERY == 0 {
                     self.publish(interrupt);
-                } else if packet % SHOW_EVERY == 0 {
-                    self.queue.queue.show();
                 }
                 if packet == BATCH {
                     return Ok(Ended::Full);
                 }
             }
-            self.publish(interrupt);
-            let queue = &self.queue.queue;
-            if self.spin.look(|| queue.waits()) {
-                continue;
-            }
             if !self.queue.queue.enable_notify()? {
                 return Ok(Ended::Idle);
             }
-            self.spin.woken();
             self.queue.queue.disable_notify();
         }
     }

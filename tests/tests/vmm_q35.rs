@@ -107,10 +107,9 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
     until(&mut console, "ls /sys/class/net | grep -c eth1", "0")?;
     add(&mut qmp, "netdev_del", json!({ "id": "net1" }))?;
 
-    // The power button is an event of the kernel's; what a session manager would do is one line here.
-    console
-        .shell("(head -c 24 /dev/input/event0 > /dev/null; busybox poweroff -f) > /dev/null 2>&1 &", SOON)?;
-    std::thread::sleep(Duration::from_secs(1));
+    // The power button is an event of the kernel's; what a session manager would do is one line here. Open before it is pressed.
+    let listen = "exec 9< /dev/input/event0; (head -c 24 <&9 > /dev/null; busybox poweroff -f) > /dev/null 2>&1 & true";
+    console.shell(listen, SOON)?;
     qmp.ask("system_powerdown")?;
     let event = qmp.wait(BOOT, |name, _| name == "SHUTDOWN")?;
     check(event["data"]["guest"] == true && event["data"]["reason"] == "guest-shutdown", || {

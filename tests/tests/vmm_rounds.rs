@@ -73,10 +73,11 @@ fn sees(console: &mut Console, sectors: &str, link: &str) -> Outcome {
     check(text == format!("{sectors} {link}"), || format!("the guest sees {text}, not {sectors} {link}"))
 }
 
-/// Errors in the guest's log.
+/// Errors in the guest's log. A guest whose processor stood still for a second says so of its clocks ("Long readout interval"): that is
+/// the emulated host's doing.
 fn complaints(console: &mut Console) -> Outcome<String> {
     Ok(console.shell(
-        "dmesg -l emerg,alert,crit,err; dmesg | grep -i 'watchdog\\|blocked for\\|unexpected\\|stall' || :",
+        "dmesg -l emerg,alert,crit,err; dmesg | grep -v 'Long readout interval' | grep -i 'watchdog\\|blocked for\\|unexpected\\|stall' || :",
         SOON,
     )?)
 }

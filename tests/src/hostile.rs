@@ -21,6 +21,19 @@ pub struct Held {
     pub threads: u64,
 }
 
+/// KiB by which the VMM may grow from one run of all cases to the next.
+const GROWTH: u64 = 8 << 10;
+
+impl Held {
+    /// An error if the VMM holds more than it did at `first`.
+    pub fn no_more_than(&self, first: &Self) -> Outcome {
+        let grows = self.descriptors > first.descriptors
+            || self.threads > first.threads
+            || self.rss_kib > first.rss_kib + GROWTH;
+        check(!grows, || format!("it grows: {first:?}, then {self:?}"))
+    }
+}
+
 /// A network of its own for the VMM: a tap, and a neighbour that sends a packet every 20 ms.
 pub struct Net<'a> {
     host: &'a Host,

@@ -72,6 +72,18 @@ pub fn program(name: &str) -> Outcome<PathBuf> {
     Ok(path)
 }
 
+/// Where VMs of the default guest run, and `flotilla-vmm` and the guest there: this machine if it has a `/dev/kvm`, else a test host.
+pub fn here_or_on_a_host(name: &str) -> Outcome<(Host, String, String)> {
+    let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
+    if Path::new("/dev/kvm").exists() {
+        return Ok((Host::here(), vmm.display().to_string(), guest.display().to_string()));
+    }
+    let host = Host::start(name)?;
+    host.push(&vmm, "/usr/bin/flotilla-vmm")?;
+    host.push(&guest, "/root/guest.elf")?;
+    Ok((host, "/usr/bin/flotilla-vmm".into(), "/root/guest.elf".into()))
+}
+
 /// The default guest: `FLOTILLA_GUEST_ELF`, or the one in the target folder.
 ///
 /// # Errors

@@ -1,13 +1,12 @@
 //! One `flotilla-vmm` with the default guest: quick tests of the machine and its devices, on this machine's own `/dev/kvm`; where there is
 //! none, on a test host.
 
-use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use tests::console::Console;
 use tests::host::Host;
-use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
 
 /// Where the VMs run: one place for all tests of this file.
 struct Place {
@@ -21,15 +20,8 @@ struct Place {
 fn place() -> Outcome<&'static Place> {
     static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
     let make = || -> Outcome<Place> {
-        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
-        if Path::new("/dev/kvm").exists() {
-            let text = |path: PathBuf| path.display().to_string();
-            return Ok(Place { host: Host::here(), vmm: text(vmm), guest: text(guest) });
-        }
-        let host = Host::start("vmm-guest")?;
-        host.push(&vmm, "/usr/bin/flotilla-vmm")?;
-        host.push(&guest, "/root/guest.elf")?;
-        Ok(Place { host, vmm: "/usr/bin/flotilla-vmm".into(), guest: "/root/guest.elf".into() })
+        let (host, vmm, guest) = here_or_on_a_host("vmm-guest")?;
+        Ok(Place { host, vmm, guest })
     };
     PLACE
         .get_or_init(|| make().map_err(|error| error.to_string()))

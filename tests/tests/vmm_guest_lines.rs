@@ -1,13 +1,11 @@
 //! Whole command lines as scripts and orchestrators write them, each started as it stands, with only paths and names put in. On this machine's
 //! own `/dev/kvm`; where there is none, on a test host.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::Value;
 
 use tests::host::Host;
 use tests::qmp::Qmp;
-use tests::scenario::{Outcome, SOON, check, guest_program, program};
+use tests::scenario::{Outcome, SOON, check, here_or_on_a_host};
 
 /// One machine, one tap, and one folder, for one VM after the other.
 struct Place {
@@ -22,16 +20,7 @@ struct Place {
 
 impl Place {
     fn new() -> Outcome<Self> {
-        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
-        let (host, vmm, guest) = if Path::new("/dev/kvm").exists() {
-            let text = |path: PathBuf| path.display().to_string();
-            (Host::here(), text(vmm), text(guest))
-        } else {
-            let host = Host::start("vmm-guest-lines")?;
-            host.push(&vmm, "/usr/bin/flotilla-vmm")?;
-            host.push(&guest, "/root/guest.elf")?;
-            (host, "/usr/bin/flotilla-vmm".into(), "/root/guest.elf".into())
-        };
+        let (host, vmm, guest) = here_or_on_a_host("vmm-guest-lines")?;
         let me = std::process::id();
         let (dir, tap) = (format!("/run/vmm/lines-{me}"), format!("fll{me}"));
         host.ok(&format!(

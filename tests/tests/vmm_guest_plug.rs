@@ -2,32 +2,19 @@
 //! on a socket of their own and on a character device. On this machine's own `/dev/kvm`; where there is none, on a test host.
 //! (`vmm_rounds` does the same with Debian under load.)
 
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
 
 use tests::host::Host;
 use tests::qmp::Qmp;
-use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
 
 const ROUNDS: u32 = 500;
 /// In a network of the VM's own.
 const TAP: &str = "plug0";
 /// Kibibytes by which the VMM's own memory may grow: half a kibibyte a round would be more.
 const SLACK: u64 = 200;
-
-/// Where the VMs run, and `flotilla-vmm` and the guest there.
-fn place(name: &str) -> Outcome<(Host, String, String)> {
-    let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
-    if Path::new("/dev/kvm").exists() {
-        return Ok((Host::here(), vmm.display().to_string(), guest.display().to_string()));
-    }
-    let host = Host::start(name)?;
-    host.push(&vmm, "/usr/bin/flotilla-vmm")?;
-    host.push(&guest, "/root/guest.elf")?;
-    Ok((host, "/usr/bin/flotilla-vmm".into(), "/root/guest.elf".into()))
-}
 
 fn plug(qmp: &mut Qmp, image: &str) -> Outcome {
     let file = json!({ "driver": "file", "filename": image });
@@ -56,7 +43,7 @@ fn held(host: &Host, vmm: &Vmm<'_>) -> Outcome<([u64; 2], u64)> {
 
 #[test]
 fn five_hundred_rounds_leave_nothing_behind() -> Outcome {
-    let (host, program, guest) = place("plug")?;
+    let (host, program, guest) = here_or_on_a_host("plug")?;
     let arguments = format!("-machine microvm -m 256M -kernel {guest} -serial file,path={{dir}}/serial");
     let in_a_network =
         format!("unshare -n sh -c \"ip tuntap add {TAP} mode tap && exec {program} \\\"\\$@\\\"\" vmm");
@@ -80,7 +67,7 @@ fn five_hundred_rounds_leave_nothing_behind() -> Outcome {
 
 #[test]
 fn qmp_works_on_a_character_device_too() -> Outcome {
-    let (host, program, guest) = place("monitors")?;
+    let (host, program, guest) = here_or_on_a_host("monitors")?;
     let arguments = format!(
         "-machine microvm -m 256M -kernel {guest} -serial file,path={{dir}}/serial \
          -chardev socket,id=more,path={{dir}}/more.sock,server,nowait -mon chardev=more,id=m,mode=control"

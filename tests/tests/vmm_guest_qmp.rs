@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use tests::host::Host;
 use tests::qmp::Qmp;
-use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
 
 /// Where the VMs run, and `flotilla-vmm` and the guest there.
 struct Place {
@@ -26,15 +26,8 @@ struct Place {
 fn place() -> Outcome<&'static Place> {
     static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
     let make = || -> Outcome<Place> {
-        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
-        if Path::new("/dev/kvm").exists() {
-            let text = |path: PathBuf| path.display().to_string();
-            return Ok(Place { host: Host::here(), vmm: text(vmm), guest: text(guest), here: true });
-        }
-        let host = Host::start("vmm-guest-qmp")?;
-        host.push(&vmm, "/usr/bin/flotilla-vmm")?;
-        host.push(&guest, "/root/guest.elf")?;
-        Ok(Place { host, vmm: "/usr/bin/flotilla-vmm".into(), guest: "/root/guest.elf".into(), here: false })
+        let (host, vmm, guest) = here_or_on_a_host("vmm-guest-qmp")?;
+        Ok(Place { host, vmm, guest, here: Path::new("/dev/kvm").exists() })
     };
     PLACE
         .get_or_init(|| make().map_err(|error| error.to_string()))

@@ -1,7 +1,6 @@
 //! Snapshots of one `flotilla-vmm` with the default guest: what was under way goes on in a new process, in several at once, and in the one that
 //! was saved. On this machine's own `/dev/kvm`; where there is none, on a test host.
 
-use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use serde_json::json;
 use tests::console::Console;
 use tests::host::Host;
 use tests::qmp::Qmp;
-use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
+use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
 
 /// Where the VMs run: one place for all tests of this file.
 struct Place {
@@ -24,15 +23,8 @@ struct Place {
 fn place() -> Outcome<&'static Place> {
     static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
     let make = || -> Outcome<Place> {
-        let (vmm, guest) = (program("flotilla-vmm")?, guest_program()?);
-        if Path::new("/dev/kvm").exists() {
-            let (vmm, guest) = (vmm.display().to_string(), guest.display().to_string());
-            return Ok(Place { host: Host::here(), vmm, guest });
-        }
-        let host = Host::start("vmm-snapshot")?;
-        host.push(&vmm, "/usr/bin/flotilla-vmm")?;
-        host.push(&guest, "/root/guest.elf")?;
-        Ok(Place { host, vmm: "/usr/bin/flotilla-vmm".into(), guest: "/root/guest.elf".into() })
+        let (host, vmm, guest) = here_or_on_a_host("vmm-snapshot")?;
+        Ok(Place { host, vmm, guest })
     };
     PLACE
         .get_or_init(|| make().map_err(|error| error.to_string()))

@@ -28,7 +28,6 @@ use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, I8042Reset, NoClock, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
-use crate::memory::discard::Discarder;
 use crate::memory::{self, GuestMemory};
 use crate::virtio::{Doorbell, balloon};
 
@@ -215,21 +214,11 @@ impl Microvm {
         if std::mem::take(&mut self.from_snapshot) {
             memory::renew(&self.memory, self.dump_guest_core)?;
         } else if self.wiring.clears_memory {
-            // As after power-on: what ran before is nobody's business, and its pages need not be kept.
-            let ram = Discarder::new(Arc::clone(&self.memory));
-            if let Err(error) = ram.discard(0, u64::MAX) {
-                tracing::warn!("guest memory keeps what it held before the reset: {error}");
-            }
+            guest::clear(&self.memory);
         }
         let platform = self.wiring.platform(true);
         let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
-        // The topology has checked that every id fits.
-        let ids: Vec<u8> =
-            (0..self.wiring.cpus).map(|index| self.wiring.topology.apic_id(index) as u8).collect();
-        self.vcpus.reset(move |vcpu| {
-            let id = ids.get(usize::from(vcpu.index())).copied().unwrap_or_default();
-            x86_64::reset(vcpu, id, &state)
-        })?;
+        guest::reset_vcpus(&self.vcpus, &self.wiring.topology, self.wiring.cpus, state)?;
         Ok(())
     }
 

@@ -9,9 +9,10 @@ use tests::hostile::{Net, held, run_all, vsock};
 use tests::scenario::{Outcome, SOON, Vmm, check, guest_program, program};
 
 /// Queues whose cases have to have run.
-const TARGETS: [&str; 15] = [
+const TARGETS: [&str; 16] = [
     "board",
     "blk",
+    "blk-second",
     "net-tx",
     "net-rx",
     "net-control",
@@ -49,7 +50,7 @@ fn no_misuse_of_a_device_hurts_the_vmm_or_its_neighbours() -> Outcome {
     ))?;
     let disk = |id: &str| {
         format!(
-            "-drive file={images}.{id},id={id},readonly=off,discard=unmap -device virtio-blk-device,drive={id},id={id}"
+            "-drive file={images}.{id},id={id},readonly=off,discard=unmap -device virtio-blk-device,drive={id},id={id},num-queues=2"
         )
     };
     let vsock = vsock(&host, 0x4000_0000 + std::process::id());

@@ -462,7 +462,7 @@ pub enum DeviceDriver {
         serial: Option<String>,
         /// `iothread=`.
         iothread: Option<String>,
-        /// `num-queues=`, 1 to 32: at most so many. On a microvm the transport has one interrupt, and the device one queue.
+        /// `num-queues=`, 1 to 32; one if it is left out. One I/O thread serves them all, and on a microvm one interrupt tells of all.
         num_queues: Option<u16>,
         /// `queue-size=`, a power of two, 4 to 1024.
         queue_size: u16,

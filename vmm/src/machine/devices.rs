@@ -17,7 +17,9 @@ pub(super) fn disk(
     inherited: &Inherited,
     workers: &Workers,
 ) -> Result<Option<Blk>, MachineError> {
-    let DeviceDriver::VirtioBlk { drive, serial, iothread, queue_size, .. } = driver else { return Ok(None) };
+    let DeviceDriver::VirtioBlk { drive, serial, iothread, queue_size, num_queues, .. } = driver else {
+        return Ok(None);
+    };
     let worker = workers.get(id, iothread.as_ref())?;
     let wanted = config.drives.iter().find(|d| d.id == *drive);
     let drive = wanted.ok_or_else(|| no_such(id, "drive", drive, "-drive"))?;
@@ -26,6 +28,7 @@ pub(super) fn disk(
         serial: serial.clone(),
         read_only: drive.readonly,
         queue_size: *queue_size,
+        queues: num_queues.unwrap_or(1),
         worker,
     })))
 }

@@ -130,8 +130,14 @@ pub(super) fn fill(
     }
     while blocks.len() < MICROVM_BLOCK_SLOTS {
         let worker = workers.default.clone();
-        let empty =
-            BlkOptions { backend: None, serial: None, read_only: false, queue_size: QUEUE_SIZE, worker };
+        let empty = BlkOptions {
+            backend: None,
+            serial: None,
+            read_only: false,
+            queue_size: QUEUE_SIZE,
+            queues: 1,
+            worker,
+        };
         let device = Blk::new(empty);
         ports.blocks.push(device.port());
         blocks.push(Occupant { id: None, device: Box::new(device) });

@@ -10,7 +10,7 @@
 
 use crate::blk::{self, Disk};
 use crate::boot::BootInfo;
-use crate::virtio::{self, Problem};
+use crate::virtio::{self, Problem, reg};
 use crate::{net, put, say};
 
 mod blk_cases;
@@ -122,6 +122,8 @@ pub const BALLOON: u32 = 5;
 /// As above.
 pub const VSOCK: u32 = 19;
 
+/// VIRTIO_BLK_F_MQ.
+const QUEUES: u64 = 1 << 12;
 /// VIRTIO_CONSOLE_F_MULTIPORT.
 const MULTIPORT: u64 = 1 << 1;
 /// VIRTIO_BALLOON_F_STATS_VQ.
@@ -147,6 +149,7 @@ const PLAIN: Target = Target {
 const TARGETS: &[Target] = &[
     Target { name: "board", kind: BLK, rings: false, cases: &[board_cases::CASES], ..PLAIN },
     Target { name: "blk", kind: BLK, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS], ..PLAIN },
+    Target { name: "blk-second", kind: BLK, queues: 2, queue: 1, features: QUEUES, ..PLAIN },
     Target { name: "net-tx", kind: NET, queues: 2, queue: 1, registers: true, cases: &[net_cases::TRANSMIT], ..PLAIN },
     Target { name: "net-rx", kind: NET, queues: 2, writable: true, cases: &[net_cases::RECEIVE], ..PLAIN },
     Target { name: "net-control", kind: NET, queues: 3, queue: 2, features: control_cases::NET_FEATURES, cases: &[control_cases::NET], ..PLAIN },
@@ -177,6 +180,11 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
             say!("hostile: there is no {}", target.name);
             continue;
         };
+        window.write(reg::QUEUE_SEL, u32::from(target.queue));
+        if window.read(reg::QUEUE_NUM_MAX) == 0 {
+            say!("hostile: there is no queue of {}", target.name);
+            continue;
+        }
         let mut rig = Rig::new(space, window, target);
         let own = target.cases.iter().copied();
         let all = target.registers.then_some(registers::CASES).into_iter();

@@ -334,7 +334,8 @@ impl Shelves {
                 None => Disk::open(drive, inherited)?,
             };
             let (backend, serial, read_only) = (Some(disk), new.serial.clone(), drive.readonly);
-            let blk = Blk::new(BlkOptions { backend, serial, read_only, queue_size: QUEUE_SIZE, worker });
+            let (queue_size, queues) = (QUEUE_SIZE, 1);
+            let blk = Blk::new(BlkOptions { backend, serial, read_only, queue_size, queues, worker });
             let end = End::Disk(node, blk.port());
             return Ok((Box::new(blk), end));
         }

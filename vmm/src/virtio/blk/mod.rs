@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 1.2 §5.2): owns the device's features, its configuration space, and its starts and stops.
 //!
 //! A device without a disk is an empty slot: the guest sees capacity 0, and every request fails. Disks come and go through the
-//! device's [`Port`], at any time. Requests are parsed in `request` and carried out in `serve`, on the I/O thread.
+//! device's [`Port`], at any time. Requests come from the rings in `lanes`, are parsed in `request` and carried out in `serve`, on the I/O thread.
 
 use std::io;
 use std::sync::Arc;
@@ -10,12 +10,13 @@ use std::time::Duration;
 use super::queue::Position;
 use super::state::{DeviceState, StateError};
 use super::worker::{Gate, RESET_DEADLINE, Worker};
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
+use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::block::Disk;
 use crate::event::Ops;
 
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod lanes;
 mod limit;
 mod port;
 mod request;
@@ -23,10 +24,13 @@ mod serve;
 mod state;
 
 #[cfg(test)]
+mod lanes_tests;
+#[cfg(test)]
 mod port_tests;
 #[cfg(test)]
 mod tests;
 
+use lanes::Lanes;
 use port::{Medium, Session};
 pub use port::{Port, PortError, Stats};
 use serve::Server;
@@ -40,6 +44,7 @@ mod feature {
     pub(super) const RO: u64 = 1 << 5;
     pub(super) const BLK_SIZE: u64 = 1 << 6;
     pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const MQ: u64 = 1 << 12;
     pub(super) const DISCARD: u64 = 1 << 13;
     pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 }
@@ -69,6 +74,8 @@ pub struct BlkOptions {
     pub read_only: bool,
     /// Entries of the queue: a power of two, 4 to 1024.
     pub queue_size: u16,
+    /// Queues, 1 to 32. All of them are served by the same thread.
+    pub queues: u16,
     /// The thread that serves it.
     pub worker: Worker,
 }
@@ -76,15 +83,16 @@ pub struct BlkOptions {
 /// The device.
 pub struct Blk {
     port: Arc<Port>,
-    queue_sizes: [u16; 1],
+    queue_sizes: Vec<u16>,
 }
 
 impl Blk {
     /// A device that nobody drives yet: opens nothing and starts no thread.
     pub fn new(options: BlkOptions) -> Self {
-        let BlkOptions { backend, serial, read_only, queue_size, worker } = options;
+        let BlkOptions { backend, serial, read_only, queue_size, queues, worker } = options;
         let medium = backend.map(|disk| Medium::new(disk, serial, read_only));
-        Self { port: Port::new(medium, queue_size, worker), queue_sizes: [queue_size] }
+        let queue_sizes = vec![queue_size; usize::from(queues.max(1))];
+        Self { port: Port::new(medium, queue_size, queues.max(1), worker), queue_sizes }
     }
 
     /// The slot as the thread that owns the machine reaches it, once the device is behind its transport.
@@ -128,8 +136,10 @@ impl VirtioDevice for Blk {
             return Err(ActivateError::StillBusy);
         }
         let Activation { memory: _, features, queues, interrupt } = activation;
-        let ActiveQueue { index: _, queue, notify } =
-            queues.into_iter().find(|q| q.index == 0).ok_or(ActivateError::MissingQueue(0))?;
+        // Those that the driver leaves out, because it has fewer processors, it does not use.
+        if queues.first().is_none_or(|q| q.index != 0) {
+            return Err(ActivateError::MissingQueue(0));
+        }
         let worker = self.port.lock().worker.clone();
         let io_thread = worker.start().map_err(ActivateError::Host)?;
         // Held until the session is there: a disk that comes now comes either with the server or through its gate.
@@ -140,8 +150,7 @@ impl VirtioDevice for Blk {
             unmap: features & feature::DISCARD != 0,
             zero: features & feature::WRITE_ZEROES != 0,
             read_only: state.features & feature::RO != 0,
-            queue,
-            notify,
+            lanes: Lanes::new(queues),
             interrupt: Arc::clone(&interrupt),
         });
         let gate = Gate::new(server);
@@ -164,7 +173,7 @@ impl VirtioDevice for Blk {
     }
 
     fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
-        Ok(self.port.suspend()?.map(|position| (0, position)).into_iter().collect())
+        self.port.suspend()
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {

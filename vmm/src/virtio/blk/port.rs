@@ -142,6 +142,7 @@ pub(super) struct State {
     pub(super) config: [u8; config::SIZE],
     pub(super) features: u64,
     queue_size: u16,
+    queues: u16,
     /// The thread of this session or the next.
     pub(super) worker: Worker,
 }
@@ -152,7 +153,7 @@ pub struct Port {
 }
 
 impl Port {
-    pub(super) fn new(medium: Option<Medium>, queue_size: u16, worker: Worker) -> Arc<Self> {
+    pub(super) fn new(medium: Option<Medium>, queue_size: u16, queues: u16, worker: Worker) -> Arc<Self> {
         let medium = medium.map(Arc::new);
         let mut state = State {
             medium,
@@ -161,6 +162,7 @@ impl Port {
             config: [0; config::SIZE],
             features: 0,
             queue_size,
+            queues,
             worker,
         };
         state.offer();
@@ -350,6 +352,9 @@ impl State {
         let medium = self.medium.as_deref();
         self.features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
         self.features |= feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        if self.queues > 1 {
+            self.features |= feature::MQ;
+        }
         if medium.is_some_and(|m| m.read_only) {
             self.features |= feature::RO;
         } else {
@@ -371,7 +376,7 @@ impl State {
         // Two descriptors of a chain hold header and status (§5.2.6.1 wants at least one segment).
         put(config::SEG_MAX, &u32::from(self.queue_size.saturating_sub(2).max(1)).to_le_bytes());
         put(config::BLK_SIZE, &block_size.to_le_bytes());
-        put(config::NUM_QUEUES, &1u16.to_le_bytes());
+        put(config::NUM_QUEUES, &self.queues.to_le_bytes());
         if self.features & feature::DISCARD != 0 {
             put(config::MAX_DISCARD_SECTORS, &super::request::MAX_DISCARD_SECTORS.to_le_bytes());
             put(config::MAX_DISCARD_SEG, &1u32.to_le_bytes());
@@ -389,6 +394,8 @@ impl State {
     pub(super) fn offer_again(&mut self, features: u64) -> Option<()> {
         let always = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
         let always = always | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        // The transport has compared the number of queues.
+        let always = always | if self.queues > 1 { feature::MQ } else { 0 };
         let at_times = feature::RO | feature::WRITE_ZEROES | feature::DISCARD;
         if features & always != always || features & !(always | at_times) != 0 {
             return None;

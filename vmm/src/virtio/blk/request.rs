@@ -48,6 +48,8 @@ pub(super) struct Rules {
 /// A request to carry out.
 #[derive(Default)]
 pub(super) struct Request {
+    /// Which ring it came from.
+    pub(super) lane: usize,
     pub(super) chain: Chain,
     pub(super) status: Option<LastByte>,
     /// Where on the disk the rest of it lies.

@@ -1,7 +1,7 @@
-//! Carrying out block requests: owns the ring, the engine and the requests in flight of one session.
+//! Carrying out block requests: owns the engine of one session, and what becomes of each request.
 //!
 //! Runs on the I/O thread. A request owns its buffers, and the list of them that the kernel reads, until the engine gives its tag
-//! (the number of its head) back; no path drops one earlier.
+//! back; no path drops one earlier.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -9,22 +9,23 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::lanes::{InFlight, Lanes};
 use super::limit::{Limit, borrow_timer};
 use super::port::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
 use crate::block::{Around, Engine, Op};
 use crate::event::{EventFlags, Ops, Token};
-use crate::virtio::queue::{Position, Queue, QueueError};
+use crate::virtio::queue::{Position, QueueError};
 use crate::virtio::spin::Spin;
 use crate::virtio::worker::Gate;
 use crate::virtio::{Interrupt, complain, fd_of};
 
 /// Requests taken per wake-up, so that one busy device does not starve the others on its thread.
 const BATCH: u32 = 256;
-/// Requests started between two looks at what is done already: a driver that polls goes on while the rest is served.
+/// Requests taken from one ring before the next one's turn, and before a look at what is done already: a driver that polls goes on
+/// while the rest is served.
 const SHOW_EVERY: u32 = 4;
 /// Times that one request is tried again when the kernel says EINTR or EAGAIN.
 const TRIES: u32 = 16;
@@ -38,8 +39,7 @@ pub(super) struct Parts {
     pub(super) zero: bool,
     /// RO was offered.
     pub(super) read_only: bool,
-    pub(super) queue: Queue,
-    pub(super) notify: Arc<EventFd>,
+    pub(super) lanes: Lanes,
     pub(super) interrupt: Arc<dyn Interrupt>,
 }
 
@@ -52,10 +52,7 @@ pub(super) struct Server {
     limit: Option<Limit>,
     medium: Option<Arc<Medium>>,
     rules: Rules,
-    /// By head; as long as the largest head so far needs, so that a disk that is hardly used takes hardly any memory.
-    in_flight: Vec<Option<(Kind, Request)>>,
-    /// How many of them are.
-    busy: usize,
+    in_flight: InFlight,
     /// Kept for the next requests, with the memory for their lists.
     spare: Vec<Request>,
     /// The ring made no sense, or the engine failed: only wait for what is in flight.
@@ -77,9 +74,12 @@ pub(super) fn start(
     interrupt: &dyn Interrupt,
 ) {
     let started = gate.enter(|server| -> io::Result<()> {
-        let notified = Arc::clone(gate);
         let edge = EventFlags::IN | EventFlags::ET;
-        gate.watch(ops, fd_of(&server.parts.notify), edge, move |_, ops: &mut Ops<'_>| turn(&notified, ops))?;
+        for lane in server.parts.lanes.iter() {
+            let notified = Arc::clone(gate);
+            let handler = move |_, ops: &mut Ops<'_>| turn(&notified, ops);
+            gate.watch(ops, fd_of(&lane.notify), edge, handler)?;
+        }
         if let Some(medium) = medium.upgrade() {
             server.load(gate, ops, medium)?;
         }
@@ -140,7 +140,7 @@ fn turn(gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) {
     gate.enter(|server| {
         server.run();
         server.let_go_when_idle(gate, ops);
-        if server.busy == 0
+        if server.in_flight.busy() == 0
             && let Some(quiet) = server.quiet.as_mut().and_then(Option::take)
         {
             let _ = quiet.send(());
@@ -157,8 +157,7 @@ impl Server {
             limit: None,
             medium: None,
             rules: Rules::default(),
-            in_flight: Vec::new(),
-            busy: 0,
+            in_flight: InFlight::default(),
             spare: Vec::new(),
             broken: false,
             spin: Spin::default(),
@@ -188,7 +187,7 @@ impl Server {
             })?;
             self.limit = Some(Limit::new(throttle, timer, watch));
         }
-        let engine = self.engine.insert(medium.disk.engine(self.parts.queue.size()));
+        let engine = self.engine.insert(medium.disk.engine(self.parts.lanes.depth()));
         self.medium = Some(medium);
         if let Some(fd) = engine.ready() {
             let done = Arc::clone(gate);
@@ -199,7 +198,7 @@ impl Server {
     }
 
     fn let_go_when_idle(&mut self, gate: &Gate<Self>, ops: &mut Ops<'_>) {
-        if self.busy > 0 {
+        if self.in_flight.busy() > 0 {
             return;
         }
         let Some(gone) = self.leaving.take() else { return };
@@ -222,17 +221,17 @@ impl Server {
         }
         match self.serve() {
             Ok(true) => {
-                // More to do, but others get their turn first. The watch is edge-triggered: this makes an edge.
-                let _ = self.parts.notify.write(1);
+                // More to do, but others get their turn first.
+                self.parts.lanes.come_back();
             }
             Ok(false) => {}
             Err(error) => self.fail(&error),
         }
     }
 
-    /// Where the ring stands when nothing is in flight.
-    pub(super) fn position(&self) -> Position {
-        self.parts.queue.position(0)
+    /// Where each ring stands when nothing is in flight.
+    pub(super) fn positions(&self) -> Vec<(u16, Position)> {
+        self.parts.lanes.positions()
     }
 
     /// True: stopped with requests left.
@@ -243,31 +242,11 @@ impl Server {
             return Ok(false);
         }
         self.spin.woken();
-        self.parts.queue.disable_notify();
+        self.parts.lanes.disable_notify();
         let mut left = BATCH;
         loop {
             self.reap();
-            let mut limited = false;
-            while left > 0 {
-                limited = self.limit.as_mut().is_some_and(|l| !l.allows_one());
-                if limited {
-                    break;
-                }
-                let mut request = self.spare.pop().unwrap_or_default();
-                if !self.parts.queue.pop(&mut request.chain)? {
-                    self.spare.push(request);
-                    break;
-                }
-                if let Some(limit) = &mut self.limit {
-                    limit.spend_one();
-                }
-                left -= 1;
-                self.start(request);
-                if left.is_multiple_of(SHOW_EVERY) {
-                    self.reap();
-                    self.parts.queue.show();
-                }
-            }
+            let limited = self.take_some(&mut left)?;
             self.submit();
             self.reap();
             self.publish();
@@ -278,22 +257,52 @@ impl Server {
             if left == 0 {
                 return Ok(true);
             }
-            let queue = &self.parts.queue;
-            if self.busy == 0 && self.spin.look(|| queue.waits()) {
+            let lanes = &self.parts.lanes;
+            if self.in_flight.busy() == 0 && self.spin.look(|| lanes.wait()) {
                 continue;
             }
-            if !self.parts.queue.enable_notify()? {
+            if !self.parts.lanes.enable_notify()? {
                 return Ok(false);
             }
             self.spin.woken();
-            self.parts.queue.disable_notify();
+            self.parts.lanes.disable_notify();
         }
     }
 
-    fn publish(&mut self) {
-        if self.parts.queue.publish() {
-            self.parts.interrupt.queue(0);
+    /// Starts what the rings hold, a few from each in turn, until they are empty or `left` is 0. True: there are more, but none may be
+    /// taken now.
+    fn take_some(&mut self, left: &mut u32) -> Result<bool, QueueError> {
+        let mut any = true;
+        while any && !self.broken {
+            any = false;
+            for lane in 0..self.parts.lanes.count() {
+                for _ in 0..SHOW_EVERY {
+                    if *left == 0 {
+                        return Ok(false);
+                    }
+                    if self.limit.as_mut().is_some_and(|l| !l.allows_one()) {
+                        return Ok(true);
+                    }
+                    let mut request = self.spare.pop().unwrap_or_default();
+                    if !self.parts.lanes.pop(lane, &mut request)? {
+                        self.spare.push(request);
+                        break;
+                    }
+                    if let Some(limit) = &mut self.limit {
+                        limit.spend_one();
+                    }
+                    (*left, any) = (*left - 1, true);
+                    self.start(request);
+                }
+            }
+            self.reap();
+            self.parts.lanes.show();
         }
+        Ok(false)
+    }
+
+    fn publish(&mut self) {
+        self.parts.lanes.publish(&*self.parts.interrupt);
     }
 
     fn fail(&mut self, error: &dyn std::fmt::Display) {
@@ -332,7 +341,7 @@ impl Server {
             return self.finish(request, Status::IoErr);
         };
         let disk = &medium.disk;
-        let (head, offset) = (request.chain.head, request.offset);
+        let offset = request.offset;
         let op = match kind {
             Kind::Read | Kind::Write => {
                 let buffers = request.buffers(kind);
@@ -358,18 +367,11 @@ impl Server {
         if let Kind::Discard { len: 0 } | Kind::WriteZeroes { len: 0, .. } = kind {
             return self.finish(request, Status::Ok);
         }
-        let at = usize::from(head);
-        if at >= self.in_flight.len() {
-            self.in_flight.resize_with(at + 1, || None);
-        }
-        let Some(place) = self.in_flight.get_mut(at) else { return };
+        let Some(tag) = self.in_flight.next_tag() else { return self.finish(request, Status::IoErr) };
         // SAFETY: the request goes to its place and stays there until the engine gives its tag back; the list of its buffers is on
         // the heap and does not move with it; the buffers are guest RAM, which the queue keeps.
-        match unsafe { engine.push(head, op, offset) } {
-            Ok(()) => {
-                *place = Some((kind, request));
-                self.busy += 1;
-            }
+        match unsafe { engine.push(tag, op, offset) } {
+            Ok(()) => self.in_flight.put(kind, request),
             Err(error) => {
                 // The engine did not take it, so nothing refers to its buffers.
                 self.finish(request, Status::IoErr);
@@ -388,11 +390,7 @@ impl Server {
     fn reap(&mut self) {
         let mut again = false;
         while let Some((tag, result)) = self.engine.as_mut().and_then(|e| e.reap()) {
-            let Some((kind, request)) = self.in_flight.get_mut(usize::from(tag)).and_then(Option::take)
-            else {
-                continue;
-            };
-            self.busy -= 1;
+            let Some((kind, request)) = self.in_flight.take(tag) else { continue };
             again |= self.done(kind, request, result);
         }
         if again && !self.broken {
@@ -503,11 +501,11 @@ impl Server {
     }
 
     fn wait_idle(&mut self) {
-        while self.busy > 0 && !self.broken {
+        while self.in_flight.busy() > 0 && !self.broken {
             self.submit();
             // Before the wait: an engine may have done some at once, and then nothing becomes readable.
             self.reap();
-            if self.busy > 0 {
+            if self.in_flight.busy() > 0 {
                 self.wait(None);
             }
         }
@@ -524,7 +522,6 @@ impl Server {
 
     /// Gives the request back to the driver. The status byte is the last that is written to its buffers.
     fn finish(&mut self, mut request: Request, status: Status) {
-        let head = request.chain.head;
         self.count(&request, status);
         let written = match request.status.take() {
             Some(place) => {
@@ -535,7 +532,7 @@ impl Server {
             // No room for a status: give the descriptors back all the same, or the driver runs out of them.
             None => 0,
         };
-        self.parts.queue.complete(head, written);
+        self.parts.lanes.complete(&request, written);
         self.spare.push(request);
     }
 
@@ -561,7 +558,7 @@ impl Server {
         loop {
             let _ = self.engine.as_mut().map(|e| e.submit());
             self.reap();
-            if self.busy == 0 {
+            if self.in_flight.busy() == 0 {
                 return true;
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {

@@ -38,10 +38,10 @@ struct SavedDisk {
 }
 
 impl Port {
-    /// Ends the session with nothing in flight; says where the ring stands. After an error the session goes on.
-    pub(super) fn suspend(&self) -> Result<Option<Position>, StateError> {
+    /// Ends the session with nothing in flight; says where each ring stands. After an error the session goes on.
+    pub(super) fn suspend(&self) -> Result<Vec<(u16, Position)>, StateError> {
         let deadline = Instant::now() + SUSPEND_DEADLINE;
-        let Some(session) = self.lock().session.clone() else { return Ok(None) };
+        let Some(session) = self.lock().session.clone() else { return Ok(Vec::new()) };
         let (quiet, is_quiet) = channel();
         let gate = Arc::clone(&session.gate);
         session.io_thread.post(move |ops: &mut Ops<'_>| serve::quiesce(&gate, ops, quiet));
@@ -50,16 +50,16 @@ impl Port {
             session.io_thread.post(move |ops: &mut Ops<'_>| serve::go_on(&gate, ops));
             return Err(StateError::Busy);
         }
-        let mut position = None;
+        let mut positions = Vec::new();
         let closed = session.gate.close(&session.io_thread, deadline, |server| {
-            position = Some(server.position());
+            positions = server.positions();
             true
         });
         if !closed {
             return Err(StateError::Busy);
         }
         self.lock().session = None;
-        Ok(position)
+        Ok(positions)
     }
 
     pub(super) fn save(&self) -> Saved {

@@ -53,6 +53,7 @@ pub(super) fn device(disk: Option<Disk>) -> Blk {
         serial: Some("SERIAL".into()),
         read_only: false,
         queue_size: 16,
+        queues: 1,
         worker: Worker::new("t"),
     })
 }
@@ -383,6 +384,7 @@ fn one_thread_serves_many_devices_and_ends_with_them() {
                 serial: None,
                 read_only: false,
                 queue_size: 16,
+                queues: 1,
                 worker: worker.clone(),
             }));
             let ring = rig.start(!0, 1, 16).remove(0);

@@ -37,6 +37,8 @@ pub enum Error {
     NetworkFailed(String),
     /// The record store could not be read or written.
     StoreFailed(String),
+    /// The host is being drained: nothing is started on it.
+    Draining(String),
     /// polkit said no.
     AccessDenied(String),
     /// The job was cancelled.

@@ -24,6 +24,8 @@ pub const JOB_INTERFACE: &str = "org.flotilla.Flotilla1.Job";
 
 /// polkit action: define, change and drive VMs.
 pub const ACTION_MANAGE: &str = "org.flotilla.flotilla1.manage";
+/// polkit action: what concerns the whole host, such as draining it.
+pub const ACTION_HOST: &str = "org.flotilla.flotilla1.host";
 /// polkit action: open a VM's console or log.
 pub const ACTION_CONSOLE: &str = "org.flotilla.flotilla1.console";
 /// polkit action: send QMP commands to a VM that change nothing.

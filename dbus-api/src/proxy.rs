@@ -57,6 +57,12 @@ pub trait Manager {
     /// Lets the vCPUs go on. Returns the job.
     #[zbus(allow_interactive_auth)]
     fn resume_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Starts no VM any more, after restarts neither. Options: `stop b` shuts those that run down, `timeout_usec t`. Returns the jobs.
+    #[zbus(allow_interactive_auth)]
+    fn drain(&self, options: Options<'_>) -> Result<Vec<OwnedObjectPath>, crate::error::Error>;
+    /// VMs may be started again.
+    #[zbus(allow_interactive_auth)]
+    fn undrain(&self) -> Result<(), crate::error::Error>;
     /// Jobs under way.
     fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
 
@@ -97,7 +103,10 @@ pub trait Manager {
     /// The daemon's version.
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> zbus::Result<String>;
-    /// `starting`, `running` or `degraded` (a record was set aside or a VM is quarantined).
+    /// Nothing is started on this host.
+    #[zbus(property)]
+    fn draining(&self) -> zbus::Result<bool>;
+    /// `starting`, `running`, `draining` or `degraded` (a record was set aside or a VM is quarantined).
     #[zbus(property)]
     fn state(&self) -> zbus::Result<String>;
     /// Number of VMs defined.
@@ -192,6 +201,12 @@ pub trait Vm {
     /// How the last process ended: (`exited`, code), (`signal`, name) or two empty strings.
     #[zbus(property)]
     fn exit_status(&self) -> zbus::Result<(String, String)>;
+    /// The last lines that the process logged before it failed; empty when none failed since the daemon started.
+    #[zbus(property)]
+    fn last_log(&self) -> zbus::Result<Vec<String>>;
+    /// Restarts by the VM's policy in a row.
+    #[zbus(property, name = "NRestarts")]
+    fn n_restarts(&self) -> zbus::Result<u32>;
     /// The definition, JSON.
     #[zbus(property(emits_changed_signal = "invalidates"))]
     fn spec(&self) -> zbus::Result<String>;

@@ -45,6 +45,160 @@ pub struct VmSpec {
     /// Network cards in order: the first is the guest's `eth0`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<Nic>,
+    /// A balloon: the guest can give memory back to the host.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub balloon: bool,
+    /// A source of random numbers for the guest, from the host's `/dev/urandom`.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub rng: bool,
+    /// What happens when the VM ends by itself; default `never`.
+    #[serde(default, skip_serializing_if = "Restart::is_never")]
+    pub restart: Restart,
+    /// The VM starts with the host.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub autostart: bool,
+    /// VMs of a lower number start first, those of the same together; default 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub autostart_order: u16,
+    /// Seconds from the start of this VM to that of the next number; default 0, at most 3600.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub autostart_delay: u16,
+    /// Limits and weights of the VM's systemd unit; changed ones hold at once, for a running VM too.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
+}
+
+fn is_off(on: &bool) -> bool {
+    !*on
+}
+
+fn is_zero(number: &u16) -> bool {
+    *number == 0
+}
+
+impl VmSpec {
+    /// Both describe the same machine: they differ at most in what holds at once, without a new start.
+    #[must_use]
+    pub fn same_machine(&self, other: &Self) -> bool {
+        let machine = |spec: &Self| Self {
+            restart: Restart::Never,
+            autostart: false,
+            autostart_order: 0,
+            autostart_delay: 0,
+            limits: Limits::default(),
+            labels: BTreeMap::new(),
+            description: String::new(),
+            ..spec.clone()
+        };
+        machine(self) == machine(other)
+    }
+}
+
+/// When a VM that ended is started again. A stop that somebody asked for is never undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// Not by itself.
+    #[default]
+    Never,
+    /// When its process died: a crash, a kill, an error.
+    OnFailure,
+    /// Then, and when the guest powered off or rebooted (which ends a microvm).
+    Always,
+}
+
+impl Restart {
+    fn is_never(&self) -> bool {
+        *self == Self::Never
+    }
+}
+
+/// Limits and weights of a VM's unit (systemd.resource-control(5)). What is absent is not limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Share of CPU time when others want it too, 1 to 10000; others have 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u16>,
+    /// CPU time at most, percent of one CPU: 150 is one and a half.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_quota: Option<u32>,
+    /// CPUs that it may run on: `"0-3,8"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_set: Option<String>,
+    /// NUMA nodes that its memory comes from: `"0"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_nodes: Option<String>,
+    /// Memory at most; more than the guest's, because the VMM needs some too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<Size>,
+    /// Memory from which on it is slowed down and the kernel takes pages back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_high: Option<Size>,
+    /// Share of disk time when others want it too, 1 to 10000; others have 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_weight: Option<u16>,
+    /// Threads at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tasks_max: Option<u32>,
+}
+
+impl Limits {
+    /// Nothing is limited.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How an image is laid out. Always stated: a guest could write the header of another format into a raw disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// As the guest sees it.
+    #[default]
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+impl Format {
+    /// As definitions and the command line write it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    fn is_raw(&self) -> bool {
+        *self == Self::Raw
+    }
+}
+
+/// How the VMM reads and writes an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aio {
+    /// io_uring(7).
+    IoUring,
+    /// Linux AIO; with `direct`.
+    Native,
+    /// A pool of threads.
+    Threads,
+}
+
+impl Aio {
+    /// As definitions and the command line write it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::IoUring => "io_uring",
+            Self::Native => "native",
+            Self::Threads => "threads",
+        }
+    }
 }
 
 fn one() -> u8 {
@@ -64,8 +218,11 @@ pub enum Machine {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
-    /// Image file or block device, raw. Absolute path.
+    /// Image file or block device. Absolute path.
     pub path: PathBuf,
+    /// Layout of the image: `raw` (default) or `qcow2`; never guessed.
+    #[serde(default, skip_serializing_if = "Format::is_raw")]
+    pub format: Format,
     /// Refuse the guest's writes.
     #[serde(default)]
     pub readonly: bool,
@@ -75,6 +232,32 @@ pub struct Disk {
     /// Serial number that the guest sees, at most 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// How the VMM reads and writes; its own choice when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aio: Option<Aio>,
+    /// Requests per second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Blocks that the guest discards are given back to the host.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub discard: bool,
+}
+
+impl Disk {
+    /// A raw disk, for reading and writing, with everything else as it is by default.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: Format::Raw,
+            readonly: false,
+            direct: false,
+            serial: None,
+            aio: None,
+            iops: None,
+            discard: false,
+        }
+    }
 }
 
 /// A network card.

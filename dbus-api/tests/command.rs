@@ -61,6 +61,38 @@ mod tests {
     }
 
     #[test]
+    fn a_definition_is_edited_in_place() {
+        let Some(fleet) = fleet() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        fleet.environment("TMPDIR", folder.path().to_str().unwrap());
+        fleet.environment("VISUAL", "");
+        expect(&fleet.run(&["define", "web", "--kernel", "/k"]), 0, "", "");
+        fleet.environment("EDITOR", "sed -i s/256M/512M/");
+        expect(&fleet.run(&["edit", "web"]), 0, "web defined again", "");
+        expect(&fleet.run(&["show", "web"]), 0, "Memory      512M", "");
+        fleet.environment("EDITOR", "true");
+        expect(&fleet.run(&["edit", "web"]), 0, "web unchanged\n", "");
+        fleet.environment("EDITOR", "false");
+        expect(&fleet.run(&["edit", "web"]), 1, "", "nothing was changed");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no draft is left");
+        // What cannot be taken is kept, and said where.
+        fleet.environment("EDITOR", "sed -i s/memory/memroy/");
+        expect(&fleet.run(&["edit", "web"]), 5, "", "memroy");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        expect(&fleet.run(&["edit", "nope"]), 3, "", "nope");
+    }
+
+    #[test]
+    fn a_host_is_drained_and_not_any_more() {
+        let Some(fleet) = fleet() else { return };
+        expect(&fleet.run(&["define", "web", "--kernel", "/k"]), 0, "", "");
+        expect(&fleet.run(&["drain"]), 0, "drained: no VM starts", "");
+        expect(&fleet.run(&["drain", "--stop", "--timeout", "5s"]), 0, "drained: no VM starts", "");
+        expect(&fleet.run(&["undrain"]), 0, "may start", "");
+        assert_eq!(fleet.calls()[1..], ["drain", "drain", "undrain"]);
+    }
+
+    #[test]
     fn many_names_at_once_and_one_that_fails() {
         let Some(fleet) = fleet() else { return };
         for name in ["a", "b"] {

@@ -58,6 +58,7 @@ mod tests {
     fn every_action_is_defined() {
         for action in [
             dbus_api::ACTION_MANAGE,
+            dbus_api::ACTION_HOST,
             dbus_api::ACTION_CONSOLE,
             dbus_api::ACTION_QMP_QUERY,
             dbus_api::ACTION_QMP,

@@ -4,9 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
+use dbus_api::spec::Size;
 use ipnet::IpNet;
 use netsetup::BridgeSpec;
 use serde::Deserialize;
+
+use crate::fleet::gate::Admission;
 
 /// The file that is read when none is named; it need not exist.
 pub const DEFAULT_FILE: &str = "/etc/flotilla/flotillad.toml";
@@ -97,6 +100,17 @@ struct File {
     vmm: Option<PathBuf>,
     #[serde(default)]
     bridge: Vec<Bridge>,
+    #[serde(default)]
+    admission: Limits,
+}
+
+/// What the VMs of the host may take together.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limits {
+    max_vms: Option<u32>,
+    max_memory: Option<Size>,
+    max_cpus: Option<u32>,
 }
 
 /// A bridge that is made when the daemon starts and kept when no VM uses it.
@@ -124,6 +138,8 @@ pub struct Config {
     pub vmm: PathBuf,
     /// Bridges to make.
     pub bridges: Vec<BridgeSpec>,
+    /// Limits of the host.
+    pub admission: Admission,
 }
 
 impl Config {
@@ -148,6 +164,11 @@ impl Config {
             state_dir: pick(options.state_dir, file.state_dir, "/var/lib/flotilla"),
             runtime_dir: pick(options.runtime_dir, file.runtime_dir, "/run/flotilla"),
             vmm: pick(options.vmm, file.vmm, "/usr/bin/flotilla-vmm"),
+            admission: Admission {
+                max_vms: file.admission.max_vms,
+                max_memory: file.admission.max_memory.map(|size| size.0),
+                max_cpus: file.admission.max_cpus,
+            },
             bridges: file.bridge.into_iter().map(bridge).collect(),
         };
         for (what, path) in
@@ -184,18 +205,22 @@ mod tests {
             name = "br0"
             addresses = ["10.0.0.1/24", "fd00::1/64"]
             mtu = 9000
+            [admission]
+            max_memory = "2G"
         "#;
         let config = load(text, &["--vmm", "/x/vmm"]).unwrap();
         assert_eq!((config.launcher, config.vmm), (LauncherKind::Process, PathBuf::from("/x/vmm")));
+        assert_eq!(config.admission, Admission { max_memory: Some(2 << 30), ..Admission::default() });
         assert_eq!(config.state_dir, Path::new("/var/lib/flotilla"));
         assert_eq!((config.bridges[0].addresses.len(), config.bridges[0].mtu), (2, Some(9000)));
     }
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 5] = [
+        let cases: [(&str, &[&str], &str); 6] = [
             ("lanucher = \"process\"", &[], "lanucher"),
             ("[[bridge]]\nname=\"b\"\nadresses=[]", &[], "adresses"),
+            ("[admission]\nmax_memroy=1", &[], "max_memroy"),
             ("launcher = \"docker\"", &[], "docker"),
             ("[[bridge]]\nname=\"b\"\naddresses=[\"10.0.0.1/99\"]", &[], "10.0.0.1/99"),
             ("", &["--vmm", "vmm"], "not an absolute path"),

@@ -20,6 +20,7 @@ use zbus::Connection;
 use supervisor::config::{Config, LauncherKind, Options};
 use supervisor::dbus;
 use supervisor::dbus::access::Access;
+use supervisor::fleet::gate::Gate;
 use supervisor::fleet::network::Network;
 use supervisor::fleet::{Context, Fleet};
 use supervisor::launch::process::ProcessLauncher;
@@ -109,7 +110,8 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     // 3. What was there before.
     let (news, news_inbox) = mpsc::unbounded_channel();
     let network = Network::new(config.bridges);
-    let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies, shelf));
+    let gate = Gate::new(config.admission, config.state_dir.join("drained"));
+    let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies, shelf, gate));
     fleet.adopt().await?;
     tokio::spawn(Arc::clone(&fleet).route(event_inbox));
     if let Some((socket, launcher)) = socket {
@@ -135,6 +137,8 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     info!("ready: {count} VMs");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("{count} VMs"))]);
 
+    let starter = Arc::clone(&fleet);
+    tokio::spawn(async move { starter.autostart().await });
     let watch = tokio::spawn(watchdog(fleet));
     tokio::select! {
         _ = terminate.recv() => info!("SIGTERM: ending; the VMs run on"),

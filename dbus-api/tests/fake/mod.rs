@@ -333,6 +333,23 @@ impl Manager {
         self.job(&emitter, "resume", name, "running").await
     }
 
+    async fn drain(
+        &self,
+        options: Details,
+        #[zbus(signal_emitter)] emitter: SignalEmitter<'_>,
+    ) -> Result<Vec<OwnedObjectPath>, Error> {
+        self.note("drain".to_owned());
+        let stop = options.get("stop").is_some_and(|value| bool::try_from(value.clone()).unwrap());
+        match stop {
+            true => Ok(vec![self.job(&emitter, "shutdown", "web", "stopped").await?]),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    fn undrain(&self) {
+        self.note("undrain".to_owned());
+    }
+
     fn list_jobs(&self) -> Vec<JobRow> {
         Vec::new()
     }
@@ -388,6 +405,16 @@ impl Vm {
             ours.write_all(&heard).unwrap();
         });
         std::os::fd::OwnedFd::from(theirs).into()
+    }
+
+    #[zbus(property)]
+    fn last_log(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    #[zbus(property, name = "NRestarts")]
+    fn n_restarts(&self) -> u32 {
+        0
     }
 
     #[zbus(property)]

@@ -22,11 +22,15 @@ use zbus::{MatchRule, MessageStream, OwnedVariant, Variant};
 use super::fake_launcher::{Act, FakeLauncher};
 use super::*;
 use crate::fleet::Context;
+use crate::fleet::gate::{Admission, Gate};
 use crate::fleet::network::Network;
 use crate::launch::test_bus::Bus;
 use crate::launch::{Event, Notice};
 use crate::shelf::Shelf;
 use crate::store::Store;
+
+#[path = "bus_tests/limits.rs"]
+mod limits;
 
 /// Long enough for a loaded machine, short enough to notice a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -57,6 +61,7 @@ impl Daemon {
             "/usr/bin/flotilla-vmm".into(),
             proxies,
             Shelf::none(),
+            Gate::new(Admission::default(), dir.join("lib/drained")),
         ));
         fleet.adopt().await.unwrap();
         tokio::spawn(Arc::clone(&fleet).route(event_inbox));

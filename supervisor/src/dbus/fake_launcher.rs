@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use dbus_api::spec::Limits;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
@@ -33,6 +34,7 @@ pub(super) struct Vmms {
     pub(super) descriptors: Vec<OwnedFd>,
     pub(super) started: u32,
     pub(super) refuse: Option<&'static str>,
+    pub(super) limits: Vec<String>,
 }
 
 /// VMMs as tasks.
@@ -189,6 +191,21 @@ impl Launcher for FakeLauncher {
             Ok(self.spawn(name, paused))
         }
         .boxed()
+    }
+
+    fn limit<'a>(&'a self, name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>> {
+        async move {
+            if !limits.is_none() {
+                let text = serde_json::to_string(limits).unwrap();
+                self.vmms.lock().unwrap().limits.push(format!("{name} {text}"));
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn last_lines<'a>(&'a self, name: &'a str, _process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>> {
+        async move { vec![format!("{name}: it hurts")] }.boxed()
     }
 
     fn kill<'a>(

@@ -2,7 +2,7 @@
 
 use dbus_api::error::Error;
 use dbus_api::proxy::{Details, JobRow, VmRow};
-use dbus_api::{ACTION_MANAGE, job_path, vm_path};
+use dbus_api::{ACTION_HOST, ACTION_MANAGE, job_path, vm_path};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, interface};
@@ -154,6 +154,32 @@ impl Manager {
         self.ask(&header, name, Verb::Resume).await
     }
 
+    /// Drains the host: no VM is started from now on, after a restart of daemon or host neither, until Undrain. Options: "stop" b (default
+    /// false): asks the guests of all VMs that run to shut down, and powers off those that do not; "timeout_usec" t: how long they have.
+    /// Returns the jobs.
+    #[zbus(out_args("jobs"))]
+    async fn drain(
+        &self,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<Vec<OwnedObjectPath>, Error> {
+        self.shared.access.check(&header, ACTION_HOST, "").await?;
+        let mut options = Taken(options);
+        let stop = options.flag("stop", false)?;
+        let verb = shutdown_verb(options.0)?;
+        let jobs = self.shared.fleet.drain(true, stop.then_some(verb)).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        jobs.into_iter().map(|job| path(job_path(job))).collect()
+    }
+
+    /// VMs may be started again.
+    async fn undrain(&self, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
+        self.shared.access.check(&header, ACTION_HOST, "").await?;
+        self.shared.fleet.drain(false, None).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        Ok(())
+    }
+
     /// Jobs under way: id, type, VM, state, phase, error message, age in microseconds, object path.
     #[zbus(out_args("jobs"))]
     async fn list_jobs(&self) -> Result<Vec<JobRow>, Error> {
@@ -234,7 +260,13 @@ impl Manager {
         env!("CARGO_PKG_VERSION")
     }
 
-    /// "starting", "running" or "degraded" (a record was set aside, or a VM is quarantined).
+    /// Nothing is started on this host: see Drain.
+    #[zbus(property)]
+    fn draining(&self) -> bool {
+        self.shared.fleet.draining()
+    }
+
+    /// "starting", "running", "draining" or "degraded" (a record was set aside, or a VM is quarantined).
     #[zbus(property)]
     fn state(&self) -> &'static str {
         self.shared.fleet.state()

@@ -79,6 +79,7 @@ fn named(error: FleetError) -> Error {
         FleetError::LaunchFailed(text) => Error::LaunchFailed(text),
         FleetError::NetworkFailed(text) => Error::NetworkFailed(text),
         FleetError::StoreFailed(text) => Error::StoreFailed(text),
+        FleetError::Draining(text) => Error::Draining(text),
         FleetError::Cancelled(text) => Error::Cancelled(text),
     }
 }

@@ -134,6 +134,12 @@ impl Publisher {
             object.spec_invalidate(emitter).await?;
             object.network_interfaces_changed(emitter).await?;
         }
+        if before.last_log != after.last_log {
+            object.last_log_changed(emitter).await?;
+        }
+        if before.restarts != after.restarts {
+            object.n_restarts_changed(emitter).await?;
+        }
         if before.devices != after.devices {
             object.removed_devices_changed(emitter).await?;
             object.added_devices_changed(emitter).await?;
@@ -187,6 +193,7 @@ impl Publisher {
         let manager = self.connection.object_server().interface::<_, Manager>(MANAGER_PATH).await?;
         let object = manager.get().await;
         object.state_changed(manager.signal_emitter()).await?;
+        object.draining_changed(manager.signal_emitter()).await?;
         object.corrupt_records_changed(manager.signal_emitter()).await
     }
 }

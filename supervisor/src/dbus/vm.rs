@@ -247,6 +247,18 @@ impl Vm {
         })
     }
 
+    /// The last lines that the process logged before it failed; empty when none failed since the daemon started.
+    #[zbus(property)]
+    fn last_log(&self) -> fdo::Result<Vec<String>> {
+        Ok(self.view()?.last_log.to_vec())
+    }
+
+    /// Restarts by the VM's policy in a row; 0 when it was started by somebody, or has run well for ten minutes.
+    #[zbus(property, name = "NRestarts")]
+    fn n_restarts(&self) -> fdo::Result<u32> {
+        Ok(self.view()?.restarts)
+    }
+
     /// The definition, JSON.
     #[zbus(property(emits_changed_signal = "invalidates"))]
     fn spec(&self) -> fdo::Result<String> {

@@ -1,7 +1,12 @@
 //! One task per VM: feeds the pure state machine with what happens and carries out its effects. Nothing here waits for the VMM or for
 //! systemd: slow effects run as tasks of their own and report back, so that a power-off is always heard.
 //!
+//! `actor/definition.rs` changes and removes the definition, `actor/shown.rs` keeps the view.
+//!
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
+
+mod definition;
+mod shown;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +19,13 @@ use uuid::Uuid;
 
 use super::devices::Devices;
 use super::inbox::{Answer, Handle, Internal, Request};
-use super::life::{Command, Effect, Exit, Input, Intent, State};
+use super::life::{Command, Effect, Exit, Input, Intent, State, Verb};
 use super::link::Link;
 use super::prepare::{Plan, prepare};
+use super::restart::SETTLED;
 use super::view::{News, View, now};
 use super::vm::{START_DEADLINE, Vm};
-use super::{Context, FleetError, monitor, network, spec};
+use super::{Context, FleetError, monitor, network};
 use crate::launch::{Notice, Prepared};
 use crate::qmp::{Proxy, QmpEvent, Stage, Told, Tracked, Watch};
 use crate::store::{Definition, Process, Runtime};
@@ -28,6 +34,9 @@ use crate::store::{Definition, Process, Runtime};
 const INBOX: usize = 64;
 /// How long the connection to a process that ended is still read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long a restart waits when the host has no room for it.
+const NO_ROOM: Duration = Duration::from_secs(30);
 
 /// What an actor begins with.
 pub(super) struct Seed {
@@ -52,6 +61,10 @@ struct Actor {
     command_line: Arc<[String]>,
     exit: Option<Exit>,
     deadline: Option<Instant>,
+    restart: Option<Instant>,
+    /// When the process was first known here.
+    launched: Instant,
+    last_log: Arc<[String]>,
     link: Link,
     own_start: bool,
     devices: Devices,
@@ -101,6 +114,8 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         console_socket: context.launcher.sockets(&name).join("console.sock"),
         responsive: false,
         devices: Devices::default(),
+        last_log: Arc::new([]),
+        restarts: 0,
     }));
     let mut actor = Actor {
         uuid: definition.uuid,
@@ -116,6 +131,9 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         devices: record.as_ref().filter(|_| alive).map(|record| record.devices.clone()).unwrap_or_default(),
         exit: record.and_then(|record| record.exit),
         deadline: None,
+        restart: vm.restart_due().map(|pause| Instant::now() + pause),
+        launched: Instant::now(),
+        last_log: Arc::new([]),
         link,
         own_start: false,
         internal: internal.clone(),
@@ -153,12 +171,30 @@ impl Actor {
                     None => std::future::pending().await,
                 }
             };
+            let restart = self.restart;
+            let restart_due = async {
+                match restart {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 Some(news) = internal.recv() => self.hear(news).await,
                 () = expiry => {
                     self.deadline = None;
                     self.feed(Input::Deadline).await;
+                }
+                () = restart_due => {
+                    self.restart = None;
+                    let run = self.vm.run();
+                    match self.context.gate.enter(&self.name, &self.spec) {
+                        Ok(()) => self.feed(Input::RestartDue { run }).await,
+                        Err(error) => {
+                            info!(FLOTILLA_VM = &*self.name, "its restart waits: {error}");
+                            self.restart = Some(Instant::now() + NO_ROOM);
+                        }
+                    }
                 }
                 request = requests.recv() => match request {
                     Some(Request::Undefine { answer }) => {
@@ -181,6 +217,12 @@ impl Actor {
         match request {
             Request::Job { verb, answer } => {
                 if let Err(error) = self.vm.admit(verb) {
+                    let _ = answer.send(Err(named(&self.name, error)));
+                    return;
+                }
+                if matches!(verb, Verb::Start { .. })
+                    && let Err(error) = self.context.gate.enter(&self.name, &self.spec)
+                {
                     let _ = answer.send(Err(named(&self.name, error)));
                     return;
                 }
@@ -242,6 +284,12 @@ impl Actor {
                 }
                 return;
             }
+            Internal::LastLog { run, lines } => {
+                if run == self.vm.run() {
+                    self.last_log = lines.into();
+                }
+                return;
+            }
             Internal::Silent { run } => Input::Silent { run },
             Internal::Disconnected { run } => {
                 if run == self.vm.run() && !self.vm.state().idle() {
@@ -283,7 +331,10 @@ impl Actor {
         match &*event.name {
             "STOP" => Some(Input::VcpusChanged { run, paused: true }),
             "RESUME" => Some(Input::VcpusChanged { run, paused: false }),
-            "SHUTDOWN" => Some(Input::ShutdownSeen { run, why: monitor::ending(event) }),
+            "SHUTDOWN" => {
+                let guest = event.data.get("guest").and_then(serde_json::Value::as_bool) == Some(true);
+                Some(Input::ShutdownSeen { run, why: monitor::ending(event), guest })
+            }
             _ => None,
         }
     }
@@ -351,6 +402,8 @@ impl Actor {
         let early = self.early_end.take().filter(|(invocation, _)| *invocation == process.invocation);
         self.process = Some(process);
         self.devices = Devices::default();
+        self.last_log = Arc::default();
+        self.launched = Instant::now();
         self.exit = None;
         self.feed(Input::Launched { run }).await;
         if let Some((_, exit)) = early {
@@ -373,12 +426,18 @@ impl Actor {
 
     async fn ended(&mut self, exit: Exit) {
         let run = self.vm.run();
-        self.process = None;
+        if self.launched.elapsed() >= SETTLED {
+            self.vm.settle();
+        }
+        let process = self.process.take();
         self.applied_generation = 0;
         self.command_line = Arc::default();
         self.exit = Some(exit.clone());
         self.devices = Devices::default();
         self.feed(Input::Gone { run, exit }).await;
+        if self.vm.state() == State::Failed {
+            self.read_log(process);
+        }
         if self.vm.state().idle() {
             // A card that a newer definition dropped could not go while the VMM held its tap.
             let keep = network::taps(&self.name, &self.spec);
@@ -386,9 +445,22 @@ impl Actor {
         }
     }
 
+    /// Asks for the last lines that the process logged.
+    fn read_log(&self, process: Option<Process>) {
+        let (context, name, run, internal) =
+            (Arc::clone(&self.context), Arc::clone(&self.name), self.vm.run(), self.internal.clone());
+        tokio::spawn(async move {
+            let lines = context.launcher.last_lines(&name, process.as_ref()).await;
+            let _ = internal.send(Internal::LastLog { run, lines });
+        });
+    }
+
     async fn feed(&mut self, input: Input) {
         let before = self.vm.state();
         let effects = self.vm.step(input);
+        if self.vm.restart_due().is_none() {
+            self.restart = None;
+        }
         if before != self.vm.state() {
             self.since = now();
             let (state, reason) = (self.vm.state().word(), self.vm.reason());
@@ -404,6 +476,7 @@ impl Actor {
                 Effect::Kill => self.kill(),
                 Effect::Arm(after) => self.deadline = Some(Instant::now() + after),
                 Effect::Disarm => self.deadline = None,
+                Effect::RestartIn(after) => self.restart = Some(Instant::now() + after),
                 Effect::EndJob { job, result } => {
                     // The state first, then the end of the job that brought it about.
                     self.publish();
@@ -421,6 +494,7 @@ impl Actor {
         runtime.command_line = self.command_line.to_vec();
         runtime.exit.clone_from(&self.exit);
         runtime.devices.clone_from(&self.devices);
+        (runtime.restarts, runtime.restarting) = (self.vm.row(), self.vm.restarting());
         let store = Arc::clone(&self.context.store);
         let saved = tokio::task::spawn_blocking(move || store.save_runtime(&runtime)).await;
         if let Ok(Err(error)) = saved {
@@ -463,6 +537,10 @@ impl Actor {
     /// while it started the unit.
     async fn hand_over(&mut self, answer: oneshot::Sender<Result<Prepared, FleetError>>) {
         if self.vm.state().idle() {
+            if let Err(error) = self.context.gate.enter(&self.name, &self.spec) {
+                let _ = answer.send(Err(error));
+                return;
+            }
             self.feed(Input::StartSeen).await;
         }
         if self.vm.state() != State::Starting {
@@ -514,96 +592,6 @@ impl Actor {
                 error!(FLOTILLA_VM = &*name, "{error}");
             }
         });
-    }
-
-    async fn redefine(&mut self, mut spec: VmSpec, if_generation: Option<u64>) -> Result<u64, FleetError> {
-        if if_generation.is_some_and(|wanted| wanted != self.generation) {
-            return Err(FleetError::GenerationMismatch(format!(
-                "VM \"{}\" is at generation {} now: read it again",
-                self.name, self.generation
-            )));
-        }
-        if spec.uuid.is_some_and(|uuid| uuid != self.uuid) {
-            return Err(FleetError::InvalidSpec(format!(
-                "uuid: VM \"{}\" is {}, and keeps it until it is undefined",
-                self.name, self.uuid
-            )));
-        }
-        spec.uuid = Some(self.uuid);
-        if *self.spec == spec {
-            return Ok(self.generation);
-        }
-        self.context.network.ensure(&self.name, self.uuid, &spec).await?;
-        let definition = Definition::new(self.name.to_string(), self.uuid, self.generation + 1, spec);
-        let (store, saved) = (Arc::clone(&self.context.store), definition.clone());
-        let outcome = tokio::task::spawn_blocking(move || store.save_definition(&saved)).await;
-        if let Ok(Err(error)) = outcome {
-            return Err(FleetError::StoreFailed(error.to_string()));
-        }
-        self.spec = Arc::new(definition.spec);
-        self.generation = definition.generation;
-        if self.vm.state().idle() {
-            let keep = network::taps(&self.name, &self.spec);
-            self.context.network.remove_taps(&self.name, self.uuid, &keep).await;
-        }
-        Ok(self.generation)
-    }
-
-    /// Removes everything of a VM that does not run. The record goes first: what a crash leaves then is found by its tag.
-    async fn undefine(&mut self) -> Result<(), FleetError> {
-        self.vm.admit_undefine().map_err(|error| named(&self.name, error))?;
-        let (store, name) = (Arc::clone(&self.context.store), Arc::clone(&self.name));
-        let outcome = tokio::task::spawn_blocking(move || {
-            store.remove_definition(&name).and_then(|()| store.remove_runtime(&name))
-        });
-        if let Ok(Err(error)) = outcome.await {
-            return Err(FleetError::StoreFailed(error.to_string()));
-        }
-        self.link.cut();
-        self.context.network.remove_taps(&self.name, self.uuid, &[]).await;
-        self.context.launcher.clean(&self.name).await;
-        self.link.remove();
-        Ok(())
-    }
-
-    fn look(&self) -> View {
-        let before = self.view.borrow().clone();
-        let unchanged = Arc::ptr_eq(&before.spec, &self.spec);
-        let card = |(index, nic): (usize, &dbus_api::spec::Nic)| {
-            let mac = spec::mac(&self.spec, self.uuid, index);
-            (format!("nic{index}"), netsetup::tap_name(&self.name, index), mac, nic.bridge.clone())
-        };
-        View {
-            state: self.vm.state(),
-            reason: self.vm.reason().to_owned(),
-            since: self.since,
-            intent: self.vm.intent(),
-            generation: self.generation,
-            applied_generation: self.applied_generation,
-            main_pid: self.process.as_ref().map_or(0, |process| process.pid),
-            exit: self.exit.clone(),
-            spec: Arc::clone(&self.spec),
-            command_line: Arc::clone(&self.command_line),
-            nics: if unchanged {
-                Arc::clone(&before.nics)
-            } else {
-                self.spec.nics.iter().enumerate().map(card).collect()
-            },
-            responsive: self.vm.linked(),
-            devices: self.devices.clone(),
-            ..(*before).clone()
-        }
-    }
-
-    fn publish(&self) {
-        let before = self.view.borrow().clone();
-        let after = Arc::new(self.look());
-        if before == after {
-            return;
-        }
-        self.view.send_replace(Arc::clone(&after));
-        let sequence = (before.state != after.state).then(|| self.context.next_sequence());
-        self.context.tell(News::VmChanged { before, after, sequence });
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use dbus_api::spec::Restart;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
@@ -79,7 +80,8 @@ impl Fleet {
                 let name = definition.name.clone();
                 let uuid = definition.uuid;
                 let mut record = records.remove(&name);
-                let (vm, process) = put_together(&mut record, found.remove(&name));
+                let policy = definition.spec.restart;
+                let (vm, process) = put_together(&mut record, found.remove(&name), policy);
                 let seed = Seed { definition, vm, record, process };
                 let handle = actor::spawn(Arc::clone(&self.context), seed);
                 self.context.tell(News::VmNew(Arc::clone(&handle.view.borrow())));
@@ -145,7 +147,28 @@ impl Fleet {
 }
 
 /// A VM's state from what was written down and what is there.
-fn put_together(record: &mut Option<Runtime>, found: Option<Found>) -> (Vm, Option<Process>) {
+fn put_together(
+    record: &mut Option<Runtime>,
+    found: Option<Found>,
+    policy: Restart,
+) -> (Vm, Option<Process>) {
+    let (row, restarting) = record.as_ref().map_or((0, false), |record| (record.restarts, record.restarting));
+    let wanted = record.as_ref().map_or(Intent::Stopped, |record| record.intent);
+    // What was going on goes on; an end that nobody saw is judged anew.
+    let goes_on = match &found {
+        Some(Found::Alive(_)) => true,
+        Some(Found::Ended(_)) => false,
+        None => record.as_ref().is_some_and(|record| record.state.idle()),
+    };
+    let (mut vm, process) = observed(record, found, policy);
+    if goes_on {
+        vm = vm.restarted(row, restarting && policy != Restart::Never, wanted);
+    }
+    vm.set_policy(policy);
+    (vm, process)
+}
+
+fn observed(record: &mut Option<Runtime>, found: Option<Found>, policy: Restart) -> (Vm, Option<Process>) {
     let (state, intent, forced) = match record {
         Some(record) if !record.state.idle() => (record.state, record.intent, record.forced),
         // Started while no daemon was there.
@@ -160,7 +183,10 @@ fn put_together(record: &mut Option<Runtime>, found: Option<Found>) -> (Vm, Opti
             (Vm::idle(State::Stopped, "ended as asked"), None)
         }
         Some(Found::Ended(exit)) => {
-            let mut vm = Vm::found(state, intent, forced);
+            let row = record.as_ref().map_or(0, |record| record.restarts);
+            let mut vm = Vm::found(state, intent, forced).restarted(row, false, intent);
+            // Whether the guest or an administrator ended it in peace nobody knows: only a failure is acted upon.
+            vm.set_policy(if policy == Restart::Never { policy } else { Restart::OnFailure });
             // The guest may have ended it in peace, and nobody heard: only a visible failure counts as one.
             let exit_seen = if state == State::Starting { exit.clone() } else { quiet(exit.clone()) };
             let run = vm.run();
@@ -217,7 +243,36 @@ mod tests {
         ];
         for (mut record, found, state) in cases {
             let text = format!("{record:?} {found:?}");
-            assert_eq!(put_together(&mut record, found).0.state(), state, "{text}");
+            assert_eq!(put_together(&mut record, found, Restart::Never).0.state(), state, "{text}");
+        }
+    }
+
+    #[test]
+    fn restarts_go_on_after_the_daemon() {
+        let record = |state, restarting| {
+            let mut record = Runtime::new("web", "boot", state, Intent::Running);
+            (record.restarts, record.restarting) = (2, restarting);
+            Some(record)
+        };
+        let ended = |exit| Some(Found::Ended(exit));
+        let crash = || Exit::Signal("SIGSEGV".into());
+        let on_failure = Restart::OnFailure;
+        let cases = [
+            (record(State::Failed, true), None, on_failure, Some(2)),
+            (record(State::Failed, false), None, on_failure, None),
+            (record(State::Failed, true), None, Restart::Never, None),
+            (record(State::Running, true), ended(crash()), on_failure, Some(4)),
+            (record(State::Running, true), ended(Exit::Code(0)), on_failure, None),
+            // An administrator may have stopped it: nobody saw.
+            (record(State::Running, true), ended(Exit::Code(0)), Restart::Always, None),
+            (record(State::Running, false), ended(crash()), Restart::Always, Some(4)),
+            (record(State::Stopping, false), ended(crash()), Restart::Always, None),
+            (None, None, Restart::Always, None),
+        ];
+        for (mut record, found, policy, pause) in cases {
+            let text = format!("{record:?} {found:?} {policy:?}");
+            let (vm, _) = put_together(&mut record, found, policy);
+            assert_eq!(vm.restart_due().map(|pause| pause.as_secs()), pause, "{text}");
         }
     }
 }

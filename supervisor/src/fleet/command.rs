@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use dbus_api::spec::{Machine, VmSpec};
+use dbus_api::spec::{Format, Machine, VmSpec};
 use uuid::Uuid;
 
 use super::spec::mac;
@@ -47,7 +47,20 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
     for (at, disk) in spec.disks.iter().enumerate() {
         let path = quote(&disk.path.display().to_string());
         let (readonly, direct) = (on_off(disk.readonly), on_off(disk.direct));
-        put("-drive", format!("file={path},id=disk{at},readonly={readonly},direct={direct}"));
+        let mut drive = format!("file={path},id=disk{at},readonly={readonly},direct={direct}");
+        if disk.format != Format::Raw {
+            drive += &format!(",format={}", disk.format.word());
+        }
+        if let Some(aio) = disk.aio {
+            drive += &format!(",aio={}", aio.word());
+        }
+        if let Some(iops) = disk.iops {
+            drive += &format!(",throttling.iops-total={iops}");
+        }
+        if disk.discard {
+            drive += ",discard=unmap";
+        }
+        put("-drive", drive);
         let serial = disk.serial.as_ref().map(|serial| format!(",serial={serial}")).unwrap_or_default();
         put("-device", format!("virtio-blk-device,drive=disk{at},id=disk{at}{serial}"));
     }
@@ -55,6 +68,13 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         put("-netdev", format!("tap,id=nic{at},ifname={tap}"));
         let mac = mac(spec, place.uuid, at);
         put("-device", format!("virtio-net-device,netdev=nic{at},id=nic{at},mac={mac}"));
+    }
+    if spec.balloon {
+        put("-device", "virtio-balloon-device,id=balloon0,deflate-on-oom=on".to_owned());
+    }
+    if spec.rng {
+        put("-object", "rng-random,id=random0,filename=/dev/urandom".to_owned());
+        put("-device", "virtio-rng-device,rng=random0,id=rng0".to_owned());
     }
     let socket = |file: &str| quote(&place.sockets.join(file).display().to_string());
     put("-qmp", format!("unix:{},server,nowait", socket("qmp.sock")));
@@ -114,13 +134,17 @@ mod tests {
     #[test]
     fn everything() {
         let spec = r#"{"kernel":"/k","initrd":"/i","cpus":2,"memory":"1G","append":"quiet",
-            "disks":[{"path":"/a,b.img","readonly":true,"serial":"S1"},{"path":"/c","direct":true}],
+            "disks":[{"path":"/a,b.img","readonly":true,"serial":"S1"},
+                {"path":"/c","direct":true,"format":"qcow2","aio":"native","iops":500,"discard":true}],
+            "balloon":true,"rng":true,
             "nics":[{"bridge":"br0","mac":"52:54:00:00:00:01"}]}"#;
         let line = line(spec, &["fl-web-0".into()], true);
         for part in [
             "-smp 2 -m 1024M -kernel /k -initrd /i -append quiet",
             "-drive file=/a,,b.img,id=disk0,readonly=on,direct=off -device virtio-blk-device,drive=disk0,id=disk0,serial=S1",
-            "-drive file=/c,id=disk1,readonly=off,direct=on -device virtio-blk-device,drive=disk1,id=disk1 ",
+            "-device virtio-balloon-device,id=balloon0,deflate-on-oom=on -object rng-random,id=random0,filename=/dev/urandom \
+             -device virtio-rng-device,rng=random0,id=rng0 -qmp",
+            "-drive file=/c,id=disk1,readonly=off,direct=on,format=qcow2,aio=native,throttling.iops-total=500,discard=unmap -device virtio-blk-device,drive=disk1,id=disk1 ",
             "-netdev tap,id=nic0,ifname=fl-web-0 -device virtio-net-device,netdev=nic0,id=nic0,mac=52:54:00:00:00:01",
         ] {
             assert!(line.contains(part), "{part}\n{line}");

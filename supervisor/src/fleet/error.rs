@@ -47,6 +47,9 @@ pub enum FleetError {
     /// The store.
     #[error("{0}")]
     StoreFailed(String),
+    /// The host starts nothing.
+    #[error("{0}")]
+    Draining(String),
     /// A later request overtook it.
     #[error("{0}")]
     Cancelled(String),
@@ -71,6 +74,7 @@ impl FleetError {
             Self::LaunchFailed(text) => Self::LaunchFailed(change(text)),
             Self::NetworkFailed(text) => Self::NetworkFailed(change(text)),
             Self::StoreFailed(text) => Self::StoreFailed(change(text)),
+            Self::Draining(text) => Self::Draining(change(text)),
             Self::Cancelled(text) => Self::Cancelled(change(text)),
         }
     }

@@ -57,6 +57,11 @@ pub(super) enum Internal {
         invocation: String,
         exit: Exit,
     },
+    /// What the process of a run that failed had logged at last.
+    LastLog {
+        run: u64,
+        lines: Vec<String>,
+    },
     Silent {
         run: u64,
     },

@@ -198,6 +198,13 @@ pub enum Input {
         run: u64,
         /// Why, in words.
         why: String,
+        /// The guest did it, not somebody on the host.
+        guest: bool,
+    },
+    /// The time before a restart has passed.
+    RestartDue {
+        /// The process that ended.
+        run: u64,
     },
     /// The process is being ended by somebody else: `systemctl stop`.
     StopSeen {
@@ -253,6 +260,8 @@ pub enum Effect {
     Arm(Duration),
     /// No deadline any more.
     Disarm,
+    /// Send `RestartDue` after this time, unless [`super::vm::Vm::restart_due`] says meanwhile that nothing is due.
+    RestartIn(Duration),
     /// Close a job.
     EndJob {
         /// Number of the job.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! registry.rs   Fleet: names, uuids, rows for lists; define and undefine; reads never wait for a VM
+//! autostart.rs  what starts with the host
 //! adopt.rs      what to do at start-up with what is found
 //! actor.rs      one task per VM: feeds the state machine, carries out its effects
 //! inbox.rs      what an actor can be told, and the way to it
@@ -10,18 +11,22 @@
 //! prepare.rs    files, taps and command line for a start
 //! network.rs    bridges and taps of a definition
 //! devices.rs    devices that came and went over QMP
+//! gate.rs       may one more VM run? limits of the host, drain mode
 //! jobs.rs       numbers, ends and waiters of jobs
 //! view.rs       what is told about a VM, and the news that go to D-Bus
 //! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
+//! restart.rs    whether and when it is started again, a part of it
 //! life.rs       its words: states, requests, inputs, effects
 //! error.rs      what can go wrong
 //! ```
 
 pub mod actor;
 pub mod adopt;
+mod autostart;
 pub mod command;
 pub mod devices;
 mod error;
+pub mod gate;
 mod inbox;
 pub mod jobs;
 pub mod life;
@@ -30,6 +35,7 @@ mod monitor;
 pub mod network;
 mod prepare;
 pub mod registry;
+mod restart;
 pub mod spec;
 pub mod view;
 pub mod vm;
@@ -46,6 +52,7 @@ pub use registry::Fleet;
 use crate::launch::Launcher;
 use crate::shelf::Shelf;
 use crate::store::Store;
+use gate::Gate;
 use jobs::Jobs;
 use network::Network;
 use view::News;
@@ -59,6 +66,7 @@ pub struct Context {
     store: Arc<Store>,
     network: Network,
     jobs: Jobs,
+    gate: Gate,
     news: mpsc::UnboundedSender<News>,
     sequence: AtomicU64,
     connects: Semaphore,
@@ -70,6 +78,7 @@ pub struct Context {
 
 impl Context {
     /// `proxies` is the directory of the VMs' QMP proxy sockets, which `shelf` keeps when the daemon ends; `vmm` the program.
+    #[expect(clippy::too_many_arguments, reason = "the daemon's parts, put together once")]
     pub fn new(
         launcher: Arc<dyn Launcher>,
         store: Arc<Store>,
@@ -78,6 +87,7 @@ impl Context {
         vmm: PathBuf,
         proxies: PathBuf,
         shelf: Shelf,
+        gate: Gate,
     ) -> Self {
         // Without it (no /proc) records of an earlier boot could pass for this one's; process start times still tell them apart.
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -86,6 +96,7 @@ impl Context {
             store,
             network,
             jobs: Jobs::new(news.clone()),
+            gate,
             news,
             sequence: AtomicU64::new(0),
             connects: Semaphore::new(CONNECTS_AT_ONCE),

@@ -30,6 +30,8 @@ pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, 
     let opened = tokio::task::spawn_blocking(move || check_files(&spec).and_then(|()| open_files(&spec)));
     let mut descriptors =
         opened.await.map_err(|error| FleetError::LaunchFailed(format!("opening files: {error}")))??;
+    let limited = context.launcher.limit(&plan.name, &plan.spec.limits).await;
+    limited.map_err(|error| FleetError::LaunchFailed(format!("limits: {error}")))?;
     let taps = context.network.ensure(&plan.name, plan.uuid, &plan.spec).await?;
     for tap in &taps {
         descriptors.push((Handed::Tap(tap.clone()), context.network.open(tap).await?));

@@ -127,8 +127,33 @@ impl Fleet {
         self.corrupt.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// `starting`, `running` or `degraded`.
+    /// Nothing is started.
+    pub fn draining(&self) -> bool {
+        self.context.gate.draining()
+    }
+
+    /// Starts nothing any more, or anything again; survives restarts. With `stop` the VMs that run are shut down: gives their jobs.
+    pub async fn drain(&self, on: bool, stop: Option<Verb>) -> Result<Vec<u32>, FleetError> {
+        self.context.gate.drain(on).map_err(|error| FleetError::StoreFailed(format!("drain: {error}")))?;
+        info!("{}", if on { "drained: nothing is started any more" } else { "not drained any more" });
+        self.context.tell(News::FleetChanged);
+        let mut jobs = Vec::new();
+        let running = self.list().into_iter().filter(|view| !view.state.idle());
+        for view in running.filter(|_| stop.is_some()) {
+            // One that cannot be asked now (it ends already, it is frozen) must not keep the others.
+            match self.ask(&view.name, stop.unwrap_or(Verb::PowerOff)).await {
+                Ok(job) => jobs.push(job),
+                Err(error) => warn!(FLOTILLA_VM = &*view.name, "drain: {error}"),
+            }
+        }
+        Ok(jobs)
+    }
+
+    /// `starting`, `draining`, `running` or `degraded`.
     pub fn state(&self) -> &'static str {
+        if self.ready.load(Ordering::SeqCst) && self.draining() {
+            return "draining";
+        }
         if !self.ready.load(Ordering::SeqCst) {
             return "starting";
         }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use dbus_api::spec::VmSpec;
+use dbus_api::spec::{Aio, Limits, VmSpec};
 use uuid::Uuid;
 
 use super::FleetError;
@@ -70,6 +70,14 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
         if spec.disks[..at].iter().any(|other| other.path == disk.path) {
             return Err(wrong(format!("disks[{at}].path: {} is given twice", disk.path.display())));
         }
+        if disk.aio == Some(Aio::Native) && !disk.direct {
+            return Err(wrong(format!(
+                "disks[{at}].aio: native needs direct = true, as the kernel's AIO does"
+            )));
+        }
+        if disk.iops.is_some_and(|iops| !(1..=1_000_000).contains(&iops)) {
+            return Err(wrong(format!("disks[{at}].iops: use 1 to 1000000 requests per second")));
+        }
         if let Some(serial) = &disk.serial {
             let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             if serial.is_empty() || serial.len() > 20 || !serial.chars().all(allowed) {
@@ -98,10 +106,74 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
     if spec.labels.len() > 64 || spec.labels.iter().any(|(key, value)| key.len() > 64 || value.len() > 256) {
         return Err(wrong("labels: at most 64, keys of 64 and values of 256 bytes".to_owned()));
     }
+    if spec.autostart_delay > 3600 {
+        return Err(wrong(format!(
+            "autostart_delay: {} seconds are more than an hour",
+            spec.autostart_delay
+        )));
+    }
+    check_limits(&spec.limits, spec.memory.0)?;
     if spec.uuid.is_some_and(|uuid| uuid.is_nil()) {
         return Err(wrong("uuid: all zero is no identity".to_owned()));
     }
     Ok(())
+}
+
+/// The VMM's own memory beside the guest's: below this no VM comes up.
+const OVERHEAD: u64 = 32 << 20;
+
+fn check_limits(limits: &Limits, memory: u64) -> Result<(), FleetError> {
+    let range = |field: &str, value: Option<u32>, low: u32, high: u32| match value {
+        Some(value) if !(low..=high).contains(&value) => {
+            Err(wrong(format!("limits.{field}: {value} is outside {low} to {high}")))
+        }
+        _ => Ok(()),
+    };
+    range("cpu_weight", limits.cpu_weight.map(u32::from), 1, 10_000)?;
+    range("io_weight", limits.io_weight.map(u32::from), 1, 10_000)?;
+    range("cpu_quota", limits.cpu_quota, 1, 102_400)?;
+    range("tasks_max", limits.tasks_max, 8, 65_536)?;
+    for (field, set) in [("cpu_set", &limits.cpu_set), ("memory_nodes", &limits.memory_nodes)] {
+        if set.as_ref().is_some_and(|set| parse_set(set).is_none()) {
+            return Err(wrong(format!(
+                "limits.{field}: write numbers and ranges up to 8191, such as \"0-3,8\""
+            )));
+        }
+    }
+    if let Some(max) = limits.memory_max
+        && max.0 < memory + OVERHEAD
+    {
+        return Err(wrong(format!(
+            "limits.memory_max: {max} is too little: the guest has {}, and the VMM needs 32M beside it",
+            dbus_api::spec::Size(memory)
+        )));
+    }
+    if limits.memory_high.is_some_and(|high| high.0 < 64 << 20) {
+        return Err(wrong("limits.memory_high: below 64M nothing runs".to_owned()));
+    }
+    Ok(())
+}
+
+/// `0-3,8` as a bit mask, the first CPU in the lowest bit of the first byte (the form of systemd's properties); `None` when it is no set.
+pub fn parse_set(text: &str) -> Option<Vec<u8>> {
+    const MOST: usize = 8192;
+    let mut mask = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number =
+            |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<usize>().ok())?;
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last || last >= MOST {
+            return None;
+        }
+        if mask.len() <= last / 8 {
+            mask.resize(last / 8 + 1, 0);
+        }
+        for bit in first..=last {
+            mask[bit / 8] |= 1 << (bit % 8);
+        }
+    }
+    Some(mask)
 }
 
 /// Looks at the files that a start needs; the error names the field.
@@ -235,6 +307,18 @@ mod tests {
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"01:00:00:00:00:01"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"52:54:00:00:00"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"a"},{"bridge":"b"},{"bridge":"c"}]}"#, "nics"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a","format":"vmdk"}]}"#, "vmdk"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a","aio":"native"}]}"#, "disks[0].aio"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a","iops":0}]}"#, "disks[0].iops"),
+            (r#"{"kernel":"/k","autostart_delay":3601}"#, "autostart_delay"),
+            (r#"{"kernel":"/k","restart":"sometimes"}"#, "sometimes"),
+            (r#"{"kernel":"/k","limits":{"cpu_weight":0}}"#, "limits.cpu_weight"),
+            (r#"{"kernel":"/k","limits":{"cpu_quota":0}}"#, "limits.cpu_quota"),
+            (r#"{"kernel":"/k","limits":{"cpu_set":"3-1"}}"#, "limits.cpu_set"),
+            (r#"{"kernel":"/k","limits":{"memory_nodes":""}}"#, "limits.memory_nodes"),
+            (r#"{"kernel":"/k","limits":{"memory_max":"256M"}}"#, "limits.memory_max"),
+            (r#"{"kernel":"/k","limits":{"tasks_max":1}}"#, "limits.tasks_max"),
+            (r#"{"kernel":"/k","limits":{"cpus":1}}"#, "cpus"),
             (r#"{"kernel":"/k","memroy":"1G"}"#, "memroy"),
             (r#"{}"#, "kernel"),
             ("", "definition"),
@@ -271,7 +355,24 @@ mod tests {
         assert_eq!(mac(&spec, one, 1), "52:54:00:aa:00:01");
     }
 
+    #[test]
+    fn sets_of_cpus() {
+        assert_eq!(parse_set("0"), Some(vec![1]));
+        assert_eq!(parse_set("0-3,8"), Some(vec![0x0f, 0x01]));
+        assert_eq!(parse_set("15,1"), Some(vec![0x02, 0x80]));
+        for text in ["", "a", "1-", "-1", "3-1", "1,,2", "8192", "+1", "99999999999999999999", "0 "] {
+            assert_eq!(parse_set(text), None, "{text}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn no_set_is_a_panic(text in "[0-9,\\-]{0,20}") {
+            if let Some(mask) = parse_set(&text) {
+                prop_assert!(mask.len() <= 1024 && mask.iter().any(|byte| *byte != 0));
+            }
+        }
+
         #[test]
         fn no_text_is_a_panic(text in "\\PC{0,200}") {
             let _ = parse(&text);

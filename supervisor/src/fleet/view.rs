@@ -53,6 +53,10 @@ pub struct View {
     pub responsive: bool,
     /// Devices that came and went over QMP.
     pub devices: Devices,
+    /// What the last process logged before it failed.
+    pub last_log: Arc<[String]>,
+    /// Restarts by policy in a row.
+    pub restarts: u32,
 }
 
 /// What happened, in the order it happened.

@@ -15,12 +15,19 @@
 //!
 //! *Intent* is what the administrator wants and changes only by a request (or by the guest's own power-off); *state* is what is
 //! observed. `quarantined` means: the process lives and does not answer. It is left alone until it answers or somebody powers it off.
+//!
+//! A VM that ended by itself is started again if its policy says so, after a pause that grows: it is idle meanwhile, and whatever an
+//! administrator asks for then (start, stop, undefine) goes before.
+//!
 //! Every process has a number ([`Vm::run`]); what is said about an earlier one is ignored.
 
 use std::time::Duration;
 
+use dbus_api::spec::Restart;
+
 use super::FleetError;
 use super::life::{Command, Effect, Exit, Input, Intent, Stage as Sent, State, Verb};
+use super::restart::{MOST, Restarts};
 
 /// From launch to the first answer over QMP. Longer than the launcher's own deadline, which therefore speaks first.
 pub const START_DEADLINE: Duration = Duration::from_secs(45);
@@ -56,6 +63,11 @@ pub struct Vm {
     stage: Stage,
     ending: Option<String>,
     job: Option<(u32, Verb)>,
+    restarts: Restarts,
+    /// The guest ends the process, and nobody asked it to.
+    by_guest: bool,
+    /// Somebody with a right to pressed the power button over QMP.
+    button: bool,
 }
 
 impl Vm {
@@ -72,7 +84,45 @@ impl Vm {
             stage: Stage::Ending,
             ending: None,
             job: None,
+            restarts: Restarts::default(),
+            by_guest: false,
+            button: false,
         }
+    }
+
+    /// What happens when the VM ends by itself, from now on.
+    pub fn set_policy(&mut self, policy: Restart) {
+        self.restarts.policy = policy;
+    }
+
+    /// As the last daemon left it: `row` restarts were tried, and one was due when the VM is idle and `restarting`.
+    #[must_use]
+    pub fn restarted(mut self, row: u32, restarting: bool, intent: Intent) -> Self {
+        (self.restarts.row, self.restarts.active) = (row, restarting);
+        if restarting && intent != Intent::Stopped {
+            self.intent = intent;
+        }
+        self
+    }
+
+    /// The process that ended had run well for long: what comes is a new row.
+    pub fn settle(&mut self) {
+        self.restarts.row = 0;
+    }
+
+    /// Restarts in a row.
+    pub fn row(&self) -> u32 {
+        self.restarts.row
+    }
+
+    /// The policy started the process, or is about to.
+    pub fn restarting(&self) -> bool {
+        self.restarts.active
+    }
+
+    /// The pause before the restart that is due.
+    pub fn restart_due(&self) -> Option<Duration> {
+        (self.restarts.active && self.state.idle()).then(|| self.restarts.pause())
     }
 
     /// A VM whose process was found alive at start-up. `state` is what the last daemon knew; `stopping` stands only when the end was
@@ -142,6 +192,7 @@ impl Vm {
         }
         match (verb, self.state) {
             (Verb::Start { .. }, state) if state.idle() => Ok(()),
+            (Verb::Shutdown { .. } | Verb::PowerOff, _) if self.restart_due().is_some() => Ok(()),
             (Verb::Start { .. }, _) => invalid(&format!("it is {} already", self.state.word())),
             (Verb::Shutdown { .. } | Verb::PowerOff, State::Stopped) => invalid("it is stopped already"),
             (Verb::Shutdown { .. } | Verb::PowerOff, state) if state.idle() => {
@@ -184,6 +235,15 @@ impl Vm {
                 }
             }
             Input::Deadline => self.deadline(&mut out),
+            Input::RestartDue { run } => {
+                if run == self.run && self.restart_due().is_some() {
+                    let paused = self.intent == Intent::Paused;
+                    let reason = format!("restart {} of {MOST} in a row", self.restarts.row);
+                    self.begin(paused, &reason, &mut out);
+                    self.restarts.active = true;
+                    out.push(Effect::Launch { paused });
+                }
+            }
             Input::Launched { run }
             | Input::LaunchFailed { run, .. }
             | Input::Connected { run, .. }
@@ -206,11 +266,23 @@ impl Vm {
             out.push(Effect::EndJob { job, result: Err(error) });
             return;
         }
+        if matches!(verb, Verb::Shutdown { .. } | Verb::PowerOff) {
+            // Whatever brought the end about or the start, from here on it is this.
+            self.restarts.active = false;
+            self.by_guest = false;
+        }
+        if matches!(verb, Verb::Shutdown { .. } | Verb::PowerOff) && self.state.idle() {
+            self.intent = Intent::Stopped;
+            self.enter(State::Stopped, "it was about to be started again, and was told not to");
+            out.extend([Effect::Record, Effect::EndJob { job, result: Ok(()) }]);
+            return;
+        }
         if self.job.is_some() {
             self.end_job(Err(FleetError::Cancelled("the VM was powered off".to_owned())), out);
         }
         match verb {
             Verb::Start { paused } => {
+                self.restarts.row = 0;
                 self.job = Some((job, verb));
                 self.begin(paused, "start was asked for", out);
                 out.push(Effect::Launch { paused });
@@ -251,6 +323,9 @@ impl Vm {
         self.launched = false;
         self.linked = false;
         self.ending = None;
+        self.by_guest = false;
+        self.button = false;
+        self.restarts.active = false;
         self.stage = Stage::Ending;
         self.intent = if paused { Intent::Paused } else { Intent::Running };
         self.enter(State::Starting, reason);
@@ -289,11 +364,17 @@ impl Vm {
             }
             Input::LaunchFailed { error, .. } => {
                 if self.state == State::Stopping {
+                    self.restarts.active = false;
                     self.enter(State::Stopped, "it was stopped before it came up");
                     self.close(Ok(()), out);
                 } else {
                     self.enter(State::Failed, &error.to_string());
+                    // Who asked for a start is told why it failed; a start of the policy's own is tried again.
+                    let again = self.restarts.active;
+                    self.restarts.active = false;
+                    let pause = if again { self.plan_restart() } else { None };
                     self.close(Err(error), out);
+                    out.extend(pause.map(Effect::RestartIn));
                 }
             }
             Input::Connected { paused, .. } => self.connected(paused, out),
@@ -321,9 +402,12 @@ impl Vm {
                 }
                 _ => {}
             },
-            Input::ShutdownSeen { why, .. } => {
+            Input::ShutdownSeen { why, guest, .. } => {
                 if self.state != State::Stopping {
-                    self.intent = Intent::Stopped;
+                    self.by_guest = guest && !self.button && self.ending.is_none();
+                    if !(self.by_guest && self.restarts.policy == Restart::Always) {
+                        self.intent = Intent::Stopped;
+                    }
                     self.stage = Stage::Ending;
                     self.enter(State::Stopping, &why);
                     out.extend([Effect::Record, Effect::Arm(EXIT_GRACE)]);
@@ -331,6 +415,7 @@ impl Vm {
                 self.ending = Some(why);
             }
             Input::StopSeen { .. } => {
+                self.by_guest = false;
                 if self.state != State::Stopping {
                     self.intent = Intent::Stopped;
                     self.stage = Stage::Ending;
@@ -342,7 +427,7 @@ impl Vm {
             Input::Client { command, stage, .. } => self.client(command, stage, out),
             Input::CommandDone { command, result, .. } => self.command_done(command, result, out),
             Input::Gone { exit, .. } => self.gone(&exit, out),
-            Input::Request { .. } | Input::StartSeen | Input::Deadline => {}
+            Input::Request { .. } | Input::StartSeen | Input::Deadline | Input::RestartDue { .. } => {}
         }
     }
 
@@ -418,10 +503,12 @@ impl Vm {
     fn client(&mut self, command: Command, sent: Sent, out: &mut Vec<Effect>) {
         match (command, sent) {
             (Command::Quit, Sent::Asked) => {
+                self.by_guest = false;
                 self.ending.get_or_insert_with(|| "ended over QMP".to_owned());
             }
             (Command::Quit, Sent::Refused) if self.state != State::Stopping => self.ending = None,
             (Command::Stop | Command::Cont, Sent::Done) => self.vcpus(command == Command::Stop, out),
+            (Command::Powerdown, Sent::Done | Sent::Left) => self.button = true,
             (Command::Stop | Command::Cont, Sent::Left) => {
                 self.want_vcpus(command == Command::Stop);
                 out.push(Effect::Record);
@@ -444,7 +531,13 @@ impl Vm {
         } else {
             self.enter(State::Failed, &format!("its process died ({exit})"));
         }
-        if self.state == State::Stopped {
+        let wanted = wanted && !self.by_guest;
+        let again = self.restarts.asked(self.state == State::Failed, wanted);
+        // A start that somebody asked for has somebody who is told of its end.
+        let told = starting && matches!(self.job, Some((_, Verb::Start { .. })));
+        self.restarts.active = false;
+        let pause = if again && !told { self.plan_restart() } else { None };
+        if self.state == State::Stopped && pause.is_none() {
             self.intent = Intent::Stopped;
         }
         let died = || FleetError::VmmDied(format!("the VMM ended ({exit}): see its log"));
@@ -453,6 +546,17 @@ impl Vm {
             _ => Err(died()),
         };
         self.close(result, out);
+        out.extend(pause.map(Effect::RestartIn));
+    }
+
+    /// The VM ended and is to be started again: the pause before that, unless it was tried too often. Says in the reason which of both.
+    fn plan_restart(&mut self) -> Option<Duration> {
+        let pause = self.restarts.plan();
+        self.reason += &match pause {
+            Some(pause) => format!("; starts again in {} s", pause.as_secs()),
+            None => format!("; not started again: {MOST} restarts in a row did not help"),
+        };
+        pause
     }
 
     fn deadline(&mut self, out: &mut Vec<Effect>) {

@@ -89,7 +89,7 @@ fn how_a_process_ends_decides_the_state() {
         (&[], Exit::Code(1), State::Failed, Intent::Running),
         (&[], Exit::Code(0), State::Stopped, Intent::Stopped),
         (
-            &[Input::ShutdownSeen { run: 1, why: "the guest powered off".into() }],
+            &[Input::ShutdownSeen { run: 1, why: "the guest powered off".into(), guest: true }],
             Exit::Code(0),
             State::Stopped,
             Intent::Stopped,
@@ -134,6 +134,104 @@ fn a_client_of_the_socket_is_an_administrator_too() {
     // Of another process: nothing.
     vm.step(Input::Client { run: 9, command: Command::Stop, stage: Sent::Done });
     assert_eq!(vm.state(), State::Running);
+}
+
+#[test]
+fn what_ends_by_itself_starts_again_if_its_policy_says_so() {
+    let crash = || Exit::Signal("SIGSEGV".to_owned());
+    let off = |guest| Input::ShutdownSeen { run: 1, why: "end".into(), guest };
+    let button = Input::Client { run: 1, command: Command::Powerdown, stage: Sent::Done };
+    let quit = Input::Client { run: 1, command: Command::Quit, stage: Sent::Asked };
+    let power_off = Input::Request { job: 2, verb: Verb::PowerOff };
+    let cases: [(&[Input], Exit, [bool; 3]); 9] = [
+        (&[], crash(), [false, true, true]),
+        (&[], Exit::Code(1), [false, true, true]),
+        (&[off(true)], Exit::Code(0), [false, false, true]),
+        (&[], Exit::Code(0), [false, false, true]),
+        // Somebody wanted it.
+        (&[off(false)], Exit::Code(0), [false; 3]),
+        (&[button, off(true)], Exit::Code(0), [false; 3]),
+        (&[quit, off(true)], crash(), [false; 3]),
+        (&[Input::StopSeen { run: 1 }], crash(), [false; 3]),
+        (&[power_off], crash(), [false; 3]),
+    ];
+    for (before, exit, again) in cases {
+        for (policy, again) in [Restart::Never, Restart::OnFailure, Restart::Always].into_iter().zip(again) {
+            let mut vm = running();
+            vm.set_policy(policy);
+            for input in before {
+                vm.step(input.clone());
+            }
+            let effects = vm.step(Input::Gone { run: 1, exit: exit.clone() });
+            let pause =
+                effects.iter().find_map(|e| if let Effect::RestartIn(p) = e { Some(*p) } else { None });
+            assert_eq!(pause, again.then_some(Duration::from_secs(1)), "{policy:?} {before:?} {exit:?}");
+            assert_eq!(vm.restart_due(), pause);
+            assert!(!again || vm.intent() == Intent::Running);
+        }
+    }
+}
+
+#[test]
+fn restarts_back_off_and_end() {
+    let mut vm = running();
+    vm.set_policy(Restart::OnFailure);
+    let mut pauses = Vec::new();
+    loop {
+        let run = vm.run();
+        vm.step(Input::Gone { run, exit: Exit::Code(1) });
+        let Some(pause) = vm.restart_due() else { break };
+        pauses.push(pause.as_secs());
+        let effects = vm.step(Input::RestartDue { run });
+        assert!(matches!(effects.last(), Some(Effect::Launch { paused: false })), "{effects:?}");
+        // The first of them does not even come to be; that counts as well.
+        let run = vm.run();
+        if pauses.len() == 1 {
+            let error = FleetError::LaunchFailed("no".into());
+            vm.step(Input::LaunchFailed { run, error });
+            pauses.push(vm.restart_due().unwrap().as_secs());
+            vm.step(Input::RestartDue { run });
+        }
+        let run = vm.run();
+        vm.step(Input::Launched { run });
+    }
+    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]);
+    assert!(vm.state() == State::Failed && vm.reason().contains("not started again"), "{}", vm.reason());
+    // A long good life forgives.
+    ask(&mut vm, 1, Verb::Start { paused: false });
+    vm.settle();
+    let run = vm.run();
+    vm.step(Input::Launched { run });
+    vm.step(Input::Connected { run, paused: false });
+    vm.step(Input::Gone { run, exit: Exit::Code(1) });
+    assert_eq!(vm.restart_due(), Some(Duration::from_secs(1)));
+}
+
+#[test]
+fn before_a_restart_an_administrator_goes_first() {
+    let waiting = || {
+        let mut vm = running();
+        vm.set_policy(Restart::Always);
+        vm.step(Input::Gone { run: 1, exit: Exit::Code(1) });
+        assert_eq!(vm.state(), State::Failed);
+        vm
+    };
+    for verb in [SHUTDOWN, Verb::PowerOff] {
+        let mut vm = waiting();
+        assert_eq!(ended(&ask(&mut vm, 9, verb)), [(9, None)]);
+        assert_eq!((vm.state(), vm.intent()), (State::Stopped, Intent::Stopped));
+        assert!(vm.step(Input::RestartDue { run: 1 }).is_empty());
+    }
+    let mut vm = waiting();
+    ask(&mut vm, 9, Verb::Start { paused: false });
+    assert!(vm.step(Input::RestartDue { run: 1 }).is_empty());
+    assert!(waiting().admit_undefine().is_ok());
+    // A start that was asked for and failed has told so: nothing goes on behind the administrator's back.
+    let mut vm = Vm::idle(State::Defined, "");
+    vm.set_policy(Restart::Always);
+    ask(&mut vm, 1, Verb::Start { paused: false });
+    vm.step(Input::LaunchFailed { run: 1, error: FleetError::LaunchFailed("no".into()) });
+    assert_eq!(vm.restart_due(), None);
 }
 
 #[test]
@@ -206,7 +304,8 @@ fn any_input() -> impl Strategy<Value = (bool, Input)> {
         1 => Just(Input::Silent { run }),
         1 => Just(Input::Disconnected { run }),
         1 => any::<bool>().prop_map(move |paused| Input::VcpusChanged { run, paused }),
-        1 => Just(Input::ShutdownSeen { run, why: "end".into() }),
+        1 => any::<bool>().prop_map(move |guest| Input::ShutdownSeen { run, why: "end".into(), guest }),
+        2 => Just(Input::RestartDue { run }),
         1 => Just(Input::StopSeen { run }),
         2 => (command, any::<bool>()).prop_map(move |(command, ok)| {
             let result = if ok { Ok(()) } else { Err(error()) };
@@ -227,7 +326,8 @@ fn with_run(input: Input, now: u64) -> Input {
         Input::Silent { .. } => Input::Silent { run: now },
         Input::Disconnected { .. } => Input::Disconnected { run: now },
         Input::VcpusChanged { paused, .. } => Input::VcpusChanged { run: now, paused },
-        Input::ShutdownSeen { why, .. } => Input::ShutdownSeen { run: now, why },
+        Input::ShutdownSeen { why, guest, .. } => Input::ShutdownSeen { run: now, why, guest },
+        Input::RestartDue { .. } => Input::RestartDue { run: now },
         Input::StopSeen { .. } => Input::StopSeen { run: now },
         Input::CommandDone { command, result, .. } => Input::CommandDone { run: now, command, result },
         Input::Client { command, stage, .. } => Input::Client { run: now, command, stage },
@@ -238,8 +338,14 @@ fn with_run(input: Input, now: u64) -> Input {
 
 proptest! {
     #[test]
-    fn the_laws_hold_in_any_order(inputs in prop::collection::vec(any_input(), 0..80)) {
+    fn the_laws_hold_in_any_order(
+        inputs in prop::collection::vec(any_input(), 0..80),
+        policy in prop::sample::select(vec![Restart::Never, Restart::OnFailure, Restart::Always]),
+    ) {
         let mut vm = Vm::idle(State::Defined, "");
+        vm.set_policy(policy);
+        // An administrator asked for an end, and for no start since.
+        let mut told_to_end = false;
         // A process may exist from Launch (or a start seen) until it is gone.
         let mut process = false;
         let mut open: BTreeMap<u32, ()> = BTreeMap::new();
@@ -268,7 +374,10 @@ proptest! {
                     Effect::Launch { .. } => {
                         prop_assert!(!process, "two processes");
                         let asked = matches!(input, Input::Request { verb: Verb::Start { .. }, .. });
-                        prop_assert!(asked, "started by itself");
+                        let due = matches!(input, Input::RestartDue { .. }) && before.restart_due().is_some();
+                        prop_assert!(asked || due, "started by itself");
+                        prop_assert!(policy != Restart::Never || asked, "restarted against its policy");
+                        prop_assert!(asked || !told_to_end, "restarted against an administrator's stop");
                         process = true;
                     }
                     Effect::EndJob { job, .. } => {
@@ -277,6 +386,18 @@ proptest! {
                     _ => {}
                 }
             }
+            match &input {
+                // Admitted, not refused: a refused one changes nothing.
+                Input::Request { verb: Verb::Start { .. }, .. } if before.state().idle() && before.job().is_none() => {
+                    told_to_end = false;
+                }
+                Input::Request { verb: Verb::PowerOff, .. } if before.admit(Verb::PowerOff).is_ok() => told_to_end = true,
+                Input::StopSeen { run } if *run == before.run() && !before.state().idle() => told_to_end = true,
+                Input::StartSeen if before.state().idle() => told_to_end = false,
+                _ => {}
+            }
+            prop_assert!(vm.row() <= MOST);
+            prop_assert!(vm.restart_due().is_none() || (vm.state().idle() && policy != Restart::Never));
             prop_assert_eq!(vm.state().idle(), !process, "{:?} -> {:?} by {:?}", before.state(), vm.state(), input);
             prop_assert_eq!(vm.job(), open.keys().next().copied(), "a job is lost");
             prop_assert!(open.len() <= 1);

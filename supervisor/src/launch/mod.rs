@@ -4,6 +4,7 @@
 //! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server.
 
 pub mod handover;
+mod limits;
 pub mod process;
 pub mod server;
 pub mod systemd;
@@ -17,6 +18,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use dbus_api::spec::Limits;
 use futures_util::future::BoxFuture;
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -52,6 +54,9 @@ pub enum LaunchError {
         /// How long one waited.
         seconds: u64,
     },
+    /// This launcher cannot do it.
+    #[error("{0}")]
+    NotSupported(&'static str),
     /// The kernel said no.
     #[error("{what}: {source}")]
     Io {
@@ -171,6 +176,12 @@ pub trait Launcher: Send + Sync {
     /// Makes the process. Bounded in time. When it fails, no process is left.
     fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>>;
 
+    /// Sets the limits of the VM's next process, and of the one that runs. Bounded in time.
+    fn limit<'a>(&'a self, name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>>;
+
+    /// The last lines that a process logged: few, short, free of control characters; none when they cannot be had. Bounded in time.
+    fn last_lines<'a>(&'a self, name: &'a str, process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>>;
+
     /// Ends the process without asking it; fine when there is none. Its end is reported as an event.
     fn kill<'a>(
         &'a self,
@@ -188,6 +199,18 @@ pub trait Launcher: Send + Sync {
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()>;
 }
 
+/// How many lines [`Launcher::last_lines`] gives.
+const LINES: usize = 10;
+/// Characters of each of them.
+const LINE: usize = 400;
+
+/// The last lines of a log, fit to be shown.
+fn tail(text: &str) -> Vec<String> {
+    let shown = |line: &str| line.chars().take(LINE).map(|c| if c.is_control() { '?' } else { c }).collect();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(LINES)..].iter().map(|line| shown(line)).collect()
+}
+
 /// A signal's name.
 pub(crate) fn signal_name(number: i32) -> String {
     match nix::sys::signal::Signal::try_from(number) {
@@ -199,6 +222,16 @@ pub(crate) fn signal_name(number: i32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_log() {
+        assert!(tail("").is_empty() && tail("\n \n").is_empty());
+        assert_eq!(tail("a\n\nb\u{1b}[31m\n"), ["a", "b?[31m"]);
+        let long: String = (0..50).map(|line| format!("{line} {}\n", "x".repeat(1000))).collect();
+        let lines = tail(&long);
+        assert_eq!((lines.len(), lines[9].len()), (LINES, LINE));
+        assert!(lines[9].starts_with("49 "));
+    }
 
     #[test]
     fn the_table_is_what_the_vmm_reads() {

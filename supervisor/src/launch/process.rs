@@ -10,11 +10,14 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use dbus_api::spec::Limits;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tracing::{debug, warn};
 
-use super::{Event, Events, FLOTILLA_FDS, Found, LaunchError, Launcher, Notice, Prepared, Wanted, watch};
+use super::{
+    Event, Events, FLOTILLA_FDS, Found, LaunchError, Launcher, Notice, Prepared, Wanted, tail, watch,
+};
 use crate::fleet::life::Exit;
 use crate::store::Process;
 
@@ -131,7 +134,37 @@ impl ProcessLauncher {
     }
 }
 
+/// The end of a log file; it is read to the end of its lines, not from its begin: it may be long.
+fn end_of(path: &Path) -> io::Result<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    const ENOUGH: u64 = 16 << 10;
+    let mut file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(ENOUGH)))?;
+    let mut bytes = Vec::new();
+    file.take(ENOUGH).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 impl Launcher for ProcessLauncher {
+    fn limit<'a>(&'a self, _name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>> {
+        let none = limits.is_none();
+        async move {
+            let missing = LaunchError::NotSupported("plain processes have none: they need systemd's units");
+            if none { Ok(()) } else { Err(missing) }
+        }
+        .boxed()
+    }
+
+    fn last_lines<'a>(&'a self, name: &'a str, _process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>> {
+        let path = self.log_file(name);
+        async move {
+            let read = tokio::task::spawn_blocking(move || end_of(&path)).await;
+            read.ok().and_then(Result::ok).map(|text| tail(&text)).unwrap_or_default()
+        }
+        .boxed()
+    }
+
     fn unit(&self, _name: &str) -> String {
         String::new()
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use dbus_api::spec::Limits;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use tokio::sync::{Semaphore, mpsc};
@@ -19,7 +20,9 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 
 use super::server::{Identify, Source, vm_of_process};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
-use super::{Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, signal_name};
+use super::{
+    Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, limits, signal_name, tail,
+};
 use crate::fleet::life::Exit;
 use crate::store::Process;
 
@@ -33,6 +36,11 @@ const IN_FLIGHT: usize = 8;
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// For calls that PID 1 answers from memory.
 const CALL_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The journal is asked once, when a VM has failed.
+const JOURNAL_DEADLINE: Duration = Duration::from_secs(5);
+/// Where systemd keeps what was set on units until the host's next boot.
+const CONTROL: &str = "/run/systemd/system.control";
 
 /// The VM whose unit this is.
 pub fn vm_of_unit(unit: &str) -> Option<&str> {
@@ -255,6 +263,16 @@ impl SystemdLauncher {
         self.call(&unit, "stop", self.manager.stop_unit(&unit, "replace")).await.map(drop)
     }
 
+    async fn set_limits(&self, name: &str, limits: &Limits) -> Result<(), LaunchError> {
+        let unit = unit_of(name);
+        // Most VMs have none, and then nothing is to be taken back either.
+        if limits.is_none() && !drop_ins(&unit).exists() {
+            return Ok(());
+        }
+        let properties = limits::properties(limits);
+        self.call(&unit, "limit", self.manager.set_unit_properties(&unit, true, &properties)).await
+    }
+
     async fn find_all(&self, wanted: &[Wanted]) -> Result<BTreeMap<String, Found>, LaunchError> {
         let pattern = format!("{PREFIX}*{SUFFIX}");
         let rows = self.call(&pattern, "list", self.manager.list_units_by_patterns(&[], &[&pattern])).await?;
@@ -316,6 +334,31 @@ impl Launcher for SystemdLauncher {
         self.start_unit(name, prepared).boxed()
     }
 
+    fn limit<'a>(&'a self, name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>> {
+        self.set_limits(name, limits).boxed()
+    }
+
+    fn last_lines<'a>(&'a self, name: &'a str, process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>> {
+        async move {
+            let Some(process) = process.filter(|process| !process.invocation.is_empty()) else {
+                return Vec::new();
+            };
+            let mut command = tokio::process::Command::new("journalctl");
+            let invocation = format!("_SYSTEMD_INVOCATION_ID={}", process.invocation);
+            command.args(["--quiet", "--no-pager", "--output=cat", "--lines=20", &invocation]);
+            let output = command.stdin(std::process::Stdio::null()).kill_on_drop(true).output();
+            match tokio::time::timeout(JOURNAL_DEADLINE, output).await {
+                Ok(Ok(output)) => tail(&String::from_utf8_lossy(&output.stdout)),
+                Ok(Err(error)) => {
+                    warn!(FLOTILLA_VM = name, "journalctl: {error}");
+                    Vec::new()
+                }
+                Err(_) => Vec::new(),
+            }
+        }
+        .boxed()
+    }
+
     fn kill<'a>(
         &'a self,
         name: &'a str,
@@ -339,9 +382,20 @@ impl Launcher for SystemdLauncher {
             let clean = self.call(&unit, "clean", self.manager.clean_unit(&unit, &["runtime"])).await;
             debug!(FLOTILLA_VM = name, "reset: {reset:?}, clean: {clean:?}");
             remove_directory(&self.directory, name);
+            // Else each VM that ever had limits would make PID 1's reloads longer.
+            if let Err(error) = std::fs::remove_dir_all(drop_ins(&unit))
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                warn!(FLOTILLA_VM = name, "{} is left behind: {error}", drop_ins(&unit).display());
+            }
         }
         .boxed()
     }
+}
+
+/// What was set on a unit.
+fn drop_ins(unit: &str) -> PathBuf {
+    Path::new(CONTROL).join(format!("{unit}.d"))
 }
 
 /// What systemd left of a runtime directory; for a dynamic user it is a link to `private/` beside its parent.

@@ -1,6 +1,6 @@
 //! The few methods of `org.freedesktop.systemd1` that the launcher uses (org.freedesktop.systemd1(5)).
 
-use zbus::{OwnedObjectPath, OwnedVariant};
+use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
 /// One row of `ListUnitsByPatterns`: name, description, load state, active state, sub state, followed unit, path, job id, job type,
 /// job path.
@@ -19,6 +19,12 @@ pub(super) trait Manager {
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     fn clean_unit(&self, name: &str, mask: &[&str]) -> zbus::Result<()>;
     fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<UnitRow>>;
+    fn set_unit_properties(
+        &self,
+        name: &str,
+        runtime: bool,
+        properties: &[(&str, Variant<'_>)],
+    ) -> zbus::Result<()>;
     fn subscribe(&self) -> zbus::Result<()>;
 }
 

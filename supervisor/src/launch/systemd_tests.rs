@@ -186,6 +186,12 @@ impl FakeManager {
         state.units.iter().map(row).collect()
     }
 
+    fn set_unit_properties(&self, name: &str, runtime: bool, properties: Vec<(String, OwnedVariant)>) {
+        let mut names: Vec<String> = properties.into_iter().map(|(name, _)| name).collect();
+        names.sort();
+        self.0.state().calls.push(format!("limit {name} {runtime} {}", names.join(" ")));
+    }
+
     fn subscribe(&self) {}
 
     #[zbus(signal)]
@@ -312,6 +318,18 @@ async fn a_unit_is_started_watched_and_killed() {
     assert!(s.pid1.state().calls.contains(&format!("clean {WEB} runtime")));
     assert!(!s.dir.path().join("flotilla-vm/web").is_symlink());
     assert!(!s.dir.path().join("private/flotilla-vm/web").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_are_set_on_the_unit_until_the_next_boot() {
+    let s = setup(&[WEB]).await;
+    s.launcher.limit("web", &Limits::default()).await.unwrap();
+    assert!(s.pid1.state().calls.is_empty(), "nothing to set, nothing to take back");
+    let limits = Limits { cpu_quota: Some(50), ..Limits::default() };
+    s.launcher.limit("web", &limits).await.unwrap();
+    let names =
+        "AllowedCPUs AllowedMemoryNodes CPUQuotaPerSecUSec CPUWeight IOWeight MemoryHigh MemoryMax TasksMax";
+    assert_eq!(s.pid1.state().calls, [format!("limit {WEB} true {names}")]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

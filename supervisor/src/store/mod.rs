@@ -21,6 +21,8 @@ use crate::fleet::life::{Exit, Intent, State};
 /// A definition is text written by people; a megabyte is none.
 const MAX_RECORD: u64 = 1 << 20;
 const FORMAT: u32 = 1;
+/// Name of the plan's file.
+const PLAN: &str = "autostart";
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +107,12 @@ pub struct Runtime {
     /// Devices that came and went over QMP.
     #[serde(default, skip_serializing_if = "Devices::is_plain")]
     pub devices: Devices,
+    /// Restarts by policy in a row.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
+    /// The policy started the process, or was about to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restarting: bool,
 }
 
 impl Runtime {
@@ -122,7 +130,31 @@ impl Runtime {
             command_line: Vec::new(),
             exit: None,
             devices: Devices::default(),
+            restarts: 0,
+            restarting: false,
         }
+    }
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+/// What is still to be started in this boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    format: u32,
+    /// The boot it belongs to.
+    pub boot_id: String,
+    /// Names of the VMs.
+    pub left: Vec<String>,
+}
+
+impl Plan {
+    /// A plan of the present format.
+    pub fn new(boot_id: &str, left: Vec<String>) -> Self {
+        Self { format: FORMAT, boot_id: boot_id.to_owned(), left }
     }
 }
 
@@ -151,6 +183,7 @@ pub struct Corrupt {
 pub struct Store {
     definitions: PathBuf,
     runtimes: PathBuf,
+    runtime_dir: PathBuf,
     corrupt: PathBuf,
     /// Held for as long as the store lives.
     _locks: [File; 2],
@@ -165,6 +198,7 @@ impl Store {
         let store = Self {
             definitions: state_dir.join("vms"),
             runtimes: runtime_dir.join("vms"),
+            runtime_dir: runtime_dir.to_owned(),
             corrupt: state_dir.join("corrupt"),
             _locks: locks,
         };
@@ -197,6 +231,16 @@ impl Store {
     /// Writes a process record.
     pub fn save_runtime(&self, runtime: &Runtime) -> Result<(), StoreError> {
         save(&self.runtimes, &runtime.name, runtime)
+    }
+
+    /// The plan of this boot, if there is one that can be read.
+    pub fn load_plan(&self) -> Option<Plan> {
+        read_record::<Plan>(&file_of(&self.runtime_dir, PLAN)).ok().filter(|plan| plan.format == FORMAT)
+    }
+
+    /// Writes the plan of this boot.
+    pub fn save_plan(&self, plan: &Plan) -> Result<(), StoreError> {
+        save(&self.runtime_dir, PLAN, plan)
     }
 
     /// Forgets a definition; fine when there is none.

@@ -89,7 +89,10 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
                 out.write_all(end(guest, if guest { "guest-shutdown" } else { "host-qmp-quit" }).as_bytes())?;
                 std::process::exit(0);
             }
-            "x-crash" => std::process::abort(),
+            "x-crash" => {
+                eprintln!("fake: I die");
+                std::process::abort()
+            }
             other => {
                 let desc = format!("The command {other} has not been found");
                 format!("{}\r\n", json!({"error": {"class": "CommandNotFound", "desc": desc}, "id": id}))

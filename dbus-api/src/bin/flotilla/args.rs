@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dbus_api::spec::{Disk, Nic, Size};
+use dbus_api::spec::{Disk, Format, Nic, Size};
 
 const AFTER_HELP: &str = "\
 Exit status:
@@ -89,8 +89,12 @@ Keys of a definition (only \"kernel\" is required):
   append       kernel command line
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
   cpus         vCPUs, 1 to 254; 1 when absent
-  disks        list of { path, readonly, direct, serial }; the first is /dev/vda
+  disks        list of { path, format, readonly, direct, serial, aio, iops, discard }; the first is /dev/vda
   nics         list of { bridge, mac }; the first is eth0
+  balloon, rng true for these devices
+  restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)
+  autostart    true: starts with the host; autostart_order, autostart_delay (seconds before the next order)
+  limits       { cpu_weight, cpu_quota, cpu_set, memory_nodes, memory_max, memory_high, io_weight, tasks_max }
   machine      \"microvm\"
   uuid, description, labels
 
@@ -107,6 +111,14 @@ Examples:
   jq '.memory=\"2G\"' web.json | flotilla define - --name web --replace
   flotilla define web --kernel /boot/vmlinuz --disk web.img --bridge br0")]
     Define(DefineArgs),
+    /// Change a VM's definition in your editor
+    ///
+    /// $VISUAL or $EDITOR gets it as JSON. Limits and the restart policy hold at once; everything else from the next start on.
+    #[command(after_help = "\
+Examples:
+  flotilla edit web
+  EDITOR='sed -i s/256M/512M/' flotilla edit web")]
+    Edit(EditArgs),
     /// Start VMs
     #[command(after_help = "\
 Examples:
@@ -179,6 +191,17 @@ Examples:
   flotilla qmp web --read-only
   jq -c . commands.json | flotilla qmp web")]
     Qmp(QmpArgs),
+    /// Start no VM on this host any more, until `flotilla undrain`
+    ///
+    /// For maintenance: it holds over restarts of the daemon and of the host. VMs that run go on, unless --stop is given.
+    #[command(after_help = "\
+Examples:
+  flotilla drain
+  flotilla drain --stop --timeout 2m")]
+    Drain(DrainArgs),
+    /// Let VMs start on this host again
+    #[command(after_help = "Example:\n  flotilla undrain")]
+    Undrain,
     /// Write man pages or shell completions into a folder
     #[command(hide = true)]
     Generate(GenerateArgs),
@@ -196,7 +219,7 @@ pub(crate) struct SpecArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) append: Option<String>,
-    /// A disk: its path, then any of ",readonly", ",direct", ",serial=TEXT"; may be given again
+    /// A disk: its path, then any of ",format=qcow2", ",readonly", ",direct", ",discard", ",serial=TEXT"; may be given again
     #[arg(long = "disk", value_name = "PATH[,...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<Disk>,
     /// A network card on this bridge, then perhaps ",mac=ADDRESS"; may be given again
@@ -260,6 +283,13 @@ pub(crate) struct DefineArgs {
     pub(crate) spec: SpecArgs,
 }
 
+/// `flotilla edit`.
+#[derive(Debug, Args)]
+pub(crate) struct EditArgs {
+    /// VM
+    pub(crate) name: String,
+}
+
 /// `flotilla start`.
 #[derive(Debug, Args)]
 pub(crate) struct StartArgs {
@@ -287,6 +317,17 @@ pub(crate) struct StopArgs {
     pub(crate) timeout: Duration,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
+}
+
+/// `flotilla drain`.
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    /// Shut down all VMs that run, too, and wait for their end
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// How long the guests may take, such as 30s or 2m
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration, requires = "stop")]
+    pub(crate) timeout: Duration,
 }
 
 /// Whether a verb waits for its end.
@@ -397,17 +438,24 @@ pub(crate) enum Generated {
     Completions,
 }
 
-/// `PATH[,readonly][,direct][,serial=TEXT]`. A comma in the path itself needs a definition file.
+/// `PATH[,readonly][,direct][,discard][,format=raw|qcow2][,serial=TEXT]`. A comma in the path itself needs a definition file.
 fn parse_disk(text: &str) -> Result<Disk, String> {
     let mut parts = text.split(',');
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("the path is missing")?;
-    let mut disk = Disk { path: path.into(), readonly: false, direct: false, serial: None };
+    let mut disk = Disk::new(path);
     for part in parts {
         match part.split_once('=').unwrap_or((part, "")) {
             ("readonly", "") => disk.readonly = true,
             ("direct", "") => disk.direct = true,
+            ("discard", "") => disk.discard = true,
+            ("format", "raw") => disk.format = Format::Raw,
+            ("format", "qcow2") => disk.format = Format::Qcow2,
             ("serial", serial) if !serial.is_empty() => disk.serial = Some(serial.to_owned()),
-            _ => return Err(format!("\"{part}\" is none of readonly, direct, serial=TEXT")),
+            _ => {
+                return Err(format!(
+                    "\"{part}\" is none of readonly, direct, discard, format=raw|qcow2, serial=TEXT"
+                ));
+            }
         }
     }
     Ok(disk)

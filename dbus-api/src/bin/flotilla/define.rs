@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use dbus_api::error::Error;
-use dbus_api::spec::{Machine, VmSpec};
+use dbus_api::spec::{Limits, Machine, Restart, VmSpec};
 use zbus::Variant;
 
 use crate::args::{DefineArgs, SpecArgs};
@@ -95,6 +95,14 @@ pub(crate) fn read(
     let label = if source == "-" { "standard input" } else { &source };
     let spec = parse(&text, Format::of(Path::new(&source), &text), label)?;
     Ok((name, absolute(spec, &folder)?))
+}
+
+/// A definition from a JSON file, with nothing added.
+pub(crate) fn of_file(path: &Path) -> Result<VmSpec, Failure> {
+    let label = path.display().to_string();
+    let file =
+        std::fs::File::open(path).map_err(|error| Failure::new(Exit::Failed, format!("{label}: {error}")))?;
+    parse(&read_limited(file, &label)?, Format::Json, &label)
 }
 
 /// The file's name without `.json` or `.toml`; other endings belong to the name.
@@ -194,6 +202,13 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
         kernel,
         initrd: options.initrd,
         append: options.append,
+        balloon: false,
+        rng: false,
+        restart: Restart::default(),
+        autostart: false,
+        autostart_order: 0,
+        autostart_delay: 0,
+        limits: Limits::default(),
         disks: options.disks,
         nics: options.nics,
     };

@@ -103,7 +103,8 @@ pub(crate) fn of_call(error: Error, bus: &Bus) -> Failure {
         Error::VmExists(text)
         | Error::GenerationMismatch(text)
         | Error::InvalidState(text)
-        | Error::Busy(text) => Failure::new(Exit::State, text),
+        | Error::Busy(text)
+        | Error::Draining(text) => Failure::new(Exit::State, text),
         Error::AccessDenied(text) => denied(&text),
         Error::QmpTimeout(text) => Failure::new(Exit::TimedOut, text),
         Error::NoSuchJob(text)
@@ -123,7 +124,7 @@ pub(crate) fn of_job(result: &str, name: &str, text: &str) -> Failure {
     let exit = match name.rsplit('.').next() {
         Some("NoSuchVm") => Exit::NoSuchVm,
         Some("InvalidSpec") => Exit::Definition,
-        Some("InvalidState" | "Busy" | "VmExists" | "GenerationMismatch") => Exit::State,
+        Some("InvalidState" | "Busy" | "VmExists" | "GenerationMismatch" | "Draining") => Exit::State,
         Some("AccessDenied") => Exit::Denied,
         Some("QmpTimeout" | "Timeout") => Exit::TimedOut,
         _ => Exit::Failed,

@@ -84,6 +84,8 @@ struct Shown {
     unit: String,
     log_file: String,
     exit_status: Option<(String, String)>,
+    last_log: Vec<String>,
+    restarts: u32,
     qmp_socket: String,
     qmp_responsive: bool,
     nics: Vec<ShownNic>,
@@ -119,6 +121,8 @@ impl Shown {
             pid: (pid != 0).then_some(pid),
             unit: vm.unit().await?,
             log_file: vm.log_file().await?,
+            last_log: vm.last_log().await?,
+            restarts: vm.n_restarts().await?,
             exit_status: (!exit.0.is_empty()).then_some(exit),
             qmp_socket: vm.qmp_socket().await?,
             qmp_responsive: vm.qmp_responsive().await?,
@@ -149,6 +153,12 @@ impl Shown {
         if let Some((kind, value)) = &self.exit_status {
             row("Last exit", format!("{kind} {value}"));
         }
+        for line in &self.last_log {
+            row("Last log", line.clone());
+        }
+        if self.restarts > 0 {
+            row("Restarts", format!("{} in a row", self.restarts));
+        }
         row("QMP socket", self.qmp_socket.clone());
         if self.pid.is_some() && !self.qmp_responsive {
             row("QMP", "does not answer".to_owned());
@@ -158,6 +168,9 @@ impl Shown {
             ("machine", "Machine"),
             ("cpus", "vCPUs"),
             ("memory", "Memory"),
+            ("restart", "Restart"),
+            ("autostart", "Autostart"),
+            ("limits", "Limits"),
             ("kernel", "Kernel"),
             ("initrd", "Initrd"),
             ("append", "Append"),
@@ -301,7 +314,9 @@ mod tests {
             pid: Some(7),
             unit: "flotilla-vm@web.service".into(),
             log_file: String::new(),
-            exit_status: None,
+            exit_status: Some(("signal".into(), "SIGSEGV".into())),
+            last_log: vec!["it hurts".into()],
+            restarts: 3,
             qmp_socket: "/run/q".into(),
             qmp_responsive: true,
             nics: vec![ShownNic {
@@ -325,6 +340,9 @@ mod tests {
         for line in [
             "State       running",
             "Since       2 min ago",
+            "Last exit   signal SIGSEGV",
+            "Last log    it hurts",
+            "Restarts    3 in a row",
             "vCPUs       2",
             "Kernel      /k",
             "Disk        /d, readonly",
@@ -334,7 +352,7 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }
         assert!(text.contains("version 2; the running process has version 1"));
-        assert!(!text.contains("Log file") && !text.contains("Last exit"));
+        assert!(!text.contains("Log file"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod args;
 mod client;
 mod console;
 mod define;
+mod edit;
 mod failure;
 mod generate;
 mod inspect;
@@ -51,6 +52,7 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
     let done = match cli.verb {
         Verb::Run(args) => return run::run(&client, args).await,
         Verb::Console(args) => return console::console(&client, args).await,
+        Verb::Edit(args) => edit::edit(&client, args).await,
         Verb::Start(args) => power::start(&client, args).await,
         Verb::Stop(args) => power::stop(&client, args).await,
         Verb::Pause(args) => power::pause(&client, args).await,
@@ -60,6 +62,8 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Rm(args) => power::rm(&client, args).await,
         Verb::Logs(args) => logs::logs(&client, args).await,
         Verb::Qmp(args) => inspect::qmp(&client, args).await,
+        Verb::Drain(args) => power::drain(&client, args).await,
+        Verb::Undrain => power::undrain(&client).await,
         Verb::Define(_) | Verb::Generate(_) => Ok(()),
     };
     done.map(|()| 0)

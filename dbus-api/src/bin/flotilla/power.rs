@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use dbus_api::error::Error;
-use dbus_api::proxy::Options;
+use dbus_api::proxy::{JobProxy, Options};
 use zbus::{OwnedObjectPath, Variant};
 
-use crate::args::{NamesArgs, RmArgs, StartArgs, StopArgs};
+use crate::args::{DrainArgs, NamesArgs, RmArgs, StartArgs, StopArgs};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::jobs::Jobs;
@@ -155,6 +155,40 @@ pub(crate) async fn pause(client: &Client, args: NamesArgs) -> Result<(), Failur
 /// `flotilla resume`.
 pub(crate) async fn resume(client: &Client, args: NamesArgs) -> Result<(), Failure> {
     drive_all(client, &args.names, Verb::Resume, true).await
+}
+
+/// `flotilla drain`.
+pub(crate) async fn drain(client: &Client, args: DrainArgs) -> Result<(), Failure> {
+    let mut jobs = Jobs::watch(client).await?;
+    let usec = u64::try_from(args.timeout.as_micros()).unwrap_or(u64::MAX);
+    let options = HashMap::from([("stop", Variant::from(args.stop)), ("timeout_usec", Variant::from(usec))]);
+    let begun = client.manager.drain(options).await.map_err(|error| client.failed(error))?;
+    let mut named = Vec::new();
+    for job in begun {
+        // One that has ended already is known by its path only.
+        let vm = match JobProxy::new(&client.connection, job.clone()).await {
+            Ok(proxy) => proxy.vm().await.unwrap_or_default(),
+            Err(_) => String::new(),
+        };
+        named.push((vm, job));
+    }
+    let mut failures = Vec::new();
+    let verb = Verb::Shutdown { timeout: args.timeout };
+    for (name, outcome) in jobs.wait(client, verb.doing(), named, verb.limit()).await {
+        match outcome {
+            Ok(()) if name.is_empty() => {}
+            Ok(()) => output::print(&format!("{name} {}\n", verb.done()))?,
+            Err(failure) => failures.push(failure),
+        }
+    }
+    output::print("drained: no VM starts on this host until `flotilla undrain`\n")?;
+    report(failures)
+}
+
+/// `flotilla undrain`.
+pub(crate) async fn undrain(client: &Client) -> Result<(), Failure> {
+    client.manager.undrain().await.map_err(|error| client.failed(error))?;
+    output::print("VMs may start on this host again\n")
 }
 
 /// Forgets one VM.

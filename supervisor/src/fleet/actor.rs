@@ -76,7 +76,8 @@ struct Actor {
 pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
     let (requests, request_inbox) = mpsc::channel(INBOX);
     let (internal, internal_inbox) = mpsc::unbounded_channel();
-    let Seed { definition, vm, record, process } = seed;
+    let Seed { definition, mut vm, record, process } = seed;
+    vm.set_policy(definition.spec.restart);
     let name: Arc<str> = definition.name.as_str().into();
     let told = internal.clone();
     let watch: Watch = Arc::new(move |news| {

@@ -363,7 +363,7 @@ impl Vm {
                 }
             }
             Input::LaunchFailed { error, .. } => {
-                if self.state == State::Stopping {
+                if self.state == State::Stopping || self.intent == Intent::Stopped {
                     self.restarts.active = false;
                     self.enter(State::Stopped, "it was stopped before it came up");
                     self.close(Ok(()), out);
@@ -416,8 +416,8 @@ impl Vm {
             }
             Input::StopSeen { .. } => {
                 self.by_guest = false;
+                self.intent = Intent::Stopped;
                 if self.state != State::Stopping {
-                    self.intent = Intent::Stopped;
                     self.stage = Stage::Ending;
                     self.enter(State::Stopping, "its unit is being stopped");
                     out.extend([Effect::Disarm, Effect::Record]);
@@ -518,7 +518,9 @@ impl Vm {
     }
 
     fn gone(&mut self, exit: &Exit, out: &mut Vec<Effect>) {
-        let wanted = self.state == State::Stopping || self.ending.is_some();
+        // An end that somebody asked for may come long after it was given up.
+        let asked = self.intent == Intent::Stopped;
+        let wanted = asked || self.state == State::Stopping || self.ending.is_some();
         let starting = self.state == State::Starting;
         if wanted {
             let why = self.ending.take().unwrap_or_else(|| match self.stage {
@@ -531,8 +533,7 @@ impl Vm {
         } else {
             self.enter(State::Failed, &format!("its process died ({exit})"));
         }
-        let wanted = wanted && !self.by_guest;
-        let again = self.restarts.asked(self.state == State::Failed, wanted);
+        let again = self.restarts.asked(self.state == State::Failed, asked || wanted && !self.by_guest);
         // A start that somebody asked for has somebody who is told of its end.
         let told = starting && matches!(self.job, Some((_, Verb::Start { .. })));
         self.restarts.active = false;

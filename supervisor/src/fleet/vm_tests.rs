@@ -413,6 +413,7 @@ proptest! {
                         | Input::Client { command: Command::Stop | Command::Cont, stage: Sent::Done | Sent::Left, .. }
                 );
                 prop_assert!(asked, "intent changed by {:?}", input);
+                told_to_end = false;
             }
         }
         prop_assert!(open.is_empty(), "a job outlived its process");

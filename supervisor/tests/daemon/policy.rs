@@ -67,8 +67,11 @@ async fn always_means_also_when_the_guest_ends_it() {
     let vm = lab.vm("web").await;
     let first = vm.main_pid().await.unwrap();
     lab.qmp("web").await.tell("x-poweroff").await;
-    lab.settle(async || vm.state().await.unwrap() == "running" && vm.main_pid().await.unwrap() != first)
-        .await;
+    lab.settle(async || {
+        let now = vm.main_pid().await.unwrap();
+        now != 0 && now != first && vm.state().await.unwrap() == "running"
+    })
+    .await;
     lab.qmp("web").await.tell("quit").await;
     lab.until("web", "stopped").await;
     assert_eq!(vm.intent().await.unwrap(), "stopped");

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
+use crate::process::trace;
+
 /// A device that answers guest accesses in one address range.
 ///
 /// `offset` counts from the start of the range. `data` holds 1 to 8 bytes of any width, aligned or not: a device must
@@ -84,14 +86,20 @@ impl Bus {
     pub fn read(&self, addr: u64, data: &mut [u8]) {
         match find(&self.entries.load(), addr, data.len()) {
             Some(e) => e.device.read(addr - e.base, data),
-            None => data.fill(0xff),
+            None => {
+                data.fill(0xff);
+                tracing::trace!(target: trace::BUS_UNCLAIMED, "read of {} bytes at {addr:#x}", data.len());
+            }
         }
     }
 
     /// Writes; dropped where no device is.
     pub fn write(&self, addr: u64, data: &[u8]) {
-        if let Some(e) = find(&self.entries.load(), addr, data.len()) {
-            e.device.write(addr - e.base, data);
+        match find(&self.entries.load(), addr, data.len()) {
+            Some(e) => e.device.write(addr - e.base, data),
+            None => {
+                tracing::trace!(target: trace::BUS_UNCLAIMED, "write of {} bytes at {addr:#x}", data.len());
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::stream::{AtEof, Stream};
 use super::{CharBackend, FrontEnd};
 use crate::event::{EventFlags, LoopHandle, Ops, Token};
+use crate::process::trace;
 
 /// Bytes read at once.
 const CHUNK: usize = 4096;
@@ -137,6 +138,7 @@ impl Port {
         state.broken = false;
         state.posted = false;
         state.announced = false;
+        tracing::trace!(target: trace::CHARDEV_CONNECT, "client {}", state.generation);
         drop(state);
         self.flush(ops);
         self.announce();
@@ -171,6 +173,7 @@ impl Port {
             return self.tell_room(waits);
         };
         let gone = state.stream.take();
+        tracing::trace!(target: trace::CHARDEV_DISCONNECT, "client {}", state.generation);
         let announced = std::mem::take(&mut state.announced);
         // `closed` tells it.
         state.wants_room = false;

@@ -19,8 +19,9 @@ use std::path::PathBuf;
 pub use options::help;
 use options::{Arity, Class, Spec};
 pub(super) use props::number;
+pub use props::split as items;
 
-use super::{InvalidConfig, VmConfig};
+use super::{Drive, InvalidConfig, VmConfig};
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,6 +119,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, Cmdlin
     config.process.disable_seccomp = given.flag("-disable-seccomp");
     config.validate()?;
     Ok(Request::Run(Box::new(config)))
+}
+
+/// What stands after `-drive`, checked as far as it can be without the rest of a command line.
+pub fn drive(text: &str) -> Result<Drive, CmdlineError> {
+    let drive = backends::drive(text)?;
+    super::validate::drive(&drive)?;
+    Ok(drive)
 }
 
 /// The options that were given, with their values still as text.

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    Aio, ChardevKind, Device, DeviceDriver, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
+    Aio, ChardevKind, Device, DeviceDriver, Drive, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
     MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, MachineKind, Monitor, NetBackend, TapSource, VmConfig,
 };
 
@@ -117,27 +117,29 @@ fn memory(config: &VmConfig) -> Result<(), InvalidConfig> {
 
 fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
     unique("drive", config.drives.iter().map(|d| d.id.as_str()))?;
-    for drive in &config.drives {
-        let id = &drive.id;
-        match drive.aio {
-            Some(Aio::Native) if !drive.direct => {
-                return bad(format!(
-                    "drive \"{id}\": aio=native should be used with direct=on: add direct=on, or leave out aio"
-                ));
-            }
-            Some(Aio::Off) if drive.direct => {
-                return bad(format!(
-                    "drive \"{id}\": aio=off with direct=on gives low performance: use aio=native or direct=off"
-                ));
-            }
-            _ => {}
+    config.drives.iter().try_for_each(drive)
+}
+
+pub(super) fn drive(drive: &Drive) -> Result<(), InvalidConfig> {
+    let id = &drive.id;
+    match drive.aio {
+        Some(Aio::Native) if !drive.direct => {
+            return bad(format!(
+                "drive \"{id}\": aio=native should be used with direct=on: add direct=on, or leave out aio"
+            ));
         }
-        if drive.pflash_unit.is_some() {
-            return bad(format!("drive \"{id}\": if=pflash is not supported in this version"));
+        Some(Aio::Off) if drive.direct => {
+            return bad(format!(
+                "drive \"{id}\": aio=off with direct=on gives low performance: use aio=native or direct=off"
+            ));
         }
-        if drive.format == ImageFormat::Raw && !drive.backing.is_empty() {
-            return bad(format!("drive \"{id}\": a raw image has no backing file: add format=qcow2"));
-        }
+        _ => {}
+    }
+    if drive.pflash_unit.is_some() {
+        return bad(format!("drive \"{id}\": if=pflash is not supported in this version"));
+    }
+    if drive.format == ImageFormat::Raw && !drive.backing.is_empty() {
+        return bad(format!("drive \"{id}\": a raw image has no backing file: add format=qcow2"));
     }
     Ok(())
 }

@@ -15,6 +15,8 @@ use std::path::Path;
 
 use serde_json::json;
 
+use crate::process::trace;
+
 use super::{CommandError, Control, Event, Outcome, Refusal, State, reply};
 
 /// Where a migration is.
@@ -55,6 +57,7 @@ impl Status {
     }
 
     fn to(self, next: Self) -> Result<Self, MigrationError> {
+        tracing::trace!(target: trace::MIGRATION_STATE, "{} -> {}", self.name(), next.name());
         match (self, next) {
             (Self::Setup | Self::Completed | Self::Failed, Self::Active)
             | (Self::Active, Self::Completed | Self::Failed) => Ok(next),

@@ -16,8 +16,10 @@ use serde_json::{Value, json};
 use crate::config::{Drive, MachineKind, Netdev, Smp, VmConfig};
 use crate::event::LoopHandle;
 use crate::machine::{
-    BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Machine, NewDevice, Refusal as SlotRefusal,
+    BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Machine, NetDevice, NewDevice,
+    Refusal as SlotRefusal,
 };
+use crate::process::trace;
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
@@ -65,6 +67,8 @@ pub enum Command {
     QueryNamedBlockNodes,
     /// `query-blockstats`.
     QueryBlockstats,
+    /// Network back ends and NICs, for people (`info network`); QMP has no query of its own for them.
+    QueryNetwork,
     /// `query-chardev`.
     QueryChardev,
     /// `query-iothreads`.
@@ -180,6 +184,8 @@ pub trait Vm: Send {
     fn device_left(&mut self, port: &str) -> Option<String>;
     /// Block nodes, those that devices use first.
     fn block_devices(&self) -> Vec<BlockDevice>;
+    /// Network back ends, those that devices use first.
+    fn net_devices(&self) -> Vec<NetDevice>;
     /// Devices by id, with their drivers.
     fn devices(&self) -> Vec<(String, &'static str)>;
     /// Named I/O threads with the host's thread, 0 while there is none.
@@ -223,6 +229,9 @@ impl Vm for Machine {
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Self::block_devices(self)
+    }
+    fn net_devices(&self) -> Vec<NetDevice> {
+        Self::net_devices(self)
     }
     fn devices(&self) -> Vec<(String, &'static str)> {
         Self::devices(self)
@@ -330,6 +339,7 @@ impl Control {
             Command::Balloon(bytes) => {
                 return match self.vm.as_deref_mut() {
                     Some(vm) if vm.balloon().is_some() => {
+                        tracing::trace!(target: trace::BALLOON_TARGET, "{bytes} bytes");
                         vm.set_balloon(bytes);
                         reply(json!({}))
                     }
@@ -347,6 +357,10 @@ impl Control {
             Command::QueryBlock => return reply(query::block(&self.block_devices())),
             Command::QueryNamedBlockNodes => return reply(query::named_block_nodes(&self.block_devices())),
             Command::QueryBlockstats => return reply(query::blockstats(&self.block_devices())),
+            Command::QueryNetwork => {
+                let devices = self.vm.as_ref().map_or_else(Vec::new, |vm| vm.net_devices());
+                return reply(query::network(&devices));
+            }
             Command::QueryChardev => return reply(query::chardevs(&self.terminals)),
             Command::QueryIothreads => {
                 let threads = self.vm.as_ref().map_or_else(Vec::new, |vm| vm.iothreads());
@@ -456,12 +470,14 @@ impl Control {
                 return (outcomes, Some(error));
             }
         }
+        tracing::trace!(target: trace::VM_STATE, "{input:?}: {:?} -> {:?}", self.state, step.next);
         self.state = step.next;
         (outcomes, None)
     }
 
     /// `event` follows success, before the answer.
     fn hotplug(&mut self, request: Hotplug, event: Option<Event>) -> Vec<Outcome> {
+        tracing::trace!(target: trace::HOTPLUG_REQUEST, "{request:?}");
         let done = match self.vm.as_deref_mut() {
             Some(vm) if self.state != State::Shutdown => vm.hotplug(request).map_err(CommandError::from),
             _ => Err(Refusal::Ended.into()),

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::Terminal;
-use crate::config::{DetectZeroes, Drive, ImageFormat};
-use crate::machine::BlockDevice;
+use crate::config::{DetectZeroes, Drive, ImageFormat, NetBackend, TapSource};
+use crate::machine::{BlockDevice, NetDevice};
 
 fn node(drive: &Drive) -> Value {
     let file = drive.file.to_string_lossy();
@@ -68,6 +68,31 @@ pub(super) fn blockstats(devices: &[BlockDevice]) -> Value {
                 "flush_operations": b.stats.flush_ops,
             },
         }))
+    });
+    shown.collect()
+}
+
+/// Network back ends, each with the NIC on it.
+pub(super) fn network(devices: &[NetDevice]) -> Value {
+    let shown = devices.iter().map(|NetDevice { device, netdev }| {
+        let mut entry = match &netdev.backend {
+            NetBackend::Tap { source, queues, vhost, .. } => {
+                let ifname = match source {
+                    TapSource::Name(name) => json!(name),
+                    TapSource::Fds(_) => Value::Null,
+                };
+                json!({ "type": "tap", "ifname": ifname, "queues": queues, "vhost": vhost })
+            }
+            NetBackend::VhostUser { chardev, queues } => {
+                json!({ "type": "vhost-user", "chardev": chardev, "queues": queues })
+            }
+        };
+        entry["id"] = json!(netdev.id);
+        if let Some((id, driver, mac)) = device {
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            entry["nic"] = json!({ "id": id, "driver": driver, "mac": mac });
+        }
+        entry
     });
     shown.collect()
 }

@@ -40,6 +40,9 @@ impl Vm for FakeVm {
     fn block_devices(&self) -> Vec<BlockDevice> {
         Vec::new()
     }
+    fn net_devices(&self) -> Vec<NetDevice> {
+        Vec::new()
+    }
     fn devices(&self) -> Vec<(String, &'static str)> {
         Vec::new()
     }

@@ -47,7 +47,7 @@ pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
 pub use q35::PlugError;
 use q35::Q35;
-pub use replaceable::{BlockDevice, Hotplug, HotplugError};
+pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice};
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -308,6 +308,15 @@ impl Machine {
             Board::None => Vec::new(),
             Board::Microvm(board) => board.replaceable.block_devices(),
             Board::Q35(board) => board.block_devices(),
+        }
+    }
+
+    /// Network back ends: those that devices use first, in order of their slots.
+    pub fn net_devices(&self) -> Vec<NetDevice> {
+        match &self.board {
+            Board::None => Vec::new(),
+            Board::Microvm(board) => board.replaceable.net_devices(),
+            Board::Q35(board) => board.net_devices(),
         }
     }
 

@@ -84,6 +84,15 @@ pub struct BlockDevice {
     pub stats: blk::Stats,
 }
 
+/// One network back end, as queries show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetDevice {
+    /// Name, driver and address of the device; none for a back end that no device uses.
+    pub device: Option<(String, &'static str, [u8; 6])>,
+    /// The back end.
+    pub netdev: Netdev,
+}
+
 /// The slots and what is or may come into them.
 pub(super) struct Replaceable {
     table: Table,
@@ -256,6 +265,24 @@ impl Replaceable {
     /// All devices of the machine with their drivers.
     pub(super) fn devices(&self) -> Vec<(String, &'static str)> {
         self.table.devices()
+    }
+
+    /// Network back ends: those in slots first, in their order.
+    pub(super) fn net_devices(&self) -> Vec<NetDevice> {
+        let nets = &self.table.nets;
+        let mut list = Vec::new();
+        for (slot, device, name) in nets.plugged() {
+            if let (Some(netdev), Some(port)) = (nets.config(name), self.ports.nets.get(slot)) {
+                let device = Some((device.to_owned(), "virtio-net-device", port.mac()));
+                list.push(NetDevice { device, netdev: netdev.clone() });
+            }
+        }
+        for (name, netdev) in nets.live() {
+            if !nets.plugged().any(|(_, _, used)| used == name) {
+                list.push(NetDevice { device: None, netdev: netdev.clone() });
+            }
+        }
+        list
     }
 
     /// Block nodes: those in slots first, in their order.

@@ -19,7 +19,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-use super::ProcessError;
+use super::{ProcessError, trace};
 use crate::sandbox;
 
 /// A file that reaches this size is put aside.
@@ -62,6 +62,9 @@ pub fn init(path: Option<&Path>) -> Result<(), ProcessError> {
     let level = parsed.flatten().unwrap_or(LevelFilter::INFO);
     let log = Log { level, target: Mutex::new(target) };
     tracing::subscriber::set_global_default(log).map_err(|_| ProcessError::LogTwice)?;
+    if level == LevelFilter::TRACE {
+        trace::switch("*", true);
+    }
     if parsed == Some(None) {
         tracing::warn!("unknown log level {asked:?}: use error, warn, info, debug or trace");
     }
@@ -180,11 +183,11 @@ impl Visit for Text {
 
 impl Subscriber for Log {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() <= self.level
+        trace::is_on(metadata.target()).unwrap_or(*metadata.level() <= self.level)
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(self.level)
+        Some(if trace::any() { LevelFilter::TRACE } else { self.level })
     }
 
     // Spans are not in use here: one VM per process needs no context.
@@ -203,8 +206,10 @@ impl Subscriber for Log {
         let (year, month, day) = date(seconds / SECONDS_PER_DAY);
         let of_day = seconds % SECONDS_PER_DAY;
         let metadata = event.metadata();
+        let point = trace::is_on(metadata.target()).map_or("", |_| metadata.target());
+        let blank = if point.is_empty() { "" } else { " " };
         let line = format!(
-            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{nanos:09}: [{}][{}][{}:{}]:{}: {}{}\n",
+            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{nanos:09}: [{}][{}][{}:{}]:{}: {point}{blank}{}{}\n",
             of_day / 3600,
             of_day / 60 % 60,
             of_day % 60,
@@ -264,9 +269,18 @@ mod tests {
         tracing::subscriber::with_default(log, || {
             tracing::info!(answer = 42, "two\nlines");
             tracing::debug!("not this");
+            let point = || tracing::trace!(target: trace::QMP_REPLY, "done");
+            point();
+            assert_eq!(trace::switch(trace::QMP_REPLY, true), 1);
+            point();
+            assert_eq!(trace::state(trace::QMP_REPLY), [(trace::QMP_REPLY, true)]);
+            trace::switch(trace::QMP_REPLY, false);
+            point();
         });
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 1, "{text}");
-        assert!(text.ends_with("]:INFO: two lines answer=42\n"), "{text}");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(lines[0].ends_with("]:INFO: two lines answer=42"), "{text}");
+        assert!(lines[1].ends_with("]:TRACE: qmp_reply done"), "{text}");
     }
 }

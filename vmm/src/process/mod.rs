@@ -1,10 +1,11 @@
-//! How this process presents itself to the host: owns the log, going to the background, the pid file, and termination signals.
+//! How this process presents itself to the host: owns the log and its trace points, going to the background, the pid file, and termination signals.
 //!
-//! Called by `main` only. Everything here happens before the first thread starts.
+//! Called by `main` only, before the first thread starts; all but `trace`, which every room above names its points from.
 
 pub mod daemon;
 pub mod log;
 pub mod signals;
+pub mod trace;
 
 use std::io;
 use std::path::PathBuf;

@@ -19,7 +19,7 @@ pub(super) fn machines() -> Value {
             "numa-mem-supported": false,
         })
     };
-    json!([machine("none"), machine("microvm")])
+    json!([machine("none"), machine("microvm"), machine("q35")])
 }
 
 /// `query-version`.

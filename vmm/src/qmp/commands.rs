@@ -6,17 +6,20 @@
 use serde_json::{Value, json};
 
 use super::answers;
-use super::arguments::Kind::{Any, Bool, Int, List, Object, Text};
+use super::arguments::Kind::{Any, Bool, Int, List, Object, Text, Word};
 use super::arguments::{Arguments, Get, Kind, Member, check, may, must, quote};
 use super::descriptors::{Descriptors, NoName};
 use super::message::{Class, QmpError, Request};
-use super::{plug, schema};
+use super::{human, plug, schema};
 use crate::control::Command;
+use crate::process::trace;
 
 /// Who answers a command.
 pub(super) enum Action {
     /// The owner of the VM's life.
     Control(Command),
+    /// The same, and its answer's value is to become text.
+    Text(Command, fn(&Value) -> String),
     /// Nobody needs to be asked.
     Answer(Value),
 }
@@ -137,6 +140,9 @@ const IOTHREADS: Kind = List(&Object(&[
     must("thread-id", Int),
 ]));
 const PROPERTIES: Kind = List(&Object(&[must("name", Text), must("type", Text)]));
+const TRACE_EVENTS: Kind =
+    List(&Object(&[must("name", Text), must("state", Word(&["disabled", "enabled"])), must("vcpu", Bool)]));
+const TRACE_POINTS: Kind = List(&Object(&[must("name", Text), must("state", Bool)]));
 const VERSION: Kind = Object(&[
     must("package", Text),
     must("qemu", Object(&[must("major", Int), must("micro", Int), must("minor", Int)])),
@@ -163,6 +169,12 @@ pub(super) const COMMANDS: &[Spec] = &[
         Ok(Action::Control(Command::DeviceDel(plug::name(a, "id")?)))
     }),
     command("getfd", &[must("fdname", Text)], NOTHING, getfd),
+    command(
+        "human-monitor-command",
+        &[must("command-line", Text), may("cpu-index", Int)],
+        Text,
+        human::carry_out,
+    ),
     command(
         "migrate",
         &[must("uri", Text), may("blk", Any), may("inc", Any), may("detach", Any)],
@@ -229,7 +241,41 @@ pub(super) const COMMANDS: &[Spec] = &[
     control!("stop", Stop, NOTHING),
     control!("system_powerdown", SystemPowerdown, NOTHING),
     control!("system_reset", SystemReset, NOTHING),
+    command("trace-event-get-state", &[must("name", Text), may("vcpu", Int)], TRACE_EVENTS, |a, _| {
+        let state = |on| if on { "enabled" } else { "disabled" };
+        let points = points(a)?.into_iter();
+        Ok(Action::Answer(
+            points.map(|(name, on)| json!({ "name": name, "state": state(on), "vcpu": false })).collect(),
+        ))
+    }),
+    command(
+        "trace-event-set-state",
+        &[must("name", Text), must("enable", Bool), may("ignore-unavailable", Bool), may("vcpu", Int)],
+        NOTHING,
+        switch,
+    ),
+    command("trace-get-state", &[must("name", Text)], TRACE_POINTS, |a, _| {
+        let points = points(a)?.into_iter();
+        Ok(Action::Answer(points.map(|(name, on)| json!({ "name": name, "state": on })).collect()))
+    }),
+    command("trace-set-state", &[must("name", Text), must("enable", Bool)], NOTHING, switch),
 ];
+
+/// The trace points that a request names: at least one, unless it names a pattern.
+fn points(arguments: &Arguments) -> Result<Vec<(&'static str, bool)>, QmpError> {
+    let name = arguments.text("name").unwrap_or_default();
+    let points = trace::state(&name);
+    if points.is_empty() && !name.contains(['*', '?']) {
+        return Err(QmpError::generic(format!("trace event '{}' not found", quote(&name))));
+    }
+    Ok(points)
+}
+
+fn switch(arguments: &Arguments, _: &Descriptors) -> Outcome {
+    points(arguments)?;
+    trace::switch(&arguments.text("name").unwrap_or_default(), arguments.boolean("enable").unwrap_or(false));
+    Ok(Action::Answer(json!({})))
+}
 
 /// No capability is offered, so none can be enabled; a client need not negotiate at all.
 fn capabilities(arguments: &Arguments, _: &Descriptors) -> Outcome {
@@ -263,7 +309,11 @@ fn getfd(arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
 
 /// Finds the command of a request and checks its arguments.
 pub(super) fn resolve(request: &Request, descriptors: &Descriptors) -> Outcome {
-    let Request { command, arguments, .. } = request;
+    resolve_named(&request.command, &request.arguments, descriptors)
+}
+
+/// The same, for a command by name.
+pub(super) fn resolve_named(command: &str, arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
     let Some(spec) = COMMANDS.iter().find(|spec| spec.name == command) else {
         // Control characters and endless names do not go back into a client's log as they came.
         let desc = format!("The command {} has not been found", quote(command));

@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use crate::control::Event;
+use crate::process::trace;
 
 /// QMP's error classes, as far as they are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +80,7 @@ pub(super) fn parse(text: &[u8]) -> Result<Request, (Option<Value>, QmpError)> {
 
 /// Appends an answer to `out`.
 pub(super) fn encode_reply(out: &mut String, reply: Result<&Value, &QmpError>, id: Option<&Value>) {
+    tracing::trace!(target: trace::QMP_REPLY, "{reply:?}");
     match reply {
         Ok(value) => out.push_str(&format!("{{\"return\":{value}")),
         Err(QmpError { class, desc }) => {

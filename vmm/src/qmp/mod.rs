@@ -1,7 +1,7 @@
 //! QMP: owns the conversation with management clients. Text comes in, [`crate::control::Command`]s go down; it knows no device.
 //!
 //! Runs on the main loop's thread. `syntax` and `codec` find the requests in the stream, `message` gives them their shape,
-//! `commands` says what they mean (with `arguments`, `plug`, `answers`, `descriptors` and `schema` to help). Each monitor is a front end on a character device, which brings one client at a time, the next
+//! `commands` says what they mean (with `arguments`, `plug`, `answers`, `descriptors` and `schema` to help, and `human` for lines that people type). Each monitor is a front end on a character device, which brings one client at a time, the next
 //! one queued, and the rule that a client that does not read is dropped.
 
 mod answers;
@@ -11,6 +11,7 @@ mod commands;
 mod descriptors;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod human;
 mod message;
 mod plug;
 mod schema;
@@ -30,6 +31,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::chardev::{CharBackend, FrontEnd};
 use crate::control::{CommandError, Control, Event, Input, Outcome};
 use crate::event::{EventFlags, Ops, Token};
+use crate::process::trace;
 
 use codec::{Codec, Frame};
 use commands::{Action, resolve};
@@ -96,6 +98,7 @@ impl Qmp {
 
     /// The guest has so much memory now. Told at most once a second; the last number always.
     pub fn balloon_changed(self: &Arc<Self>, actual: u64, ops: &mut Ops<'_>) {
+        tracing::trace!(target: trace::BALLOON_ACTUAL, "{actual} bytes");
         let verdict = lock(&self.balloon).offer(Instant::now(), actual);
         match verdict {
             Verdict::Now => self.tell_balloon(actual),
@@ -140,6 +143,7 @@ impl Qmp {
     fn tell(&self, event: &Event, but: Option<&Session>) {
         let mut line = String::new();
         encode_event(&mut line, event, SystemTime::now());
+        tracing::trace!(target: trace::QMP_EVENT, "{}", line.trim_end());
         for session in lock(&self.sessions).iter() {
             if session.connected.load(Ordering::Relaxed)
                 && but.is_none_or(|s| !std::ptr::eq(s, &raw const **session))
@@ -156,15 +160,20 @@ impl Qmp {
             Err((id, error)) => return encode_reply(out, Err(&error), id.as_ref()),
         };
         let id: Option<&Value> = request.id.as_ref();
-        let command = match resolve(&request, &from.descriptors) {
+        tracing::trace!(target: trace::QMP_REQUEST, "{} {:?}", request.command, request.arguments);
+        let (command, render) = match resolve(&request, &from.descriptors) {
             Ok(Action::Answer(value)) => return encode_reply(out, Ok(&value), id),
-            Ok(Action::Control(command)) => command,
+            Ok(Action::Control(command)) => (command, None),
+            Ok(Action::Text(command, render)) => (command, Some(render)),
             Err(error) => return encode_reply(out, Err(&error), id),
         };
         let outcomes = self.control().execute(command);
         for outcome in outcomes {
             match outcome {
-                Outcome::Reply(Ok(value)) => encode_reply(out, Ok(&value), id),
+                Outcome::Reply(Ok(value)) => {
+                    let value = render.map_or(value.clone(), |render| render(&value).into());
+                    encode_reply(out, Ok(&value), id);
+                }
                 Outcome::Reply(Err(error)) => {
                     encode_reply(out, Err(&explain(&error)), id);
                 }

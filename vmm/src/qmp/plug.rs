@@ -125,12 +125,18 @@ fn bad(text: impl Into<String>) -> QmpError {
 /// A name of 1 to 255 bytes without control characters: it goes into logs and answers.
 pub(super) fn name(arguments: &Arguments, member: &str) -> Result<String, QmpError> {
     let text = arguments.text(member).unwrap_or_default();
+    check_name(member, &text)?;
+    Ok(text)
+}
+
+/// The same, for a name that came otherwise.
+pub(super) fn check_name(member: &str, text: &str) -> Result<(), QmpError> {
     if text.is_empty() || text.len() > ID_MAX || text.chars().any(char::is_control) {
         return Err(bad(format!(
             "argument '{member}' must have 1 to {ID_MAX} bytes and no control characters"
         )));
     }
-    Ok(text)
+    Ok(())
 }
 
 fn filename(arguments: &Arguments) -> Result<String, QmpError> {

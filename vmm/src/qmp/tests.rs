@@ -13,7 +13,9 @@ use crate::config::{ChardevKind, Drive, VmConfig};
 use crate::config::{NetBackend, TapSource};
 use crate::control::{BoxError, End, Vm};
 use crate::event::EventLoop;
-use crate::machine::{BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Refusal};
+use crate::machine::{BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, NetDevice, Refusal};
+
+mod human;
 
 /// What the machine was asked for, in words; descriptors by what can be read from them.
 type Asked = Arc<Mutex<Vec<String>>>;
@@ -76,6 +78,9 @@ impl Vm for FakeVm {
         None
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
+        Vec::new()
+    }
+    fn net_devices(&self) -> Vec<NetDevice> {
         Vec::new()
     }
     fn devices(&self) -> Vec<(String, &'static str)> {

@@ -15,6 +15,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, Doorbell, F_VERSION_1, Interrupt, VirtioDevice, complain,
 };
 use crate::memory::GuestMemory;
+use crate::process::trace;
 
 /// What a transport lends for the time of one register access.
 pub(super) struct Link<'a> {
@@ -161,6 +162,7 @@ impl Registers {
         let offered = self.device.features();
         let fine = self.driver_features & !offered == 0 && self.driver_features & F_VERSION_1 != 0;
         let (next, effect) = self.status.write(value, fine);
+        tracing::trace!(target: trace::VIRTIO_STATUS, "type {}: {value:#x} -> {:#x}, {effect:?}", self.device.device_type(), next.bits());
         self.status = next;
         match effect {
             Effect::None => {}

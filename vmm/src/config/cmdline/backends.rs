@@ -55,7 +55,7 @@ pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), Cmdli
     Ok(())
 }
 
-fn drive(text: &str) -> Result<Drive, CmdlineError> {
+pub(super) fn drive(text: &str) -> Result<Drive, CmdlineError> {
     let mut props = Props::parse("-drive", text, None)?;
     let interface = props.text("if")?.unwrap_or_else(|| "none".to_owned());
     match interface.as_str() {

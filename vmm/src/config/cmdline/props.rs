@@ -20,7 +20,7 @@ pub(super) struct Props {
 }
 
 /// Splits at commas; two commas stand for one inside a value, so that any path can be written.
-fn split(text: &str) -> Vec<String> {
+pub fn split(text: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {

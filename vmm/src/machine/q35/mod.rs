@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_ioctls::VmFd;
 
 use super::others::Others;
-use super::replaceable::BlockDevice;
+use super::replaceable::{BlockDevice, NetDevice};
 use super::slots::Workers;
 use super::{CpuInfo, Environment, GuestEvent, MachineError, guest};
 use crate::boot::{self, BootFiles, Hardware, Pcie, Platform, SerialPort};
@@ -197,6 +197,11 @@ impl Q35 {
     /// Block nodes: those that devices use first.
     pub(in crate::machine) fn block_devices(&self) -> Vec<BlockDevice> {
         self.shelves.block_devices(&self.seats)
+    }
+
+    /// Network back ends: those that devices use first.
+    pub(in crate::machine) fn net_devices(&self) -> Vec<NetDevice> {
+        self.shelves.net_devices(&self.seats)
     }
 
     pub(in crate::machine) fn iothreads(&self) -> Vec<(String, i32)> {

@@ -19,7 +19,7 @@ use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::inherit::Inherited;
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
 use crate::machine::replaceable::{
-    BlockDevice, Hotplug, HotplugError, forget_descriptors, is_spent, open_netdev,
+    BlockDevice, Hotplug, HotplugError, NetDevice, forget_descriptors, is_spent, open_netdev,
 };
 use crate::net::{self, Backend};
 use crate::pci::Pending;
@@ -198,6 +198,20 @@ impl Shelves {
             drive: named.config.clone(),
             stats: blk::Stats::default(),
         });
+        used.chain(idle).collect()
+    }
+}
+
+impl Shelves {
+    /// Network back ends: those that devices use first.
+    pub(super) fn net_devices(&self, seats: &[Seat]) -> Vec<NetDevice> {
+        let used = seats.iter().filter_map(|seat| {
+            let End::Nic(name, port) = &seat.end else { return None };
+            let netdev = self.nets.find(name)?.config.clone();
+            Some(NetDevice { device: Some((seat.id.clone(), seat.driver, port.mac())), netdev })
+        });
+        let idle = self.nets.0.iter().filter(|(_, named)| named.user.is_none());
+        let idle = idle.map(|(_, named)| NetDevice { device: None, netdev: named.config.clone() });
         used.chain(idle).collect()
     }
 }

@@ -21,13 +21,13 @@ use std::time::Duration;
 
 use vmm::chardev::{self, CharBackend, ChardevError, Traffic};
 use vmm::config::cmdline::{self, Request};
-use vmm::config::{ChardevKind, Device, DeviceDriver, Monitor, VmConfig};
+use vmm::config::{ChardevKind, Device, DeviceDriver, Monitor, Trace, VmConfig};
 use vmm::control::{Control, End, Input, Terminal};
 use vmm::event::{EventLoop, LoopHandle, Ops};
 use vmm::inherit::Inherited;
 use vmm::machine::{Environment, GuestEvent, Machine};
 use vmm::process::daemon::{self, PidFile, Side};
-use vmm::process::{self, log, signals};
+use vmm::process::{self, log, signals, trace};
 use vmm::qmp::Qmp;
 use vmm::sandbox::{self, Needs};
 use vmm::virtio::balloon;
@@ -142,6 +142,11 @@ impl Running {
     /// Builds everything; an error leaves nothing behind. What needs only names (pid file, sockets) comes before what costs time.
     fn set_up(config: &VmConfig) -> Result<Self, BoxError> {
         log::init(config.process.log_file.as_deref())?;
+        match &config.process.trace {
+            None => {}
+            Some(Trace::All) => _ = trace::switch("*", true),
+            Some(Trace::File(path)) => trace::switch_on_those_in(path)?,
+        }
         // Before anything else opens a descriptor: a number named there by mistake must not hit one of ours.
         let inherited = Arc::new(Inherited::from_env()?);
         let pid_file = config.process.pidfile.as_deref().map(PidFile::create).transpose()?;
@@ -267,7 +272,7 @@ fn happened(hub: &OnceLock<Weak<Qmp>>, input: &Input) {
 fn needs(config: &VmConfig) -> Needs {
     let sockets =
         config.chardevs.iter().map(|c| &c.kind).chain(&config.serial).filter_map(|kind| match kind {
-            ChardevKind::UnixSocket { path, .. } => Some(path),
+            ChardevKind::UnixSocket { path, server: true, .. } => Some(path),
             _ => None,
         });
     let monitors = config.monitors.iter().filter_map(|monitor| match monitor {

@@ -69,6 +69,9 @@ pub enum ChardevError {
     /// Somebody else's server listens there.
     #[error("socket {0}: a running process listens there already: stop it or choose another path")]
     InUse(PathBuf),
+    /// Nobody listens where this process is to connect to.
+    #[error("socket {0}: {1}: start its server first, or add server,nowait to be the server")]
+    NoServer(String, io::Error),
     /// Something that is no socket has that name.
     #[error("socket {0}: the path exists and is not a socket: remove it or choose another path")]
     NotASocket(PathBuf),
@@ -139,8 +142,10 @@ pub fn open(
             port.connect(Stream::output_only(file), ops);
             Ok(port)
         }
-        ChardevKind::UnixSocket { path, .. } => socket::listen_unix(path, policy, ops),
-        ChardevKind::TcpSocket { addr, .. } => socket::listen_tcp(*addr, policy, ops),
+        ChardevKind::UnixSocket { path, server: true, .. } => socket::listen_unix(path, policy, ops),
+        ChardevKind::UnixSocket { path, .. } => socket::connect_unix(path, policy, ops),
+        ChardevKind::TcpSocket { addr, server: true, .. } => socket::listen_tcp(*addr, policy, ops),
+        ChardevKind::TcpSocket { addr, .. } => socket::connect_tcp(*addr, policy, ops),
         ChardevKind::Log => Ok(Arc::new(sink::Log::default())),
         ChardevKind::Ref(id) => Err(ChardevError::NotOpenable(id.clone())),
     }

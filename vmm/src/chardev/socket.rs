@@ -1,14 +1,17 @@
-//! Server sockets: owns listening, the socket file, and the rule that one client is served at a time while the next one queues.
+//! Sockets. Servers: owns listening, the socket file, and the rule that one client is served at a time while the next one queues.
+//! Clients: owns connecting, which happens once and before the sandbox closes; a server that goes away is not looked for again.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::port::{Policy, Port};
 use super::stream::Stream;
@@ -17,6 +20,8 @@ use crate::event::{EventFlags, Ops, Token};
 
 /// Longest path that fits into a `sockaddr_un` with its final zero.
 const PATH_MAX: usize = 107;
+/// How long a server on TCP may take to answer while the VM waits to start.
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// A socket file of ours; removed when dropped, unless somebody has put another one in its place.
 struct SocketFile {
@@ -111,6 +116,47 @@ pub(super) fn listen_tcp(
     let listener = TcpListener::bind(addr).map_err(host)?;
     listener.set_nonblocking(true).map_err(host)?;
     listen(Socket::Tcp(listener), policy, ops).map_err(host)
+}
+
+/// Connects to a unix socket.
+pub(super) fn connect_unix(
+    path: &Path,
+    policy: Policy,
+    ops: &mut Ops<'_>,
+) -> Result<Arc<dyn CharBackend>, ChardevError> {
+    let no_server = |e: rustix::io::Errno| ChardevError::NoServer(path.display().to_string(), e.into());
+    let addr = SocketAddrUnix::new(path).map_err(|_| ChardevError::TooLong(path.to_owned()))?;
+    // Never blocks: a server whose queue is full is an error, not a VM that does not start.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(no_server)?;
+    rustix::net::connect(&socket, &addr).map_err(no_server)?;
+    let stream = Stream::socket(socket, true);
+    Ok(connected(stream.map_err(|e| ChardevError::NoServer(path.display().to_string(), e))?, policy, ops))
+}
+
+/// Connects to a TCP port.
+pub(super) fn connect_tcp(
+    addr: SocketAddr,
+    policy: Policy,
+    ops: &mut Ops<'_>,
+) -> Result<Arc<dyn CharBackend>, ChardevError> {
+    let connect = || {
+        let socket = TcpStream::connect_timeout(&addr, CONNECT)?;
+        socket.set_nodelay(true)?;
+        socket.set_nonblocking(true)?;
+        Stream::socket(socket.into(), false)
+    };
+    let stream = connect().map_err(|e| ChardevError::NoServer(addr.to_string(), e))?;
+    Ok(connected(stream, policy, ops))
+}
+
+fn connected(stream: Stream, policy: Policy, ops: &mut Ops<'_>) -> Arc<dyn CharBackend> {
+    let port = Port::new(ops.handle(), policy);
+    // Nobody comes after this one.
+    port.reopen_with(|_| {});
+    port.connect(stream, ops);
+    port
 }
 
 struct Server {

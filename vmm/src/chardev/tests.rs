@@ -262,3 +262,45 @@ fn input_that_cannot_be_watched_is_read_to_its_end() {
     port.front_end_ready();
     run_until(&mut event_loop, || front.got().len() == 100_000);
 }
+
+#[test]
+fn connects_once_as_a_client() {
+    use std::os::unix::net::UnixListener;
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let kind = ChardevKind::UnixSocket { path: path.clone(), server: false, nowait: false };
+    let mut event_loop = EventLoop::new().unwrap();
+    let error = open(&kind, Traffic::Line, &mut event_loop.ops()).err().unwrap().to_string();
+    assert!(error.contains("start its server first"), "{error}");
+    let listener = UnixListener::bind(&path).unwrap();
+    let backend = open(&kind, Traffic::Line, &mut event_loop.ops()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.set_nonblocking(true).unwrap();
+    let front = Front::new(100);
+    backend.attach(Arc::<Front>::clone(&front));
+    server.write_all(b"in").unwrap();
+    backend.write(b"out");
+    let mut text = vec![];
+    run_until(&mut event_loop, || {
+        read_into(&mut server, &mut text) && text.len() == 3 && front.got() == b"in"
+    });
+    drop(server);
+    run_until(&mut event_loop, || front.closed.load(Ordering::SeqCst) == 1);
+    // Nobody is there, and nobody comes.
+    backend.write(b"lost");
+    assert_eq!((front.opened.load(Ordering::SeqCst), backend.room()), (1, usize::MAX));
+    drop((backend, event_loop));
+    assert!(path.exists(), "the file is the server's");
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut event_loop = EventLoop::new().unwrap();
+    let kind = ChardevKind::TcpSocket { addr, server: false, nowait: false };
+    let backend = open(&kind, Traffic::Messages, &mut event_loop.ops()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    let front = Front::new(100);
+    backend.attach(Arc::<Front>::clone(&front));
+    server.write_all(b"tcp").unwrap();
+    run_until(&mut event_loop, || front.got() == b"tcp");
+}

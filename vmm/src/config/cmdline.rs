@@ -117,6 +117,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, Cmdlin
     config.process.pidfile = given.path("-pidfile")?;
     config.process.log_file = given.path("-D")?;
     config.process.disable_seccomp = given.flag("-disable-seccomp");
+    config.process.trace = given.one("-trace").map(|text| backends::trace(&text)).transpose()?;
     config.validate()?;
     Ok(Request::Run(Box::new(config)))
 }

@@ -583,4 +583,15 @@ pub struct ProcessConfig {
     pub log_file: Option<PathBuf>,
     /// `-disable-seccomp`.
     pub disable_seccomp: bool,
+    /// `-trace`: trace points that are on from the start.
+    pub trace: Option<Trace>,
+}
+
+/// `-trace`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trace {
+    /// `type=all` or `type=events`: every point.
+    All,
+    /// `file=`: the points that this file names.
+    File(PathBuf),
 }

@@ -228,15 +228,8 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
         return bad("stdio can be used by one chardev or serial port only");
     }
     for kind in all() {
-        if let ChardevKind::UnixSocket { server: false, .. } | ChardevKind::TcpSocket { server: false, .. } =
-            kind
-        {
-            return bad(
-                "socket chardev: connecting as a client is not supported in this version: add server,nowait",
-            );
-        }
-        if let ChardevKind::UnixSocket { nowait: false, .. } | ChardevKind::TcpSocket { nowait: false, .. } =
-            kind
+        if let ChardevKind::UnixSocket { server: true, nowait: false, .. }
+        | ChardevKind::TcpSocket { server: true, nowait: false, .. } = kind
         {
             return bad(
                 "socket chardev: waiting for the first client is not supported in this version: add nowait",
@@ -245,7 +238,7 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     }
     let mut paths: Vec<_> = all()
         .filter_map(|kind| match kind {
-            ChardevKind::UnixSocket { path, .. } => Some(path),
+            ChardevKind::UnixSocket { path, server: true, .. } => Some(path),
             _ => None,
         })
         .collect();

@@ -51,6 +51,22 @@ pub enum ProcessError {
         /// Why not.
         source: io::Error,
     },
+    /// The file of trace points.
+    #[error("-trace: {path}: {source}")]
+    TraceFile {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A name in it.
+    #[error("-trace: {path}: there is no trace point \"{name}\"; trace-get-state with name * lists them")]
+    NoTracePoint {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        name: String,
+    },
     /// The log was set up before.
     #[error("the log is set up already")]
     LogTwice,

@@ -4,7 +4,15 @@
 //! changes; a client switches them while the VM runs (`trace-set-state`), and their lines go to the log whatever its level is.
 //! Names are constants, so that a point with a name that is not in [`POINTS`] fails a test and not an investigation.
 
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::ProcessError;
+
+/// Longest file of names that is read, in bytes.
+const FILE_MAX: u64 = 64 << 10;
 
 /// A guest reads or writes an address where nothing is.
 pub const BUS_UNCLAIMED: &str = "bus_unclaimed";
@@ -81,6 +89,22 @@ pub fn switch(pattern: &str, on: bool) -> usize {
     bits.count_ones() as usize
 }
 
+/// Switches on the points that a file names, one name or pattern on a line; empty lines and those that begin with `#` say nothing.
+pub fn switch_on_those_in(path: &Path) -> Result<(), ProcessError> {
+    let error = |source| ProcessError::TraceFile { path: path.to_owned(), source };
+    let mut text = String::new();
+    File::open(path).and_then(|file| file.take(FILE_MAX).read_to_string(&mut text)).map_err(error)?;
+    for name in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        if switch(name, true) == 0 {
+            return Err(ProcessError::NoTracePoint {
+                path: path.to_owned(),
+                name: name.escape_debug().to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Goes back to the last `*` when what follows does not fit: at most text times pattern steps.
 fn fits(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
@@ -137,5 +161,19 @@ mod tests {
         assert!(state("no such point").is_empty());
         assert_eq!(state("chardev_*").len(), 2);
         assert_eq!(switch("no such point", true), 0);
+    }
+
+    #[test]
+    fn a_file_names_points() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("points");
+        std::fs::write(&path, "# these\n\n  migration_stat?\n").unwrap();
+        switch_on_those_in(&path).unwrap();
+        assert_eq!(state(MIGRATION_STATE), [(MIGRATION_STATE, true)]);
+        switch(MIGRATION_STATE, false);
+        std::fs::write(&path, "nope\n").unwrap();
+        let error = switch_on_those_in(&path).unwrap_err().to_string();
+        assert!(error.contains("there is no trace point \"nope\""), "{error}");
+        assert!(switch_on_those_in(&dir.path().join("none")).is_err());
     }
 }

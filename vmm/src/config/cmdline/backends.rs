@@ -8,7 +8,7 @@ use super::props::{Props, path_value, size};
 use super::{CmdlineError, Given};
 use crate::config::{
     Aio, BackingImage, Chardev, ChardevKind, DetectZeroes, Drive, ImageFormat, Monitor, NetBackend, Netdev,
-    TapSource, VmConfig,
+    TapSource, Trace, VmConfig,
 };
 
 /// Most requests per second that a throttle can be set to.
@@ -142,8 +142,18 @@ fn netdev(text: &str) -> Result<Netdev, CmdlineError> {
     let pairs = props.number("queues", 1..=QUEUE_PAIRS_MAX)?;
     let vhost = props.boolean("vhost")?.unwrap_or(false);
     let vhost_fds = fd_list(&mut props, "vhostfd", "vhostfds")?;
-    for key in ["path", "macnat"] {
-        props.refuse(key)?;
+    props.refuse("path")?;
+    if props.boolean("macnat")? == Some(true) {
+        return Err(props.unsupported("macnat=on"));
+    }
+    // Management tools say that they have set the tap up themselves.
+    for key in ["script", "downscript"] {
+        match props.text(key)?.as_deref() {
+            None | Some("no") => {}
+            Some(script) => {
+                return Err(props.bad(format!("{key}={script}: nothing is run here: write {key}=no")));
+            }
+        }
     }
     let source = match (name, fds.is_empty()) {
         (Some(name), true) => TapSource::Name(name),
@@ -210,7 +220,9 @@ fn socket(props: &mut Props) -> Result<ChardevKind, CmdlineError> {
     let host = props.text("host")?;
     let port = props.number("port", 1..=u64::from(u16::MAX))?.and_then(|n| u16::try_from(n).ok());
     let server = props.flag("server")?;
-    let nowait = props.flag("nowait")?;
+    // QEMU's newer spelling is wait=off.
+    let wait = props.boolean("wait")?;
+    let nowait = props.flag("nowait")? || wait == Some(false);
     match (path, port) {
         (Some(path), None) if host.is_none() => Ok(ChardevKind::UnixSocket { path, server, nowait }),
         (None, Some(port)) => {
@@ -250,6 +262,20 @@ fn qmp(text: &str, iothreads: &[String]) -> Result<Monitor, CmdlineError> {
     }
     props.finish()?;
     Ok(monitor)
+}
+
+/// `-trace`.
+pub(super) fn trace(text: &str) -> Result<Trace, CmdlineError> {
+    let mut props = Props::parse("-trace", text, None)?;
+    let trace = match (props.text("type")?.as_deref(), props.path("file")?) {
+        (Some("all" | "events"), None) => Trace::All,
+        (Some("scopes"), None) => return Err(props.unsupported("type=scopes (there are events only)")),
+        (Some(other), None) => return Err(props.bad(format!("type={other}: use all"))),
+        (None, Some(file)) => Trace::File(file),
+        _ => return Err(props.bad("write either type=all or file=FILE")),
+    };
+    props.finish()?;
+    Ok(trace)
 }
 
 fn mon(text: &str) -> Result<Monitor, CmdlineError> {

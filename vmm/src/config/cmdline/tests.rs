@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{ChardevKind, DeviceDriver, Monitor, NetBackend, TapSource};
+use crate::config::{ChardevKind, DeviceDriver, Monitor, NetBackend, TapSource, Trace};
 
 /// Splits at blanks, but not inside double quotes, as a shell would.
 fn words(line: &str) -> Vec<OsString> {
@@ -339,6 +339,20 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -qmp unix:/s,server,nowait -serial socket,path=/s,server,nowait",
             "two sockets have the path /s: each needs its own",
         ),
+        (
+            "-kernel /k -chardev socket,id=x,path=/s,server",
+            "socket chardev: waiting for the first client is not supported in this version: add nowait",
+        ),
+        ("-kernel /k -trace type=all,file=/f", "-trace: write either type=all or file=FILE"),
+        ("-kernel /k -trace type=none", "-trace: type=none: use all"),
+        (
+            "-kernel /k -netdev tap,id=a,ifname=t,script=/etc/ifup",
+            "-netdev: script=/etc/ifup: nothing is run here: write script=no",
+        ),
+        (
+            "-kernel /k -netdev tap,id=a,ifname=t,macnat=on",
+            "-netdev: macnat=on is not supported in this version",
+        ),
         ("-kernel /k -uuid 12", "-uuid: '12' is not a UUID such as 6f1c2b1e-7d1a-4a58-9f0e-5b7c1f6f9a10"),
     ] {
         assert_eq!(error(line), want, "{line}");
@@ -513,4 +527,18 @@ fn drives_say_what_lies_under_them_and_how_they_are_kept() {
         let text = error(&format!("-kernel /k -drive id=a,file=/x,{options}"));
         assert!(text.contains(problem), "{text}");
     }
+}
+
+#[test]
+fn spellings_of_others_mean_the_same() {
+    let config =
+        run("-kernel /k -chardev socket,id=a,path=/a -chardev socket,id=b,path=/b,server=on,wait=off \
+        -netdev tap,id=n,ifname=t,macnat=off,script=no,downscript=no -trace file=/points");
+    let socket = |path: &str, server| ChardevKind::UnixSocket { path: path.into(), server, nowait: server };
+    assert_eq!(
+        (&config.chardevs[0].kind, &config.chardevs[1].kind),
+        (&socket("/a", false), &socket("/b", true))
+    );
+    assert_eq!(config.process.trace, Some(Trace::File("/points".into())));
+    assert_eq!(run("-kernel /k -trace type=events").process.trace, Some(Trace::All));
 }

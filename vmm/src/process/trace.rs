@@ -98,7 +98,7 @@ pub fn switch_on_those_in(path: &Path) -> Result<(), ProcessError> {
         if switch(name, true) == 0 {
             return Err(ProcessError::NoTracePoint {
                 path: path.to_owned(),
-                name: name.escape_debug().to_string(),
+                name: name.chars().take(64).flat_map(char::escape_debug).collect(),
             });
         }
     }

@@ -6,6 +6,7 @@
 mod backing;
 pub mod discard;
 pub mod layout;
+mod sparse;
 
 use std::fs::File;
 use std::io;
@@ -19,6 +20,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 
 use crate::config::{MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig};
 use backing::Backing;
+pub use sparse::data_in;
 
 /// Guest RAM as every device sees it. Built once, before the vCPUs start.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -153,27 +155,47 @@ pub fn restore(
     file: &File,
 ) -> Result<GuestMemory, MemoryError> {
     let failed = |source| MemoryError::Map { size: memory.size, source };
-    map_all(memory, gap(machine), &Wish::new(memory, machine), &Backing::snapshot(file).map_err(failed)?)
+    let wish = Wish::new(memory, machine);
+    let ram = map_all(memory, gap(machine), &wish, &Backing::snapshot(file).map_err(failed)?)?;
+    let holes = sparse::Holes::of(file, memory.size).map_err(failed)?;
+    let mut offset = 0;
+    for region in ram.iter() {
+        for hole in holes.within(offset..offset + region.len()) {
+            renew_part(region, hole, wish.dump_guest_core)?;
+        }
+        offset += region.len();
+    }
+    Ok(ram)
 }
 
 /// Puts new pages, all zero, in place of guest RAM, whatever lay under it. Nobody may use RAM meanwhile.
 pub fn renew(memory: &GuestMemory, dump_guest_core: bool) -> Result<(), MemoryError> {
-    for region in memory.iter() {
-        let failed = |source| MemoryError::Map { size: region.len(), source };
-        let size = usize::try_from(region.len()).map_err(|e| failed(io::Error::other(e)))?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: replaces exactly the region's own mapping by one of the same size and access, which the region goes on to own. KVM follows
-        // by itself (MMU notifiers).
-        let place = unsafe { libc::mmap(region.as_ptr().cast(), size, access, flags, -1, 0) };
-        if place == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        if !dump_guest_core {
-            // SAFETY: as above, and the advice changes core dumps only.
-            unsafe { rustix::mm::madvise(place, size, Advice::LinuxDontDump) }
-                .map_err(|e| failed(e.into()))?;
-        }
+    memory.iter().try_for_each(|region| renew_part(region, 0..region.len(), dump_guest_core))
+}
+
+/// The same for bytes of one region.
+fn renew_part(
+    region: &GuestRegionMmap,
+    part: std::ops::Range<u64>,
+    dump_guest_core: bool,
+) -> Result<(), MemoryError> {
+    let failed = |source| MemoryError::Map { size: region.len(), source };
+    if part.end > region.len() || part.start > part.end {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    }
+    let number = |n| usize::try_from(n).map_err(|e| failed(io::Error::other(e)));
+    let (start, size) = (number(part.start)?, number(part.end - part.start)?);
+    let place = region.as_ptr().wrapping_add(start).cast();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: replaces a part of the region's own mapping by one of the same size and access, which the region goes on to own. KVM follows
+    // by itself (MMU notifiers).
+    if unsafe { libc::mmap(place, size, access, flags, -1, 0) } == libc::MAP_FAILED {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    if !dump_guest_core {
+        // SAFETY: as above, and the advice changes core dumps only.
+        unsafe { rustix::mm::madvise(place, size, Advice::LinuxDontDump) }.map_err(|e| failed(e.into()))?;
     }
     Ok(())
 }
@@ -349,6 +371,26 @@ mod tests {
         assert_eq!(again.read_obj::<u8>(GuestAddress(4096)).unwrap(), 7);
         renew(&again, false).unwrap();
         assert_eq!(again.read_obj::<u8>(GuestAddress(4096)).unwrap(), 0);
+    }
+
+    #[test]
+    fn holes_of_a_snapshot_on_a_full_tmpfs_can_be_touched() {
+        let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return };
+        let file = File::create_new(dir.path().join("memory")).unwrap();
+        file.set_len(16 << 20).unwrap();
+        let write = |at: u64| std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], at).unwrap();
+        [0, 2, 4, 4000].into_iter().for_each(|page| write(page * 4096));
+        let file = File::open(dir.path().join("memory")).unwrap();
+        let before = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let config = MemoryConfig { size: 16 << 20, path: None, prealloc: false, backends: Vec::new() };
+        let memory = restore(&config, &machine(false), &file).unwrap();
+        for page in 0..4096u64 {
+            let byte: u8 = memory.read_obj(GuestAddress(page * 4096)).unwrap();
+            assert_eq!(byte, if [0, 2, 4, 4000].contains(&page) { 7 } else { 0 }, "page {page}");
+            memory.write_obj(1u8, GuestAddress(page * 4096 + 1)).unwrap();
+        }
+        // Nothing came into the file: on a file system that is full it could not have.
+        assert_eq!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()), before);
     }
 
     #[test]

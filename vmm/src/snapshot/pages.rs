@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt as _;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 use super::checksum::Crc32c;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, data_in};
 
 /// Granularity of holes and of the checksum, whatever the host's pages are.
 const PAGE: usize = 4096;
@@ -131,31 +131,6 @@ fn look_up(map: &File, pages: &[u8], entries: &mut [u8]) -> Option<impl Fn(usize
         let entry = entries.get(8 * (at * PAGE / host_page)..).and_then(|e| e.first_chunk::<8>());
         entry.is_none_or(|entry| u64::from_le_bytes(*entry) & HERE != 0)
     })
-}
-
-/// Where `file` has data inside `range`, as offsets from its start.
-fn data_in(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-    let mut found = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // No more data.
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        if start >= range.end {
-            break;
-        }
-        let end = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start))?.min(range.end);
-        // A file that somebody cuts meanwhile must not keep us.
-        if end <= start {
-            break;
-        }
-        found.push(start - range.start..end - range.start);
-        at = end;
-    }
-    Ok(found)
 }
 
 fn overlaps(sorted: &[Range<u64>], page: Range<u64>) -> bool {

@@ -5,13 +5,13 @@
 //!                            └─ dropped, or killed: removed by the drop, or by the next save to DIR
 //! ```
 //!
-//! A kill leaves the directory of a draft. Its file `memory` was locked by the one who wrote it, so the next one can tell.
+//! A kill leaves the directory of a draft. Its file `memory` was locked by the one who wrote it, so the next one can tell. Two that begin
+//! at the same time may take each other's drafts for such ones while they are being made: whoever finds that its own has gone makes another.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 
@@ -22,8 +22,10 @@ use crate::memory::GuestMemory;
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const PARTIAL: &str = ".partial-";
-/// A draft that is older than this, and that nobody holds, was left by a process that is gone.
-const STALE: Duration = Duration::from_secs(60);
+/// Hexadecimal digits that follow.
+const UNIQUE: usize = 8;
+/// How often a draft may be lost while it is being made.
+const ATTEMPTS: usize = 100;
 
 fn host<'a>(path: &'a Path, what: &'static str) -> impl Fn(io::Error) -> SnapshotError + use<'a> {
     move |source| SnapshotError::Host { path: path.into(), what, source }
@@ -60,25 +62,39 @@ impl Draft {
         check_target(&target)?;
         let name = name.to_string_lossy();
         remove_stale(parent, &format!("{name}{PARTIAL}"));
+        for _ in 0..ATTEMPTS {
+            if let Some(draft) = Self::begin(&target, parent, &name)? {
+                return Ok(draft);
+            }
+        }
+        Err(place(&target, "what is made beside it is removed again and again"))
+    }
+
+    /// Makes the directory and the file of memory, and holds it; `None` if another has found it while nobody held it.
+    fn begin(target: &Path, parent: &Path, name: &str) -> Result<Option<Self>, SnapshotError> {
         let id = uuid::Uuid::new_v4().simple().to_string();
-        let partial = parent.join(format!("{name}{PARTIAL}{}", id.get(..8).unwrap_or(&id)));
+        let partial = parent.join(format!("{name}{PARTIAL}{}", id.get(..UNIQUE).unwrap_or(&id)));
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&partial)
-            .map_err(host(&target, "make a directory beside it"))?;
+            .map_err(host(target, "make a directory beside it"))?;
         let path = partial.join(MEMORY);
         let memory = match create(&path) {
             Ok(memory) => memory,
             Err(e) => {
                 remove(&partial);
-                return Err(host(&path, "make it")(e));
+                let lost = e.kind() == io::ErrorKind::NotFound;
+                return if lost { Ok(None) } else { Err(host(&path, "make it")(e)) };
             }
         };
-        let draft = Self { target, partial, memory, placed: false };
-        // Held until it is complete. Nobody else knows the name, so nobody else holds it.
-        rustix::fs::flock(&draft.memory, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|e| host(&path, "lock it")(e.into()))?;
-        Ok(draft)
+        let draft = Self { target: target.to_owned(), partial, memory, placed: false };
+        match rustix::fs::flock(&draft.memory, FlockOperation::NonBlockingLockExclusive) {
+            // Whoever holds it is about to remove it.
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            held => held.map_err(|e| host(&path, "lock it")(e.into()))?,
+        }
+        let removed = draft.memory.metadata().map_err(host(&path, "look at it"))?.nlink() == 0;
+        Ok((!removed).then_some(draft))
     }
 
     /// Where it is to be.
@@ -102,17 +118,30 @@ impl Draft {
         let sync =
             |path: &Path| File::open(path).and_then(|dir| dir.sync_all()).map_err(host(path, "sync it"));
         sync(&self.partial)?;
-        // Again: it may have been filled meanwhile.
-        if check_target(&self.target)? {
-            rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)
-                .map_err(|e| host(&self.target, "exchange it for the new one")(e.into()))?;
-            // Now the name of the old one.
-            remove(&self.partial);
-        } else {
-            std::fs::rename(&self.partial, &self.target).map_err(host(&self.target, "give it its name"))?;
+        let parent = || self.target.parent().map_or(Ok(()), sync);
+        loop {
+            // Again: it may have been filled meanwhile, and may be at any time.
+            if check_target(&self.target)? {
+                match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)
+                {
+                    Err(rustix::io::Errno::NOENT) if !self.target.exists() => continue,
+                    done => done.map_err(|e| host(&self.target, "exchange it for the new one")(e.into()))?,
+                }
+                self.placed = true;
+                let synced = parent();
+                // Now the name of the old one.
+                remove(&self.partial);
+                return synced;
+            }
+            match std::fs::rename(&self.partial, &self.target) {
+                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                done => {
+                    done.map_err(host(&self.target, "give it its name"))?;
+                    self.placed = true;
+                    return parent();
+                }
+            }
         }
-        self.placed = true;
-        self.target.parent().map_or(Ok(()), sync)
     }
 }
 
@@ -155,7 +184,9 @@ fn remove(dir: &Path) {
         // A draft has not always both; what else is wrong shows when the directory does not go.
         let _ = std::fs::remove_file(dir.join(name));
     }
-    if let Err(error) = std::fs::remove_dir(dir) {
+    if let Err(error) = std::fs::remove_dir(dir)
+        && error.kind() != io::ErrorKind::NotFound
+    {
         tracing::warn!("{}: cannot remove it: {error}", dir.display());
     }
 }
@@ -164,17 +195,21 @@ fn remove(dir: &Path) {
 fn remove_stale(parent: &Path, prefix: &str) {
     let Ok(entries) = std::fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(prefix) {
+        let name = entry.file_name();
+        let is_draft = |rest: &str| rest.len() == UNIQUE && rest.bytes().all(|b| b.is_ascii_hexdigit());
+        if !name.to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_draft) {
             continue;
         }
-        let now = SystemTime::now();
-        let age = entry.metadata().and_then(|m| m.modified()).map(|then| now.duration_since(then));
-        let held = match File::open(entry.path().join(MEMORY)) {
-            Ok(memory) => rustix::fs::flock(&memory, FlockOperation::NonBlockingLockShared).is_err(),
-            Err(_) => false,
-        };
-        if !held && matches!(age, Ok(Ok(age)) if age > STALE) {
-            remove(&entry.path());
+        match File::open(entry.path().join(MEMORY)) {
+            // Held until all is gone.
+            Ok(memory) if rustix::fs::flock(&memory, FlockOperation::NonBlockingLockExclusive).is_ok() => {
+                remove(&entry.path());
+            }
+            // Killed before it was made, or after it was removed; or being made. Nothing happens to one that is not empty.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+            _ => {}
         }
     }
 }
@@ -339,19 +374,38 @@ mod tests {
     fn drafts_of_the_dead_go_and_those_of_the_living_stay() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("template");
-        let old = |name: &str| {
-            let path = home.path().join(name);
-            std::fs::create_dir(&path).unwrap();
-            let memory = File::create(path.join(MEMORY)).unwrap();
-            File::open(&path).unwrap().set_modified(SystemTime::now() - 2 * STALE).unwrap();
-            memory
+        let draft = |name: &str| {
+            std::fs::create_dir(home.path().join(name)).unwrap();
+            File::create(home.path().join(name).join(MEMORY)).unwrap()
         };
-        let living = old("template.partial-11111111");
+        let living = draft("template.partial-11111111");
         rustix::fs::flock(&living, FlockOperation::LockExclusive).unwrap();
-        old("template.partial-22222222");
-        old("other.partial-33333333");
+        draft("template.partial-22222222");
+        draft("other.partial-33333333");
+        draft("template.partial-of-mine");
+        std::fs::create_dir(home.path().join("template.partial-44444444")).unwrap();
         save(&dir, 1).unwrap();
-        assert_eq!(names(home.path()), ["other.partial-33333333", "template", "template.partial-11111111"]);
+        let left =
+            ["other.partial-33333333", "template", "template.partial-11111111", "template.partial-of-mine"];
+        assert_eq!(names(home.path()), left);
+    }
+
+    #[test]
+    fn many_at_once_do_not_lose_their_drafts() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("template");
+        std::thread::scope(|scope| {
+            for byte in 1..9 {
+                let dir = &dir;
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        save(dir, byte).unwrap();
+                    }
+                });
+            }
+        });
+        Opened::open(&dir).unwrap();
+        assert_eq!(names(home.path()), ["template"]);
     }
 
     #[test]

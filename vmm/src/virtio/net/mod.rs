@@ -89,6 +89,8 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     /// What the driver of a suspended device had set up.
     carried: Option<state::Carried>,
+    /// The driver is to look at the link again once the device goes on.
+    link_changed: bool,
 }
 
 impl Net {
@@ -100,7 +102,7 @@ impl Net {
         let pairs = backend.as_ref().filter(|_| multi_queue).map_or(1, |b| b.taps().len().max(1));
         let port = Port::new(backend, pairs, mac, worker);
         // The control queue comes last.
-        Self { port, queue_sizes: vec![size; 2 * pairs + 1], carried: None }
+        Self { port, queue_sizes: vec![size; 2 * pairs + 1], carried: None, link_changed: false }
     }
 
     /// The way to the device once it is in its transport.
@@ -166,7 +168,11 @@ impl VirtioDevice for Net {
         if let Some(carried) = self.carried.take() {
             server.go_on(carried);
         }
+        let signal = Arc::clone(&interrupt);
         state.session = Some(Session::start(server, state.backend.clone(), io_thread, interrupt));
+        if std::mem::take(&mut self.link_changed) {
+            signal.config();
+        }
         Ok(())
     }
 
@@ -186,12 +192,13 @@ impl VirtioDevice for Net {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
         let DeviceState::Net(saved) = state else { return Err(StateError::Malformed("device")) };
-        self.carried = self.port.restore(saved)?;
+        let restored = self.port.restore(saved)?;
+        (self.carried, self.link_changed) = (restored.carried, restored.link_changed);
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.carried = None;
+        (self.carried, self.link_changed) = (None, false);
         let mut state = self.port.lock();
         if !stop(&mut state, RESET_DEADLINE) {
             tracing::error!("a tap hangs; the network device stays down until it does not");

@@ -24,8 +24,23 @@ pub struct Saved {
     mac: [u8; 6],
     face: [u8; 6],
     pairs: u16,
+    /// The link is up.
+    #[serde(default = "up")]
+    link: bool,
     /// Of a running device.
     carried: Option<Carried>,
+}
+
+/// Of a NIC whose state does not say.
+fn up() -> bool {
+    true
+}
+
+/// What a NIC that is restored goes on with.
+pub(super) struct Restored {
+    pub(super) carried: Option<Carried>,
+    /// The link is not as the driver knows it: its tap was gone, and is there again.
+    pub(super) link_changed: bool,
 }
 
 const VHOST: &str = "a NIC with vhost=on";
@@ -51,10 +66,10 @@ impl Port {
             return Err(StateError::Excluded(VHOST));
         }
         let (present, pairs) = (state.backend.is_some(), self.pairs() as u16);
-        Ok(Saved { present, mac: state.mac, face: self.face.mac(), pairs, carried })
+        Ok(Saved { present, mac: state.mac, face: self.face.mac(), pairs, link: self.face.link(), carried })
     }
 
-    pub(super) fn restore(&self, saved: &Saved) -> Result<Option<Carried>, StateError> {
+    pub(super) fn restore(&self, saved: &Saved) -> Result<Restored, StateError> {
         let here = self.save(None)?;
         let there = |present: bool| if present { "a NIC" } else { "an empty slot" };
         same("what is in the slot", &there(saved.present), &there(here.present))?;
@@ -64,6 +79,7 @@ impl Port {
         same("the number of queue pairs", &saved.pairs, &here.pairs)?;
         self.lock().mac = saved.mac;
         self.face.set_mac(saved.face);
-        Ok(saved.carried)
+        let link_changed = saved.present && saved.link != here.link;
+        Ok(Restored { carried: saved.carried, link_changed })
     }
 }

@@ -8,6 +8,7 @@ use super::*;
 use crate::inherit::Inherited;
 use crate::net::HEADER_BYTES;
 use crate::net::tests::{in_a_namespace, ip, named};
+use crate::virtio::state::TransportState;
 use crate::virtio::testing::{DATA, NEXT, PLAIN, RAM, Rig, Ring};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
@@ -361,6 +362,24 @@ fn packets_go_on_after_a_snapshot() {
 }
 
 #[test]
+fn a_link_that_was_down_when_it_was_saved_is_announced() {
+    for (link, changes) in [("true", false), ("false", true)] {
+        let nic = start(!0);
+        nic.rig.transport.suspend().unwrap();
+        let text = serde_json::to_string(&nic.rig.transport.save().unwrap()).unwrap();
+        assert!(text.contains("\"link\":true"), "{text}");
+        nic.rig.transport.reset();
+        let state: TransportState =
+            serde_json::from_str(&text.replace("\"link\":true", &format!("\"link\":{link}"))).unwrap();
+        nic.rig.transport.restore(&state).unwrap();
+        nic.rig.transport.resume().unwrap();
+        let again = nic.rig.transport.save().unwrap();
+        assert_eq!(again.config_generation != state.config_generation, changes);
+        assert_eq!(again.interrupt_status & 2 != 0, changes);
+    }
+}
+
+#[test]
 fn another_nic_than_the_one_that_was_saved_is_refused() {
     let nic = start(!0);
     nic.rig.transport.suspend().unwrap();
@@ -368,7 +387,7 @@ fn another_nic_than_the_one_that_was_saved_is_refused() {
     for (from, to, words) in [
         ("\"mac\":[82", "\"mac\":[2", "mac differs: \"02:54:00:01:02:03\" in the snapshot"),
         ("\"present\":true", "\"present\":false", "what is in the slot differs"),
-        ("\"pairs\":1,\"carried", "\"pairs\":2,\"carried", "the number of queue pairs differs"),
+        ("\"pairs\":1,\"link", "\"pairs\":2,\"link", "the number of queue pairs differs"),
     ] {
         assert!(text.contains(from), "{text}");
         nic.rig.transport.reset();

@@ -2,7 +2,7 @@
 //! was saved. On this machine's own `/dev/kvm`; where there is none, on a test host.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -181,6 +181,153 @@ fn a_disk_in_use_goes_on_and_time_does_too() -> Outcome {
         check(vmm.exit(SOON)? == 0, || "not 0".into())?;
     }
     Ok(())
+}
+
+/// As the manual says: what was plugged is given on the command line. In whatever order, and where other slots are empty.
+#[test]
+fn disks_that_were_plugged_come_back_to_their_slots() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "plugged")?;
+    let dir = format!("{}/template", folder.1);
+    let disk = |name: &str| format!("{}/{name}.img", folder.1);
+    for name in ["first", "low", "high"] {
+        place.host.ok(&format!("truncate -s 16M {}", disk(name)))?;
+    }
+    let on_the_line = |names: &[&str]| {
+        let option = |name: &&str| {
+            format!(
+                "-drive file={},id={name},direct=off -device virtio-blk-device,drive={name},id={name} ",
+                disk(name)
+            )
+        };
+        names.iter().map(option).collect::<String>()
+    };
+    let (vmm, mut console, mut qmp) = place.start("plugged", &on_the_line(&["first"]))?;
+    console.expect("is up.", SOON)?;
+    for (name, addr) in [("high", "0x4"), ("low", "0x2")] {
+        let file = json!({ "driver": "file", "filename": disk(name) });
+        let node = json!({ "node-name": name, "file": file, "cache": { "direct": false } });
+        qmp.execute("blockdev-add", &node, SOON)?;
+        let device = json!({ "id": name, "driver": "virtio-blk-mmio", "addr": addr });
+        qmp.execute("device_add", &device, SOON)?;
+    }
+    for (drive, seed) in [("vdc", 3), ("vde", 5)] {
+        console.enter(&format!("disk {drive} write 0 64 {seed}"))?;
+        console.expect("sectors in", SOON)?;
+    }
+    // What was there from the start has gone.
+    qmp.execute("device_del", &json!({ "id": "first" }), SOON)?;
+    migrate(&mut qmp, &dir)?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    for (name, names) in [("plugged2", ["high", "low"]), ("plugged3", ["low", "high"])] {
+        let line = on_the_line(&names);
+        let (vmm, mut console, mut qmp) = place.start(name, &format!("{line} -incoming file:{dir}"))?;
+        for (drive, seed) in [("vdc", 3), ("vde", 5)] {
+            console.enter(&format!("disk {drive} check 0 64 {seed}"))?;
+            console.expect("64 sectors as written", SOON)?;
+        }
+        // They are ordinary devices, to be unplugged and saved again.
+        qmp.execute("device_del", &json!({ "id": "low" }), SOON)?;
+        migrate(&mut qmp, &format!("{dir}-{name}"))?;
+        qmp.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+        let line = on_the_line(&["high"]);
+        let (_vmm, mut console, _) =
+            place.start(&format!("{name}b"), &format!("{line} -incoming file:{dir}-{name}"))?;
+        console.enter("disk vde check 0 64 5")?;
+        console.expect("64 sectors as written", SOON)?;
+    }
+    Ok(())
+}
+
+/// Kills in a row, each at another moment of a save.
+const KILLS: u32 = 24;
+
+#[test]
+fn a_kill_at_any_moment_of_a_save_leaves_a_whole_snapshot() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "kills")?;
+    let dir = format!("{}/template", folder.1);
+    let (vmm, mut console, mut qmp) = place.start("kill", "")?;
+    console.expect("is up.", SOON)?;
+    console.enter("touch 40")?;
+    console.expect("touch: 10240 pages", SOON)?;
+    let start = Instant::now();
+    migrate(&mut qmp, &dir)?;
+    let takes = start.elapsed();
+    drop(vmm);
+    let mut interrupted = 0;
+    for round in 1..=KILLS {
+        // What the last one left is whole: it is compared with its checksum, and the guest goes on.
+        let (vmm, mut console, mut qmp) =
+            place.start(&format!("kill{round}"), &format!("-incoming file:{dir},verify=on"))?;
+        console.enter(&format!("echo round''{round}"))?;
+        console.expect(&format!("round''{round}"), SOON)?;
+        let after = (takes * round / (KILLS - 4)).as_secs_f64();
+        place
+            .host
+            .ok(&format!("(sleep {after:.4}; kill -9 $(cat {})) >/dev/null 2>&1 &", vmm.path("pid")))?;
+        let saved = qmp.execute("migrate", &json!({ "uri": format!("file:{dir}") }), SOON);
+        interrupted += u32::from(saved.is_err());
+        check(vmm.exit(SOON)? == 137, || "it was not killed".into())?;
+        let left = place.host.ok(&format!("ls {}", folder.1))?;
+        let [draft, "template"] = left.split_whitespace().rev().take(2).collect::<Vec<_>>()[..] else {
+            continue;
+        };
+        check(draft.starts_with("template.partial-"), || left.clone())?;
+    }
+    tests::scenario::step(format!("{interrupted} of {KILLS} saves were interrupted; one takes {takes:?}"));
+    // The next one that is not disturbed takes away what the others have left.
+    let (_vmm, _, mut qmp) = place.start("kill-last", &format!("-incoming file:{dir}"))?;
+    migrate(&mut qmp, &dir)?;
+    let left = place.host.ok(&format!("ls {0} {0}/template", folder.1))?;
+    let template = format!("{}/template:", folder.1);
+    let folder = format!("{}:", folder.1);
+    check(left.split_whitespace().eq([&folder, "template", &template, "memory", "state"]), || left.clone())
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_snapshot_and_the_vm_as_they_were() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "full")?;
+    let program = format!(
+        "unshare -m sh -c \"mount -t tmpfs -o size=24M none {} && exec {} \\\"\\$@\\\"\" vmm",
+        folder.1, place.vmm
+    );
+    let name = format!("snap-{}-full", std::process::id());
+    let vmm = Vmm::start_as(&place.host, &program, &name, &place.arguments(""))?;
+    let (mut console, mut qmp) = (vmm.console()?, vmm.qmp()?);
+    console.expect("is up.", SOON)?;
+    // As others see the file system of this VM.
+    let pid = place.host.ok(&format!("cat {}", vmm.path("pid")))?;
+    let inside = format!("/proc/{}/root{}", pid.trim(), folder.1);
+    let (dir, seen) = (format!("{}/template", folder.1), format!("{inside}/template"));
+    migrate(&mut qmp, &dir)?;
+    qmp.ask("cont")?;
+    let sum = place.host.ok(&format!("sha256sum {seen}/*"))?;
+    console.enter("touch 60")?;
+    console.expect("touch: 15360 pages", SOON)?;
+    let error = qmp.execute("migrate", &json!({ "uri": format!("file:{dir}") }), SOON);
+    let error = error.map_or_else(|e| e.to_string(), |v| v.to_string());
+    check(error.contains("No space left on device"), || error)?;
+    check(qmp.ask("query-migrate")?["status"] == "failed", || "not failed".into())?;
+    check(is_running(&mut qmp)?, || "it does not run on".into())?;
+    console.enter("echo going''on")?;
+    console.expect("going''on", SOON)?;
+    check(place.host.ok(&format!("ls {inside}"))?.trim() == "template", || "something was left".into())?;
+    check(place.host.ok(&format!("sha256sum {seen}/*"))? == sum, || "the snapshot has changed".into())?;
+    // No page is left on that file system: a clone needs none of it, whatever it reads and writes.
+    place.host.ok(&format!(
+        "! dd if=/dev/zero of={inside}/rest bs=64k 2>/dev/null; test $(stat -f -c %f {inside}) = 0"
+    ))?;
+    let (clone, mut console, _) = place.start("full-clone", &format!("-incoming file:{seen}"))?;
+    console.enter("touch 150")?;
+    console.expect("touch: 38400 pages", SOON)?;
+    console.enter("poweroff")?;
+    check(clone.exit(SOON)? == 0, || "not 0".into())?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
 }
 
 #[test]

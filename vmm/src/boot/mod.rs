@@ -19,6 +19,8 @@ pub use cmdline::CmdlineError;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{BootFiles, load};
 
+use crate::device::GenerationId;
+
 /// A virtio-mmio device with its two register windows; a kernel drives it through exactly one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MmioSlot {
@@ -105,6 +107,8 @@ pub struct Platform<'a> {
     pub hardware: Hardware<'a>,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
+    /// Which VM this is, to the guest.
+    pub generation: GenerationId,
     /// Guest RAM may hold old data (it is backed by a file, or a guest has run), so what must be zero has to be written.
     pub dirty_memory: bool,
 }

@@ -1,9 +1,10 @@
-//! Legacy devices: owns the serial port, the ACPI registers of both boards, and the reset line of the keyboard controller.
+//! Legacy devices: owns the serial port, the ACPI registers of both boards, the VM Generation ID, and the reset line of the keyboard controller.
 //!
 //! The machine puts them on the port bus. None of them knows the machine: what the guest asks for goes out through a callback.
 
 mod acpi;
 mod cmos;
+mod generation;
 mod i8042;
 mod pm;
 mod serial;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
 pub use cmos::NoClock;
+pub use generation::{GENERATION_ADDRESS, GENERATION_IRQ, GenerationId};
 pub use i8042::I8042Reset;
 pub use pm::{PmRegisters, SleepRegister};
 pub use serial::{SavedSerial, SerialDevice};

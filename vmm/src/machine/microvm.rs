@@ -6,7 +6,7 @@
 //! 0x64        reset line of the 8042    0xf010_0000 virtio-mmio, windows for the kernel command line
 //! 0x70, 0x71  no clock                  0xf020_0000 virtio-mmio, the same devices' windows for ACPI
 //! 0x3f8..400  serial, GSI 4             0xfec0_0000 IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
-//! 0x600..604  ACPI registers            4 GiB       the rest of RAM
+//! 0x600..604  ACPI registers            4 GiB       the rest of RAM · GSI 1 VM Generation ID
 //! ```
 //!
 //! [`Microvm::build`] is in the order that KVM makes cheap; the reasons are there.
@@ -19,6 +19,7 @@ use super::doorbell::KvmDoorbell;
 use super::guest;
 use super::others::Others;
 use super::replaceable::Replaceable;
+use super::seating::Seating;
 use super::slots::{self, Slot, Workers};
 use super::snapshot::{Identity, Source};
 use super::{CpuInfo, Environment, MachineError};
@@ -26,9 +27,10 @@ use crate::boot::{self, AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Redu
 use crate::bus::{Bus, BusDevice};
 use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
-use crate::device::{AcpiRegisters, I8042Reset, NoClock, SerialDevice};
+use crate::device::{AcpiRegisters, GENERATION_IRQ, GenerationId, I8042Reset, NoClock, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
 use crate::memory::{self, GuestMemory};
+use crate::snapshot::SnapshotError;
 use crate::virtio::{Doorbell, balloon};
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
@@ -43,6 +45,7 @@ struct Wiring {
     places: Vec<MmioSlot>,
     has_serial: bool,
     append: String,
+    generation: GenerationId,
     /// Memory that was filled beforehand stays where it is.
     clears_memory: bool,
 }
@@ -63,6 +66,7 @@ impl Wiring {
                 button_irq: BUTTON_IRQ,
             }),
             serial: self.has_serial.then_some(SERIAL),
+            generation: self.generation,
             dirty_memory,
         }
     }
@@ -104,8 +108,9 @@ impl Microvm {
         };
         let workers = Workers::new(config);
         let mut others = Others { chardevs, main_loop, balloon: None };
-        let (occupants, ports) = slots::fill(config, &inherited, &workers, &mut others)?;
-        let replaceable = Replaceable::new(config, ports, Arc::clone(&inherited), workers.clone())?;
+        let seating = Seating::new(config, source.as_ref().map_or(&[], |source| source.occupants()));
+        let (occupants, ports) = slots::fill(config, &seating, &inherited, &workers, &mut others)?;
+        let replaceable = Replaceable::new(config, &seating, ports, Arc::clone(&inherited), workers.clone())?;
 
         // KVM waits out a grace period for each memory slot and each routing entry that it gets once interrupt controllers exist
         // (about 8 ms each), so: slots, controllers, vCPUs, in this order; and no ioeventfd or irqfd before a driver needs it.
@@ -147,12 +152,17 @@ impl Microvm {
             places: (0..slots.len()).map(slots::place).collect(),
             has_serial: serial.is_some(),
             append: config.boot.append.clone(),
+            generation: GenerationId::new(),
             clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;
         let from_snapshot = source.is_some();
         match source {
-            Some(source) => source.apply(&vm, &vcpus, &slots, serial.as_deref())?,
+            Some(source) => {
+                source.apply(&vm, &vcpus, &slots, serial.as_deref())?;
+                // Another VM than the one that was saved, and than all that go on from the same.
+                wiring.generation.write(&memory).map_err(SnapshotError::Memory)?;
+            }
             None => {
                 let dirty = memory::may_be_dirty(&config.memory);
                 let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
@@ -191,6 +201,7 @@ impl Microvm {
         }
         self.vcpus.start(true)?;
         self.wake_devices()?;
+        KvmLine::new(Arc::clone(&self.vm), GENERATION_IRQ).trigger();
         if !paused {
             self.vcpus.resume();
         }

@@ -19,6 +19,7 @@ mod microvm;
 mod others;
 mod q35;
 mod replaceable;
+mod seating;
 mod slots;
 mod snapshot;
 

@@ -10,9 +10,13 @@ use std::sync::Arc;
 
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
 use super::q35::PlugError;
+use super::seating::Seating;
 use super::slots::Workers;
 use crate::block::{BlockError, Disk};
-use crate::config::{BackingImage, DeviceDriver, Drive, NetBackend, Netdev, TapSource, VmConfig};
+use crate::config::{
+    BackingImage, DeviceDriver, Drive, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, NetBackend, Netdev, TapSource,
+    VmConfig,
+};
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
 use crate::virtio::net::NotInserted;
@@ -113,22 +117,27 @@ pub(super) struct Ports {
 }
 
 impl Replaceable {
-    /// As the command line has filled the slots: devices of a kind lie in them in their order.
+    /// As the command line has filled the slots.
     pub(super) fn new(
         config: &VmConfig,
+        seating: &Seating,
         ports: Ports,
         inherited: Arc<Inherited>,
         workers: Workers,
     ) -> Result<Self, Refusal> {
         let (mut blocks, mut nets) = (0, 0);
         let plugged = config.devices.iter().filter_map(|device| {
-            let (kind, count, backend) = match &device.driver {
-                DeviceDriver::VirtioBlk { drive, .. } => (SlotKind::Block, &mut blocks, drive),
-                DeviceDriver::VirtioNet { netdev, .. } => (SlotKind::Net, &mut nets, netdev),
+            let (kind, slot, count, backend) = match &device.driver {
+                DeviceDriver::VirtioBlk { drive, .. } => {
+                    (SlotKind::Block, seating.block(blocks), &mut blocks, drive)
+                }
+                DeviceDriver::VirtioNet { netdev, .. } => {
+                    (SlotKind::Net, seating.net(nets), &mut nets, netdev)
+                }
                 _ => return None,
             };
             *count += 1;
-            Some((kind, *count - 1, device.id.clone(), backend.clone()))
+            Some((kind, slot, device.id.clone(), backend.clone()))
         });
         let mut table = Table::new(config, plugged)?;
         let used: Vec<String> = table.nets.plugged().map(|(_, _, netdev)| netdev.to_owned()).collect();
@@ -260,6 +269,18 @@ impl Replaceable {
             }
         }
         Ok(())
+    }
+
+    /// The device in each slot, disks first.
+    pub(super) fn occupants(&self) -> Vec<Option<String>> {
+        let mut devices = vec![None; MICROVM_BLOCK_SLOTS + MICROVM_NET_SLOTS];
+        let nets = self.table.nets.plugged().map(|(slot, id, _)| (MICROVM_BLOCK_SLOTS + slot, id));
+        for (slot, id) in self.table.blocks.plugged().map(|(slot, id, _)| (slot, id)).chain(nets) {
+            if let Some(place) = devices.get_mut(slot) {
+                *place = Some(id.to_owned());
+            }
+        }
+        devices
     }
 
     /// All devices of the machine with their drivers.

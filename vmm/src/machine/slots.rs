@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::others::Others;
 use super::replaceable::Ports;
+use super::seating::Seating;
 use super::{MachineError, devices};
 use crate::boot::MmioSlot;
 use crate::bus::Bus;
@@ -28,6 +29,8 @@ const FIRST_IRQ: u32 = 5;
 /// Slots for other devices: each has a pin of the IOAPIC of its own.
 const OTHER_SLOTS: usize =
     IOAPIC_PINS as usize - FIRST_IRQ as usize - MICROVM_BLOCK_SLOTS - MICROVM_NET_SLOTS;
+/// Those that are always there.
+const SLOTS: usize = MICROVM_BLOCK_SLOTS + MICROVM_NET_SLOTS;
 /// Of a queue in an empty slot.
 const QUEUE_SIZE: u16 = 256;
 /// The I/O thread of devices that name none: `io-default`.
@@ -94,30 +97,37 @@ impl Workers {
     }
 }
 
-/// Opens the host ends of all devices and puts each device into the next free slot of its kind.
+/// Opens the host ends of all devices and puts each device into its slot.
 pub(super) fn fill(
     config: &VmConfig,
+    seating: &Seating,
     inherited: &Inherited,
     workers: &Workers,
     others_made: &mut Others,
 ) -> Result<(Vec<Occupant>, Ports), MachineError> {
-    let mut ports = Ports::default();
-    let (mut blocks, mut nets, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    let mut blocks: [Option<(Blk, String)>; MICROVM_BLOCK_SLOTS] = [const { None }; _];
+    let mut nets: [Option<(Net, String)>; MICROVM_NET_SLOTS] = [const { None }; _];
+    let (mut disks, mut nics, mut others) = (0, 0, Vec::new());
     for Device { id, driver, .. } in &config.devices {
         match driver {
             DeviceDriver::VirtioBlk { .. } => {
-                check_room(id, "disks", blocks.len(), MICROVM_BLOCK_SLOTS)?;
-                if let Some(device) = devices::disk(id, driver, config, inherited, workers)? {
-                    ports.blocks.push(device.port());
-                    blocks.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                check_room(id, "disks", disks, MICROVM_BLOCK_SLOTS)?;
+                if let Some(device) = devices::disk(id, driver, config, inherited, workers)?
+                    && let Some(place) = blocks.get_mut(seating.block(disks))
+                {
+                    *place = Some((device, id.clone()));
                 }
+                disks += 1;
             }
             DeviceDriver::VirtioNet { .. } => {
-                check_room(id, "network devices", nets.len(), MICROVM_NET_SLOTS)?;
-                if let Some(device) = devices::nic(id, driver, nets.len(), config, inherited, workers)? {
-                    ports.nets.push(device.port());
-                    nets.push(Occupant { id: Some(id.clone()), device: Box::new(device) });
+                check_room(id, "network devices", nics, MICROVM_NET_SLOTS)?;
+                let slot = seating.net(nics);
+                if let Some(device) = devices::nic(id, driver, slot, config, inherited, workers)?
+                    && let Some(place) = nets.get_mut(slot)
+                {
+                    *place = Some((device, id.clone()));
                 }
+                nics += 1;
             }
             // Ports of the virtio-serial device have no slot of their own.
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
@@ -128,30 +138,40 @@ pub(super) fn fill(
             }
         }
     }
-    while blocks.len() < MICROVM_BLOCK_SLOTS {
+    let (mut ports, mut occupants) = (Ports::default(), Vec::with_capacity(SLOTS + others.len()));
+    for place in blocks {
         let worker = workers.default.clone();
-        let empty = BlkOptions {
-            backend: None,
-            serial: None,
-            read_only: false,
-            queue_size: QUEUE_SIZE,
-            queues: 1,
-            worker,
-        };
-        let device = Blk::new(empty);
+        let (device, id) = named(place, || {
+            Blk::new(BlkOptions {
+                backend: None,
+                serial: None,
+                read_only: false,
+                queue_size: QUEUE_SIZE,
+                queues: 1,
+                worker,
+            })
+        });
         ports.blocks.push(device.port());
-        blocks.push(Occupant { id: None, device: Box::new(device) });
+        occupants.push(Occupant { id, device: Box::new(device) });
     }
-    while nets.len() < MICROVM_NET_SLOTS {
-        let (worker, mac) = (workers.default.clone(), net::default_mac(nets.len() as u8));
-        let empty = NetOptions { backend: None, mac, multi_queue: false, queue_size: QUEUE_SIZE, worker };
-        let device = Net::new(empty);
+    for (place, number) in nets.into_iter().zip(0..) {
+        let (worker, mac) = (workers.default.clone(), net::default_mac(number));
+        let (device, id) = named(place, || {
+            Net::new(NetOptions { backend: None, mac, multi_queue: false, queue_size: QUEUE_SIZE, worker })
+        });
         ports.nets.push(device.port());
-        nets.push(Occupant { id: None, device: Box::new(device) });
+        occupants.push(Occupant { id, device: Box::new(device) });
     }
-    blocks.append(&mut nets);
-    blocks.append(&mut others);
-    Ok((blocks, ports))
+    occupants.append(&mut others);
+    Ok((occupants, ports))
+}
+
+/// What is in a slot, or what makes it an empty one.
+fn named<D>(place: Option<(D, String)>, empty: impl FnOnce() -> D) -> (D, Option<String>) {
+    match place {
+        Some((device, id)) => (device, Some(id)),
+        None => (empty(), None),
+    }
 }
 
 fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Result<(), MachineError> {
@@ -206,6 +226,10 @@ mod tests {
         Others { chardevs: std::collections::HashMap::new(), main_loop, balloon: None }
     }
 
+    fn in_order(config: &VmConfig) -> Seating {
+        Seating::new(config, &[])
+    }
+
     fn with_disks(count: usize) -> (VmConfig, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let mut config = VmConfig::default();
@@ -236,7 +260,8 @@ mod tests {
     fn disks_fill_slots_in_order_and_the_rest_is_empty() {
         let (config, _dir) = with_disks(2);
         let (slots, ports) =
-            fill(&config, &Inherited::default(), &Workers::new(&config), &mut others()).unwrap();
+            fill(&config, &in_order(&config), &Inherited::default(), &Workers::new(&config), &mut others())
+                .unwrap();
         assert_eq!((ports.blocks.len(), ports.nets.len()), (6, 2));
         let types: Vec<u32> = slots.iter().map(|s| s.device.device_type()).collect();
         assert_eq!(types, [2, 2, 2, 2, 2, 2, 1, 1]);
@@ -254,6 +279,23 @@ mod tests {
     }
 
     #[test]
+    fn a_restored_vm_has_its_disks_where_they_were() {
+        let (config, _dir) = with_disks(2);
+        let mut before = vec![None; 8];
+        (before[1], before[4]) = (Some("blk1".to_owned()), Some("blk0".to_owned()));
+        let seating = Seating::new(&config, &before);
+        let (slots, ports) =
+            fill(&config, &seating, &Inherited::default(), &Workers::new(&config), &mut others()).unwrap();
+        let ids: Vec<_> = slots.iter().map(|s| s.id.as_deref()).collect();
+        assert_eq!(ids, [None, Some("blk1"), None, None, Some("blk0"), None, None, None]);
+        let disks: Vec<_> = ports.blocks.iter().map(|p| p.disk_id()).collect();
+        assert_eq!(
+            (disks[1].as_deref(), disks[4].as_deref(), disks[0].as_deref()),
+            (Some("d1"), Some("d0"), None)
+        );
+    }
+
+    #[test]
     fn other_devices_follow_disks_and_nics() {
         let mut config = VmConfig::default();
         config.rngs.push(crate::config::RngSource { id: "r".into(), filename: "/dev/urandom".into() });
@@ -263,14 +305,16 @@ mod tests {
             config.devices.push(Device { id, bus: None, addr: None, multifunction: false, driver });
         }
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config), &mut others())
+            fill(config, &in_order(config), &Inherited::default(), &Workers::new(config), &mut others())
                 .err()
                 .unwrap()
                 .to_string()
         };
         assert!(text(&config).starts_with("device \"rng11\": too many devices besides disks and NICs"));
         config.devices.truncate(2);
-        let (slots, _) = fill(&config, &Inherited::default(), &Workers::new(&config), &mut others()).unwrap();
+        let (slots, _) =
+            fill(&config, &in_order(&config), &Inherited::default(), &Workers::new(&config), &mut others())
+                .unwrap();
         let ids: Vec<_> = slots[8..].iter().map(|s| s.id.as_deref().unwrap()).collect();
         assert_eq!((ids, slots[8].device.device_type()), (vec!["rng0", "rng1"], 4));
     }
@@ -287,7 +331,7 @@ mod tests {
     fn says_which_device_is_one_too_many_or_refers_to_nothing() {
         let (config, _dir) = with_disks(7);
         let text = |config: &VmConfig| {
-            fill(config, &Inherited::default(), &Workers::new(config), &mut others())
+            fill(config, &in_order(config), &Inherited::default(), &Workers::new(config), &mut others())
                 .err()
                 .unwrap()
                 .to_string()

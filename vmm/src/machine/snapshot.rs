@@ -66,6 +66,9 @@ struct SavedMachine {
     /// Pages of guest memory that are not zero, and their checksum.
     pages: u64,
     checksum: u32,
+    /// The device in each replaceable slot.
+    #[serde(default)]
+    occupants: Vec<Option<String>>,
 }
 
 impl Identity {
@@ -109,6 +112,7 @@ pub(super) struct Source {
     opened: Opened,
     pages: Pages,
     identity: Identity,
+    occupants: Vec<Option<String>>,
     mapped: bool,
 }
 
@@ -122,7 +126,13 @@ impl Source {
         if incoming.verify {
             opened.verify(&pages)?;
         }
-        Ok(Self { opened, pages, identity: saved.identity, mapped: incoming.mapped })
+        let SavedMachine { identity, occupants, .. } = saved;
+        Ok(Self { opened, pages, identity, occupants, mapped: incoming.mapped })
+    }
+
+    /// The device that was in each replaceable slot.
+    pub(super) fn occupants(&self) -> &[Option<String>] {
+        &self.occupants
     }
 
     /// Guest memory, as it was saved.
@@ -273,8 +283,12 @@ impl Microvm {
             let result = writer.add(name, instance, VERSION, bytes);
             result.map_err(|format| SnapshotError::Damaged { path: draft.target().join("state"), format })
         };
-        let machine =
-            SavedMachine { identity: self.identity.clone(), pages: pages.count, checksum: pages.checksum };
+        let machine = SavedMachine {
+            identity: self.identity.clone(),
+            pages: pages.count,
+            checksum: pages.checksum,
+            occupants: self.replaceable.occupants(),
+        };
         add(MACHINE, 0, &json(&machine)?)?;
         if let Some(serial) = &self.serial {
             add(SERIAL, 0, &json(&serial.saved())?)?;

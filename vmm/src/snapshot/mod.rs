@@ -47,6 +47,9 @@ pub enum SnapshotError {
         #[source]
         source: io::Error,
     },
+    /// Guest memory, while the guest is told that it is another VM now.
+    #[error("cannot write the VM Generation ID to guest memory: {0}")]
+    Memory(#[source] vm_memory::GuestMemoryError),
     /// A file of the snapshot is damaged, or no such file.
     #[error("snapshot {}: {format}", path.display())]
     Damaged {

@@ -8,7 +8,7 @@
 //! \_SB.Vxxx        LNRO0005: virtio-mmio device xxx (hexadecimal). _STA writes xxx to the claim port.
 //! ```
 //!
-//! A q35 has the first and COM1, and what `pci` adds.
+//! A q35 has the first and COM1, and what `pci` adds; every board what `generation` adds.
 //!
 //! A kernel with ACPI runs `_STA` of every device before it binds drivers, and so claims it; one without never does.
 //! That is how the machine knows which of the device's two register windows the kernel will use.
@@ -21,6 +21,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::generation::Generation;
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, pci};
 use crate::boot::{Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::device::SLEEP_TYPE_S5;
@@ -40,7 +41,7 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
         Hardware::Reduced(reduced) => mmio_devices(reduced, com1.as_ref(), &mut aml),
         Hardware::Pcie(pcie) => {
             let host = pci::Host(*pcie);
-            let mut children: Vec<&dyn Aml> = vec![&host];
+            let mut children: Vec<&dyn Aml> = vec![&host, &Generation];
             children.extend(com1.iter().map(|d| d as &dyn Aml));
             Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
         }
@@ -64,14 +65,14 @@ fn mmio_devices(reduced: &Reduced<'_>, com1: Option<&Com1>, aml: &mut Vec<u8>) {
     let button = PowerButton(reduced.button_irq);
     let devices: Vec<Virtio> =
         (0..).zip(reduced.slots).map(|(number, slot)| Virtio { number, slot }).collect();
-    let mut children: Vec<&dyn Aml> = vec![&region, &field, &button];
+    let mut children: Vec<&dyn Aml> = vec![&region, &field, &button, &Generation];
     children.extend(com1.map(|d| d as &dyn Aml));
     children.extend(devices.iter().map(|d| d as &dyn Aml));
     Scope::new("_SB_".into(), children).to_aml_bytes(aml);
 }
 
 /// A line of ours: edge-triggered, active high, not shared.
-fn interrupt(gsi: u32) -> Interrupt {
+pub(super) fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 

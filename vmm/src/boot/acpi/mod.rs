@@ -6,6 +6,7 @@
 
 mod dsdt;
 mod fadt;
+mod generation;
 mod madt;
 mod pci;
 
@@ -45,6 +46,8 @@ pub(super) fn write(memory: &GuestMemory, at: u64, platform: &Platform<'_>) -> R
     memory
         .write_slice(&tables(at, platform), GuestAddress(at))
         .map_err(|source| BootError::Memory { what: "the ACPI tables", source })?;
+    let generation = platform.generation.write(memory);
+    generation.map_err(|source| BootError::Memory { what: "the VM Generation ID", source })?;
     Ok(at)
 }
 

@@ -26,6 +26,7 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
             button_irq: 3,
         }),
         serial: serial.then_some(SerialPort { port: 0x3f8, irq: 4 }),
+        generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
     tables(AT, &platform)
@@ -49,10 +50,11 @@ fn a_q35_has_acpi_hardware_and_a_pcie_root() {
         topology: &Topology::new(&smp).unwrap(),
         hardware: Hardware::Pcie(pcie),
         serial: None,
+        generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
     let blob = tables(AT, &platform);
-    assert!(blob.len() < 0x1_0000, "runs into the MP table: {:#x}", blob.len());
+    assert!(blob.len() as u64 <= crate::device::GENERATION_ADDRESS - AT, "{:#x}", blob.len());
     let xsdt = at(&blob, number(&blob[24..32]));
     let tables: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| at(&blob, number(entry))).collect();
     let signatures: Vec<&[u8]> = tables.iter().map(|t| &t[..4]).collect();
@@ -93,7 +95,7 @@ fn sum(bytes: &[u8]) -> u8 {
 fn every_table_is_reachable_and_sums_to_zero() {
     for cpus in [1, 2, 254] {
         let blob = blob(cpus, true);
-        assert!(blob.len() < 0x1_0000, "runs into the MP table: {:#x}", blob.len());
+        assert!(blob.len() as u64 <= crate::device::GENERATION_ADDRESS - AT, "{:#x}", blob.len());
         let rsdp = &blob[..36];
         assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(rsdp)), (&b"RSD PTR "[..], 0, 0));
         let xsdt = at(&blob, number(&rsdp[24..32]));
@@ -133,4 +135,23 @@ fn the_power_button_is_a_device_that_an_interrupt_reports() {
     // PNP0C0C as a compressed EISA id, and Notify (PWRB, 0x80).
     assert!(find(&[0x0c, 0x41, 0xd0, 0x0c, 0x0c]).is_some());
     assert!(find(b"\x86PWRB\x0a\x80").is_some());
+}
+
+#[test]
+fn the_generation_id_is_found_by_its_kind_and_where_the_tables_say() {
+    let blob = blob(1, false);
+    let find = |name: &[u8]| blob.windows(name.len()).position(|w| w == name);
+    assert!(find(b"_CID\x0dVM_Gen_Counter\0").is_some());
+    // Package (2) { 0x000ef000, 0 }
+    let at = find(b"ADDR\x12").unwrap();
+    assert_eq!(blob[at + 6..at + 13], [2, 0x0c, 0x00, 0xf0, 0x0e, 0x00, 0x00]);
+    // The method does nothing but Notify (VGEN, 0x80).
+    assert!(find(b"_EVT\x09\x86VGEN\x0a\x80").is_some());
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let generation = crate::device::GenerationId::new();
+    generation.write(&memory).unwrap();
+    let mut bytes = [0; 18];
+    memory.read_slice(&mut bytes, GuestAddress(0xe_efff)).unwrap();
+    assert_eq!((bytes[0], bytes[17]), (0, 0));
+    assert_ne!(bytes, [0; 18]);
 }

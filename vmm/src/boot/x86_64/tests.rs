@@ -28,6 +28,7 @@ fn boot(memory: &GuestMemory, config: &BootConfig) -> Result<BootState, BootErro
             button_irq: 3,
         }),
         serial: None,
+        generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
     let mut files = BootFiles::open(config, &Inherited::default())?;

@@ -32,7 +32,9 @@ use crate::boot::{self, BootFiles, Hardware, Pcie, Platform, SerialPort};
 use crate::bus::{Bus, BusDevice};
 use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
-use crate::device::{I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister};
+use crate::device::{
+    GenerationId, I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister,
+};
 use crate::inherit::Inherited;
 use crate::irq::{self, KvmLine, SharedLine};
 use crate::memory::{self, GuestMemory};
@@ -51,6 +53,7 @@ struct Wiring {
     pcie: Pcie,
     has_serial: bool,
     append: String,
+    generation: GenerationId,
     /// Memory that was filled beforehand stays where it is.
     clears_memory: bool,
 }
@@ -62,6 +65,7 @@ impl Wiring {
             topology: &self.topology,
             hardware: Hardware::Pcie(self.pcie),
             serial: self.has_serial.then_some(SERIAL),
+            generation: self.generation,
             dirty_memory,
         }
     }
@@ -141,6 +145,7 @@ impl Q35 {
             pcie,
             has_serial: serial.is_some(),
             append: config.boot.append.clone(),
+            generation: GenerationId::new(),
             clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;

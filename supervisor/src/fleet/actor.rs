@@ -1,40 +1,37 @@
 //! One task per VM: feeds the pure state machine with what happens and carries out its effects. Nothing here waits for the VMM or for
 //! systemd: slow effects run as tasks of their own and report back, so that a power-off is always heard.
 //!
-//! `actor/definition.rs` changes and removes the definition, `actor/shown.rs` keeps the view.
+//! `actor/hear.rs` is what is heard, `actor/process.rs` the process, `actor/definition.rs` changes and removes the definition, `actor/shown.rs`
+//! keeps the view.
 //!
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
 
 mod definition;
+mod hear;
+mod process;
 mod shown;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use dbus_api::spec::VmSpec;
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{error, info, warn};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+use tracing::{error, info};
 use uuid::Uuid;
 
 use super::devices::Devices;
-use super::inbox::{Answer, Handle, Internal, Request};
-use super::life::{Command, Effect, Exit, Input, Intent, State, Verb};
+use super::inbox::{Handle, Internal, Request};
+use super::life::{Command, Effect, Exit, Input, State, Verb};
 use super::link::Link;
-use super::prepare::{Plan, prepare};
-use super::restart::SETTLED;
-use super::view::{News, View, now};
+use super::view::{View, now};
 use super::vm::{START_DEADLINE, Vm};
-use super::{Context, FleetError, monitor, network};
-use crate::launch::{Notice, Prepared};
-use crate::qmp::{Proxy, QmpEvent, Stage, Told, Tracked, Watch};
+use super::{Context, FleetError, monitor};
+use crate::qmp::{Proxy, Watch};
 use crate::store::{Definition, Process, Runtime};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
 const INBOX: usize = 64;
-/// How long the connection to a process that ended is still read.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
 /// How long a restart waits when the host has no room for it.
 const NO_ROOM: Duration = Duration::from_secs(30);
 
@@ -249,213 +246,6 @@ impl Actor {
         }
     }
 
-    async fn hear(&mut self, news: Internal) {
-        let input = match news {
-            Internal::Notice(notice) => return self.notice(notice).await,
-            Internal::Planned { run, generation, command_line } => {
-                if run == self.vm.run() {
-                    self.applied_generation = generation;
-                    self.command_line = command_line.into();
-                }
-                return;
-            }
-            Internal::Launched { run, process } => {
-                if run != self.vm.run() {
-                    return;
-                }
-                return self.launched(process).await;
-            }
-            Internal::LaunchFailed { run, error } => {
-                self.own_start = false;
-                if run == self.vm.run() {
-                    warn!(FLOTILLA_VM = &*self.name, "start failed: {error}");
-                }
-                Input::LaunchFailed { run, error }
-            }
-            Internal::Linked { run, monitor, paused } => {
-                if run != self.vm.run() || self.vm.state().idle() {
-                    return;
-                }
-                self.link.linked(monitor);
-                Input::Connected { run, paused }
-            }
-            Internal::Ended { invocation, exit } => {
-                if self.process.as_ref().is_some_and(|process| process.invocation == invocation) {
-                    self.ended(exit).await;
-                }
-                return;
-            }
-            Internal::LastLog { run, lines } => {
-                if run == self.vm.run() {
-                    self.last_log = lines.into();
-                }
-                return;
-            }
-            Internal::Silent { run } => Input::Silent { run },
-            Internal::Disconnected { run } => {
-                if run == self.vm.run() && !self.vm.state().idle() {
-                    self.link.expect();
-                }
-                Input::Disconnected { run }
-            }
-            Internal::VcpusChanged { run, paused } => Input::VcpusChanged { run, paused },
-            Internal::Event { run, event } => {
-                if run == self.vm.run() && self.lost(&event) {
-                    self.record().await;
-                }
-                let Some(input) = self.event(run, &event) else { return };
-                input
-            }
-            Internal::Client(told) => {
-                if self.gained(&told) {
-                    self.record().await;
-                }
-                let Some(input) = self.client(&told) else { return };
-                input
-            }
-            Internal::CommandDone { run, command, result } => Input::CommandDone { run, command, result },
-        };
-        self.feed(input).await;
-    }
-
-    fn event(&self, run: u64, event: &QmpEvent) -> Option<Input> {
-        if run != self.vm.run() {
-            return None;
-        }
-        self.context.tell(News::QmpEvent {
-            sequence: self.context.next_sequence(),
-            name: Arc::clone(&self.name),
-            usec: event.usec,
-            event: event.name.to_string(),
-            data: event.data.to_string(),
-        });
-        match &*event.name {
-            "STOP" => Some(Input::VcpusChanged { run, paused: true }),
-            "RESUME" => Some(Input::VcpusChanged { run, paused: false }),
-            "SHUTDOWN" => {
-                let guest = event.data.get("guest").and_then(serde_json::Value::as_bool) == Some(true);
-                Some(Input::ShutdownSeen { run, why: monitor::ending(event), guest })
-            }
-            _ => None,
-        }
-    }
-
-    /// A device went; says whether that is to be written down.
-    fn lost(&mut self, event: &QmpEvent) -> bool {
-        let id = event.data.get("device").and_then(serde_json::Value::as_str);
-        &*event.name == "DEVICE_DELETED" && id.is_some_and(|id| self.devices.delete(&self.spec, id))
-    }
-
-    /// A device came; says whether that is to be written down.
-    fn gained(&mut self, told: &Told) -> bool {
-        match (&told.command, told.stage) {
-            (Tracked::DeviceAdd(id), Stage::Done) => {
-                self.link.is(&told.monitor) && self.devices.add(&self.spec, id)
-            }
-            _ => false,
-        }
-    }
-
-    /// What a client of the QMP socket does.
-    fn client(&self, told: &Told) -> Option<Input> {
-        if !self.link.is(&told.monitor) {
-            return None;
-        }
-        let command = match &told.command {
-            Tracked::Quit => Command::Quit,
-            Tracked::Stop => Command::Stop,
-            Tracked::Cont => Command::Cont,
-            Tracked::Powerdown => Command::Powerdown,
-            Tracked::DeviceAdd(_) => return None,
-        };
-        Some(Input::Client { run: self.vm.run(), command, stage: told.stage })
-    }
-
-    /// What the launcher saw. Under systemd these come for starts and stops of anybody.
-    async fn notice(&mut self, notice: Notice) {
-        match notice {
-            Notice::Started(process) => {
-                if self.vm.state().idle() {
-                    self.feed(Input::StartSeen).await;
-                }
-                // Our own start reports its process itself.
-                if self.vm.state() == State::Starting && self.process.is_none() && !self.own_start {
-                    self.launched(process).await;
-                }
-            }
-            Notice::Stopping => {
-                let run = self.vm.run();
-                self.feed(Input::StopSeen { run }).await;
-            }
-            Notice::Ended { invocation, exit } => match &self.process {
-                Some(process) if process.invocation == invocation => self.last_words(invocation, exit).await,
-                // A start of ours is under way: this may be its end, or that of the process before.
-                None if self.own_start => self.early_end = Some((invocation, exit)),
-                None if !self.vm.state().idle() => self.ended(exit).await,
-                _ => {}
-            },
-        }
-    }
-
-    async fn launched(&mut self, process: Process) {
-        self.own_start = false;
-        let run = self.vm.run();
-        let early = self.early_end.take().filter(|(invocation, _)| *invocation == process.invocation);
-        self.process = Some(process);
-        self.devices = Devices::default();
-        self.last_log = Arc::default();
-        self.launched = Instant::now();
-        self.exit = None;
-        self.feed(Input::Launched { run }).await;
-        if let Some((_, exit)) = early {
-            self.ended(exit).await;
-        }
-    }
-
-    /// The kernel tells of a process's end at once; what it said last may still be unread. That says why it ended, so it goes first.
-    async fn last_words(&mut self, invocation: String, exit: Exit) {
-        let Some(mut link) = self.link.last_words() else { return self.ended(exit).await };
-        let internal = self.internal.clone();
-        tokio::spawn(async move {
-            // Its end of the connection is closed: reading ends by itself, unless somebody else holds the socket.
-            if timeout(LAST_WORDS, &mut link).await.is_err() {
-                link.abort();
-            }
-            let _ = internal.send(Internal::Ended { invocation, exit });
-        });
-    }
-
-    async fn ended(&mut self, exit: Exit) {
-        let run = self.vm.run();
-        if self.launched.elapsed() >= SETTLED {
-            self.vm.settle();
-        }
-        let process = self.process.take();
-        self.applied_generation = 0;
-        self.command_line = Arc::default();
-        self.exit = Some(exit.clone());
-        self.devices = Devices::default();
-        self.feed(Input::Gone { run, exit }).await;
-        if self.vm.state() == State::Failed {
-            self.read_log(process);
-        }
-        if self.vm.state().idle() {
-            // A card that a newer definition dropped could not go while the VMM held its tap.
-            let keep = network::taps(&self.name, &self.spec);
-            self.context.network.remove_taps(&self.name, self.uuid, &keep).await;
-        }
-    }
-
-    /// Asks for the last lines that the process logged.
-    fn read_log(&self, process: Option<Process>) {
-        let (context, name, run, internal) =
-            (Arc::clone(&self.context), Arc::clone(&self.name), self.vm.run(), self.internal.clone());
-        tokio::spawn(async move {
-            let lines = context.launcher.last_lines(&name, process.as_ref()).await;
-            let _ = internal.send(Internal::LastLog { run, lines });
-        });
-    }
-
     async fn feed(&mut self, input: Input) {
         let before = self.vm.state();
         let effects = self.vm.step(input);
@@ -504,73 +294,6 @@ impl Actor {
         }
     }
 
-    fn plan(&self, paused: bool) -> Plan {
-        Plan {
-            name: Arc::clone(&self.name),
-            uuid: self.uuid,
-            spec: Arc::clone(&self.spec),
-            generation: self.generation,
-            paused,
-        }
-    }
-
-    fn launch(&mut self, paused: bool) {
-        self.own_start = true;
-        self.early_end = None;
-        let (context, plan, run, internal) =
-            (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
-        tokio::spawn(async move {
-            let outcome = async {
-                let prepared = prepare(&context, &plan).await?;
-                let command_line = prepared.command_line.clone();
-                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
-                let started = context.launcher.start(&plan.name, prepared).await;
-                started.map_err(|error| FleetError::LaunchFailed(error.to_string()))
-            };
-            let _ = internal.send(match outcome.await {
-                Ok(process) => Internal::Launched { run, process },
-                Err(error) => Internal::LaunchFailed { run, error },
-            });
-        });
-    }
-
-    /// The unit's process asks for its command line, and no start of ours prepared it: `systemctl start`, or a daemon that was killed
-    /// while it started the unit.
-    async fn hand_over(&mut self, answer: oneshot::Sender<Result<Prepared, FleetError>>) {
-        if self.vm.state().idle() {
-            if let Err(error) = self.context.gate.enter(&self.name, &self.spec) {
-                let _ = answer.send(Err(error));
-                return;
-            }
-            self.feed(Input::StartSeen).await;
-        }
-        if self.vm.state() != State::Starting {
-            let _ = answer.send(Err(FleetError::InvalidState(format!("it is {}", self.vm.state().word()))));
-            return;
-        }
-        let paused = self.vm.intent() == Intent::Paused;
-        let (context, plan, run, internal) =
-            (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
-        tokio::spawn(async move {
-            let prepared = prepare(&context, &plan).await;
-            if let Ok(prepared) = &prepared {
-                let command_line = prepared.command_line.clone();
-                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
-            }
-            let _ = answer.send(prepared);
-        });
-    }
-
-    /// `ExecStop=` of the unit.
-    async fn end_by_unit(&mut self, answer: Answer<()>) {
-        let run = self.vm.run();
-        self.feed(Input::StopSeen { run }).await;
-        let sent = self.link.send(Command::Quit);
-        tokio::spawn(async move {
-            let _ = answer.send(sent.await);
-        });
-    }
-
     fn connect(&mut self) {
         let path = self.context.launcher.sockets(&self.name).join("qmp.sock");
         let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
@@ -582,16 +305,6 @@ impl Actor {
         tokio::spawn(async move {
             let result = sent.await;
             let _ = internal.send(Internal::CommandDone { run, command, result });
-        });
-    }
-
-    fn kill(&self) {
-        let (context, name, process) =
-            (Arc::clone(&self.context), Arc::clone(&self.name), self.process.clone());
-        tokio::spawn(async move {
-            if let Err(error) = context.launcher.kill(&name, process.as_ref()).await {
-                error!(FLOTILLA_VM = &*name, "{error}");
-            }
         });
     }
 }

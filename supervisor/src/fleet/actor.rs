@@ -141,6 +141,10 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         process,
         view,
     };
+    if !actor.vm.state().idle() {
+        // Before anybody can ask for a start: what runs already counts.
+        actor.context.gate.count(&actor.name, &actor.spec);
+    }
     actor.view.send_replace(Arc::new(actor.look()));
     let handle = Handle { requests, internal, view: actor.view.subscribe() };
     tokio::spawn(async move {

@@ -11,6 +11,10 @@ pub enum Error {
     NoSuchVm(String),
     /// A VM of that name is defined already.
     VmExists(String),
+    /// No network of that name.
+    NoSuchNetwork(String),
+    /// A network of that name, or on that bridge, is defined already.
+    NetworkExists(String),
     /// No job of that number; it may have ended.
     NoSuchJob(String),
     /// The definition is malformed or asks for something impossible.

@@ -8,6 +8,7 @@
 //! Resync rule: read `EventSeq`, then `ListVms`; a signal whose number is not above that `EventSeq` is stale, a gap means list again.
 
 pub mod error;
+pub mod network;
 pub mod proxy;
 pub mod spec;
 
@@ -19,6 +20,8 @@ pub const MANAGER_PATH: &str = "/org/flotilla/Flotilla1";
 pub const MANAGER_INTERFACE: &str = "org.flotilla.Flotilla1.Manager";
 /// Interface of a VM.
 pub const VM_INTERFACE: &str = "org.flotilla.Flotilla1.Vm";
+/// Interface of a network.
+pub const NETWORK_INTERFACE: &str = "org.flotilla.Flotilla1.Network";
 /// Interface of a job.
 pub const JOB_INTERFACE: &str = "org.flotilla.Flotilla1.Job";
 
@@ -26,6 +29,8 @@ pub const JOB_INTERFACE: &str = "org.flotilla.Flotilla1.Job";
 pub const ACTION_MANAGE: &str = "org.flotilla.flotilla1.manage";
 /// polkit action: what concerns the whole host, such as draining it.
 pub const ACTION_HOST: &str = "org.flotilla.flotilla1.host";
+/// polkit action: define and delete networks.
+pub const ACTION_NETWORK: &str = "org.flotilla.flotilla1.network";
 /// polkit action: open a VM's console or log.
 pub const ACTION_CONSOLE: &str = "org.flotilla.flotilla1.console";
 /// polkit action: send QMP commands to a VM that change nothing.
@@ -36,6 +41,11 @@ pub const ACTION_QMP: &str = "org.flotilla.flotilla1.qmp-full";
 /// Object path of the VM `name`: bytes outside `[A-Za-z0-9]` become `_xx`, as systemd writes them, so that a person can type it.
 pub fn vm_path(name: &str) -> String {
     format!("{MANAGER_PATH}/vm/{}", escape(name))
+}
+
+/// Object path of the network `name`, written as a VM's.
+pub fn network_path(name: &str) -> String {
+    format!("{MANAGER_PATH}/network/{}", escape(name))
 }
 
 /// Object path of the job `id`.

@@ -6,6 +6,8 @@ use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant, Variant};
 
 /// One row of `ListVms`: name, uuid, state, sub-state, main process id, generation, object path.
 pub type VmRow = (String, String, String, String, u32, u64, OwnedObjectPath);
+/// One row of `ListNetworks`: name, bridge, number of VMs with a card on it, object path.
+pub type NetworkRow = (String, String, u32, OwnedObjectPath);
 /// One row of `ListJobs`: id, type, VM, state, phase, error message, age in microseconds, object path.
 pub type JobRow = (u32, String, String, String, String, String, u64, OwnedObjectPath);
 /// Trailing options of a call.
@@ -63,6 +65,19 @@ pub trait Manager {
     /// VMs may be started again.
     #[zbus(allow_interactive_auth)]
     fn undrain(&self) -> Result<(), crate::error::Error>;
+    /// All networks, from the daemon's memory.
+    fn list_networks(&self) -> Result<Vec<NetworkRow>, crate::error::Error>;
+    /// Stores a network (JSON, see [`crate::network::NetworkSpec`]) and makes its bridge. Option: `replace b`.
+    #[zbus(allow_interactive_auth)]
+    fn define_network(
+        &self,
+        name: &str,
+        spec: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Forgets a network that no VM uses; its bridge goes if we made it.
+    #[zbus(allow_interactive_auth)]
+    fn delete_network(&self, name: &str) -> Result<(), crate::error::Error>;
     /// Jobs under way.
     fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
 
@@ -72,6 +87,12 @@ pub trait Manager {
     /// A VM was undefined.
     #[zbus(signal)]
     fn vm_removed(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A network was defined.
+    #[zbus(signal)]
+    fn network_new(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A network was deleted.
+    #[zbus(signal)]
+    fn network_removed(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
     /// A VM changed state.
     #[zbus(signal)]
     fn vm_state_changed(
@@ -219,7 +240,7 @@ pub trait Vm {
     /// Devices that were added over QMP since the start, by id.
     #[zbus(property)]
     fn added_devices(&self) -> zbus::Result<Vec<String>>;
-    /// Network cards: id, tap, hardware address, bridge.
+    /// Network cards: id, tap, hardware address, network or bridge.
     #[zbus(property)]
     fn network_interfaces(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
     /// Path of the proxy's QMP socket.
@@ -228,6 +249,23 @@ pub trait Vm {
     /// The VMM answers QMP.
     #[zbus(property)]
     fn qmp_responsive(&self) -> zbus::Result<bool>;
+}
+
+/// A network.
+#[zbus::proxy(interface = "org.flotilla.Flotilla1.Network", default_service = "org.flotilla.Flotilla1")]
+pub trait Network {
+    /// Name.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    /// Its bridge.
+    #[zbus(property)]
+    fn bridge(&self) -> zbus::Result<String>;
+    /// The definition, JSON.
+    #[zbus(property(emits_changed_signal = "invalidates"))]
+    fn spec(&self) -> zbus::Result<String>;
+    /// VMs that have a card on it.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn vms(&self) -> zbus::Result<Vec<String>>;
 }
 
 /// A job under way.

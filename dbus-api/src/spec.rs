@@ -264,11 +264,23 @@ impl Disk {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
-    /// Bridge to put the tap on; made when it does not exist yet.
+    /// Bridge to put the tap on; made when it does not exist yet. Either this or `network`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub bridge: String,
+    /// Network to put the tap on, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// Hardware address `52:54:00:…`; derived from the VM's uuid when absent, so it stays the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
+}
+
+impl Nic {
+    /// Where the card is: its network, or its bridge.
+    #[must_use]
+    pub fn place(&self) -> &str {
+        self.network.as_deref().unwrap_or(&self.bridge)
+    }
 }
 
 /// A number of bytes; written as MiB (a number) or with a unit (`"512M"`, `"2G"`).

@@ -59,6 +59,7 @@ mod tests {
         for action in [
             dbus_api::ACTION_MANAGE,
             dbus_api::ACTION_HOST,
+            dbus_api::ACTION_NETWORK,
             dbus_api::ACTION_CONSOLE,
             dbus_api::ACTION_QMP_QUERY,
             dbus_api::ACTION_QMP,

@@ -27,5 +27,5 @@ mod wire;
 
 pub use error::NetError;
 pub use link::{Link, LinkKind, Outcome};
-pub use name::{BRIDGE_TAG, TAG_PREFIX, check_name, tap_name};
+pub use name::{BRIDGE_TAG, TAG_PREFIX, bridge_name, check_name, tap_name};
 pub use net::{BridgeSpec, Net, TapSpec};

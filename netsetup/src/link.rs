@@ -2,8 +2,8 @@
 
 use rtnetlink::packet_core::Nla;
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoTun, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoTun,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
 use crate::name::TAG_PREFIX;
@@ -32,6 +32,8 @@ pub struct Link {
     pub tag: Option<String>,
     /// Index of the bridge (or other controller) it is a port of.
     pub controller: Option<u32>,
+    /// A port of a bridge that reaches only ports that are not isolated.
+    pub isolated: bool,
     /// What the call that returned this had to do.
     pub outcome: Outcome,
     pub(crate) alias: String,
@@ -88,6 +90,7 @@ impl Link {
             up: message.header.flags.contains(LinkFlags::Up),
             tag: None,
             controller: None,
+            isolated: false,
             outcome: Outcome::Unchanged,
             alias: String::new(),
             address: Vec::new(),
@@ -103,7 +106,10 @@ impl Link {
                 }
                 LinkAttribute::Controller(index) if *index != 0 => link.controller = Some(*index),
                 LinkAttribute::Address(address) => link.address.clone_from(address),
-                LinkAttribute::LinkInfo(infos) => link.kind = kind(infos),
+                LinkAttribute::LinkInfo(infos) => {
+                    link.kind = kind(infos);
+                    link.isolated = isolated(infos);
+                }
                 LinkAttribute::AfSpecUnspec(families) => link.link_local = link_local(families),
                 _ => {}
             }
@@ -123,6 +129,13 @@ fn kind(infos: &[LinkInfo]) -> LinkKind {
         Some(other) => LinkKind::Other(other.to_string()),
         None => LinkKind::Other("device".to_owned()),
     }
+}
+
+fn isolated(infos: &[LinkInfo]) -> bool {
+    infos.iter().any(|info| match info {
+        LinkInfo::PortData(InfoPortData::BridgePort(port)) => port.contains(&InfoBridgePort::Isolated(true)),
+        _ => false,
+    })
 }
 
 /// The kernel calls tun and tap devices both "tun"; the type attribute tells them apart.

@@ -107,10 +107,29 @@ pub fn tap_name(vm: &str, index: usize) -> String {
         return readable;
     }
     // The index goes first: digits and a slash, so that no (VM, index) pair spells like another.
-    let hash = Uuid::new_v5(&TAP_NAMESPACE, format!("{index}/{vm}").as_bytes()).into_bytes();
+    hashed("fl", format!("{index}/{vm}").as_bytes())
+}
+
+/// The name of a network's bridge when nobody chose one: at most 15 bytes, always the same for the same network.
+///
+/// `flbr-NAME` when that fits and the network's name is plain; otherwise `fn` and 13 characters of a hash. No tap is called so: those begin
+/// with `fl-`, or with `fl` and hold no '-'.
+#[must_use]
+pub fn bridge_name(network: &str) -> String {
+    let plain = network.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+    let readable = format!("flbr-{network}");
+    if plain && !network.is_empty() && readable.len() <= NAME_MAX {
+        return readable;
+    }
+    hashed("fn", format!("network/{network}").as_bytes())
+}
+
+/// `prefix` (two bytes) and 13 characters of a hash of `text`.
+fn hashed(prefix: &str, text: &[u8]) -> String {
+    let hash = Uuid::new_v5(&TAP_NAMESPACE, text).into_bytes();
     // Bytes 6 and 8 hold the UUID's version and variant: fixed bits, no use here.
     let bits = [0, 1, 2, 3, 4, 5, 9, 10].into_iter().fold(0u64, |bits, at| bits << 8 | u64::from(hash[at]));
-    let mut name = String::from("fl");
+    let mut name = String::from(prefix);
     for group in (0..13).rev() {
         const DIGITS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
         name.push(char::from(DIGITS[(bits >> (5 * group) & 31) as usize]));
@@ -209,6 +228,17 @@ mod tests {
         }
         // A name that was given out once must stay: links outlive the daemon's upgrade.
         assert_eq!(tap_name("a-rather-long-name", 0), "flijtegtjwahvvl");
+    }
+
+    #[test]
+    fn bridges_of_networks_are_no_taps() {
+        assert_eq!(bridge_name("lan"), "flbr-lan");
+        assert_eq!(bridge_name("abcdefghij"), "flbr-abcdefghij");
+        for network in ["abcdefghijk", "a.b", "", "ü"] {
+            let name = bridge_name(network);
+            assert!(name.len() == 15 && name.starts_with("fn") && check_name(&name).is_ok(), "{name}");
+            assert_eq!(name, bridge_name(network));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
-use rtnetlink::{LinkBridge, LinkUnspec};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec};
 use tokio::sync::Mutex;
 
 use crate::error::NetError;
@@ -38,6 +38,8 @@ pub struct TapSpec {
     pub tag: String,
     /// Largest packet, in bytes (68 to 65521); `None`: the bridge's when the tap is made, then as it is.
     pub mtu: Option<u32>,
+    /// No frame goes between it and other isolated ports of its bridge, only between it and ports that are not (`bridge(8)`).
+    pub isolated: bool,
 }
 
 /// The host's links. Cheap to clone; calls may run at the same time, but not two for one name.
@@ -108,6 +110,23 @@ impl Net {
         }
         let changed = changed || !missing.is_empty();
         verify(&wire, &bridge, "bridge", outcome(created, changed)).await
+    }
+
+    /// Takes addresses off a bridge that we made; those that it does not have are fine. Of another's bridge nothing is taken.
+    ///
+    /// # Errors
+    /// A bad name; what the kernel refuses.
+    pub async fn drop_addresses(&self, name: &str, addresses: &[IpNet]) -> Result<(), NetError> {
+        check_name(name)?;
+        let _one_at_a_time = self.bridges.lock().await;
+        let wire = Wire::open()?;
+        let Some(bridge) = wire.find(name).await?.filter(|bridge| bridge.alias == BRIDGE_TAG) else {
+            return Ok(());
+        };
+        for address in addresses {
+            wire.delete_address(name, bridge.index, *address).await?;
+        }
+        Ok(())
     }
 
     /// Makes sure that a persistent tap is there, tagged, up, and on its bridge.
@@ -311,6 +330,13 @@ async fn mend_settings(
     }
     if needed {
         wire.change(&tap.name, "set it up", change).await?;
+    }
+    // A tap that has just become a port is a port like any other.
+    let isolated =
+        tap.isolated && !(needed && bridge.is_some_and(|bridge| tap.controller != Some(bridge.index)));
+    if (bridge.is_some() || tap.controller.is_some()) && isolated != spec.isolated {
+        wire.change(&tap.name, "isolate it", LinkBridgePort::new(tap.index).isolated(spec.isolated)).await?;
+        changed = true;
     }
     Ok(changed || needed)
 }

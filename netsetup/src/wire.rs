@@ -10,10 +10,11 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec};
+use rtnetlink::{Handle, LinkMessageBuilder};
 use tokio::task::JoinHandle;
 
 use crate::error::NetError;
@@ -105,11 +106,11 @@ impl Wire {
     }
 
     /// Changes a link that exists; fails when it does not.
-    pub(crate) async fn change(
+    pub(crate) async fn change<T>(
         &self,
         name: &str,
         what: &'static str,
-        change: LinkMessageBuilder<LinkUnspec>,
+        change: LinkMessageBuilder<T>,
     ) -> Result<(), NetError> {
         ask(what, name, self.handle.link().change(change.build()).execute()).await
     }
@@ -147,6 +148,30 @@ impl Wire {
         let request = self.handle.address().add(index, address.addr(), address.prefix_len()).execute();
         match ask("add an address", name, request).await {
             Err(NetError::Refused { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Takes an address off a link; one that it does not have is fine.
+    pub(crate) async fn delete_address(
+        &self,
+        name: &str,
+        index: u32,
+        address: IpNet,
+    ) -> Result<(), NetError> {
+        let mut message = AddressMessage::default();
+        message.header.family = match address {
+            IpNet::V4(_) => AddressFamily::Inet,
+            IpNet::V6(_) => AddressFamily::Inet6,
+        };
+        message.header.index = index;
+        message.header.prefix_len = address.prefix_len();
+        message.attributes.push(AddressAttribute::Local(address.addr()));
+        message.attributes.push(AddressAttribute::Address(address.addr()));
+        match ask("remove an address", name, self.handle.address().del(message).execute()).await {
+            Err(NetError::Refused { source, .. }) if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+                Ok(())
+            }
             other => other,
         }
     }

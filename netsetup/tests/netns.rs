@@ -59,6 +59,7 @@ fn tap(name: &str, bridge: Option<&str>) -> TapSpec {
         owner: None,
         tag: TAG.to_owned(),
         mtu: None,
+        isolated: false,
     }
 }
 
@@ -113,6 +114,38 @@ fn bridge_and_tap_are_made_once() {
         net.remove("flbr0", BRIDGE_TAG).await.unwrap();
         assert!(net.tagged().await.unwrap().is_empty());
         assert!(gone("fl-web-0") && gone("flbr0"));
+    });
+}
+
+#[test]
+fn ports_are_isolated_and_addresses_go() {
+    in_namespace(|net| async move {
+        net.ensure_bridge(&bridge("flbr0", &["10.77.0.1/24", "10.78.0.1/24", "fd77::1/64"])).await.unwrap();
+        let spec = TapSpec { isolated: true, ..tap("fl-web-0", Some("flbr0")) };
+        let made = net.ensure_tap(&spec).await.unwrap();
+        assert!(made.isolated && ip("-d link show fl-web-0").contains("isolated on"));
+        assert_eq!(net.ensure_tap(&spec).await.unwrap(), with(&made, Outcome::Unchanged));
+        // On another bridge it is isolated as well, and no more when nobody asks.
+        net.ensure_bridge(&bridge("flbr1", &[])).await.unwrap();
+        let moved =
+            net.ensure_tap(&TapSpec { bridge: Some("flbr1".to_owned()), ..spec.clone() }).await.unwrap();
+        assert!(moved.isolated && moved.outcome == Outcome::Updated);
+        let open = net.ensure_tap(&tap("fl-web-0", Some("flbr1"))).await.unwrap();
+        assert!(!open.isolated && ip("-d link show fl-web-0").contains("isolated off"));
+
+        let drop = ["10.78.0.1/24", "fd77::1/64", "10.79.0.1/24"].map(|address| address.parse().unwrap());
+        net.drop_addresses("flbr0", &drop).await.unwrap();
+        let shown = ip("address show flbr0");
+        assert!(
+            shown.contains("10.77.0.1/24") && !shown.contains("10.78") && !shown.contains("fd77"),
+            "{shown}"
+        );
+        // Of a bridge that is not ours nothing is taken.
+        ip("link add br7 type bridge");
+        ip("address add 10.78.0.1/24 dev br7");
+        net.drop_addresses("br7", &drop).await.unwrap();
+        net.drop_addresses("nobody", &drop).await.unwrap();
+        assert!(ip("address show br7").contains("10.78.0.1/24"));
     });
 }
 

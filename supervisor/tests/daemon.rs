@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's way to fail")]
 
 mod lab;
+#[path = "daemon/networks.rs"]
+mod networks;
 #[path = "daemon/policy.rs"]
 mod policy;
 #[path = "daemon/proxy.rs"]

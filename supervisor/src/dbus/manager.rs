@@ -1,8 +1,8 @@
 //! `org.flotilla.Flotilla1.Manager`: the verbs by VM name, the lists, the fleet's own properties.
 
 use dbus_api::error::Error;
-use dbus_api::proxy::{Details, JobRow, VmRow};
-use dbus_api::{ACTION_HOST, ACTION_MANAGE, job_path, vm_path};
+use dbus_api::proxy::{Details, JobRow, NetworkRow, VmRow};
+use dbus_api::{ACTION_HOST, ACTION_MANAGE, ACTION_NETWORK, job_path, network_path, vm_path};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, interface};
@@ -180,6 +180,45 @@ impl Manager {
         Ok(())
     }
 
+    /// All networks, from the daemon's memory: name, bridge, number of VMs with a card on it, object path.
+    #[zbus(out_args("networks"))]
+    async fn list_networks(&self) -> Result<Vec<NetworkRow>, Error> {
+        let fleet = &self.shared.fleet;
+        let row = |(name, spec): (String, std::sync::Arc<dbus_api::network::NetworkSpec>)| {
+            let users = u32::try_from(fleet.users(&name).len()).unwrap_or(u32::MAX);
+            let object = path(network_path(&name))?;
+            Ok((name.clone(), crate::fleet::network::bridge_of(&name, &spec), users, object))
+        };
+        fleet.networks().into_iter().map(row).collect()
+    }
+
+    /// Stores a network (JSON) and makes its bridge; a bridge that the host has already is used as it is, and never removed. Options:
+    /// "replace" b: a network of that name gets this definition, which holds at once. Returns its object.
+    #[zbus(out_args("network"))]
+    async fn define_network(
+        &self,
+        name: &str,
+        spec: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.access.check(&header, ACTION_NETWORK, "").await?;
+        let mut options = Taken(options);
+        let replace = options.flag("replace", false)?;
+        options.finish()?;
+        self.shared.fleet.define_network(name, spec, replace).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        path(network_path(name))
+    }
+
+    /// Forgets a network that no VM has a card on. Its bridge goes, if we made it and nobody uses it.
+    async fn delete_network(&self, name: &str, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
+        self.shared.access.check(&header, ACTION_NETWORK, "").await?;
+        self.shared.fleet.delete_network(name).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        Ok(())
+    }
+
     /// Jobs under way: id, type, VM, state, phase, error message, age in microseconds, object path.
     #[zbus(out_args("jobs"))]
     async fn list_jobs(&self) -> Result<Vec<JobRow>, Error> {
@@ -213,6 +252,22 @@ impl Manager {
     /// A VM was undefined.
     #[zbus(signal)]
     pub(super) async fn vm_removed(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A network was defined.
+    #[zbus(signal)]
+    pub(super) async fn network_new(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A network was deleted.
+    #[zbus(signal)]
+    pub(super) async fn network_removed(
         emitter: &SignalEmitter<'_>,
         name: &str,
         path: OwnedObjectPath,

@@ -4,7 +4,7 @@
 //! introspection and signals of that object would hang with it.
 //!
 //! ```text
-//! manager.rs, vm.rs, job.rs   the three interfaces
+//! manager.rs, vm.rs, network.rs, job.rs   the interfaces
 //! access.rs                   may this caller do that? (polkit)
 //! publish.rs                  news of the fleet -> objects, signals, property changes
 //! ```
@@ -13,6 +13,7 @@ pub mod access;
 mod job;
 #[expect(clippy::too_many_arguments, reason = "a signal's arguments are its wire format")]
 mod manager;
+mod network;
 mod publish;
 mod vm;
 
@@ -67,6 +68,8 @@ fn named(error: FleetError) -> Error {
     match error {
         FleetError::NoSuchVm(text) => Error::NoSuchVm(text),
         FleetError::VmExists(text) => Error::VmExists(text),
+        FleetError::NoSuchNetwork(text) => Error::NoSuchNetwork(text),
+        FleetError::NetworkExists(text) => Error::NetworkExists(text),
         FleetError::InvalidSpec(text) => Error::InvalidSpec(text),
         FleetError::GenerationMismatch(text) => Error::GenerationMismatch(text),
         FleetError::InvalidState(text) => Error::InvalidState(text),

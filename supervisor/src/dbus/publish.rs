@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use dbus_api::{MANAGER_PATH, job_path, vm_path};
+use dbus_api::{MANAGER_PATH, job_path, network_path, vm_path};
 use tokio::sync::mpsc;
 use tracing::{error, warn};
 use zbus::object_server::{InterfaceRef, SignalEmitter};
@@ -11,6 +11,7 @@ use zbus::{Connection, DBusError, OwnedObjectPath};
 
 use super::job::Job;
 use super::manager::Manager;
+use super::network::Network;
 use super::vm::Vm;
 use super::{Shared, named};
 use crate::fleet::FleetError;
@@ -89,6 +90,24 @@ impl Publisher {
                 };
                 Manager::job_removed(&self.emitter()?, id, path, kind, &name, word, &error_name, &message)
                     .await
+            }
+            News::NetworkNew(name) => {
+                let path = owned(network_path(&name))?;
+                let network = Network::new(self.shared.clone(), name.clone());
+                self.connection.object_server().at(&path, network).await?;
+                Manager::network_new(&self.emitter()?, &name, path).await
+            }
+            News::NetworkChanged(name) => {
+                let path = owned(network_path(&name))?;
+                let network = self.connection.object_server().interface::<_, Network>(&path).await?;
+                let object = network.get().await;
+                object.bridge_changed(network.signal_emitter()).await?;
+                object.spec_invalidate(network.signal_emitter()).await
+            }
+            News::NetworkRemoved(name) => {
+                let path = owned(network_path(&name))?;
+                self.connection.object_server().remove::<Network, _>(&path).await?;
+                Manager::network_removed(&self.emitter()?, &name, path).await
             }
             News::FleetChanged => self.fleet_changed().await,
             News::Flush(answer) => {

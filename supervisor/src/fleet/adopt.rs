@@ -43,6 +43,7 @@ impl Fleet {
         let (definitions, mut corrupt) = store.load_definitions()?;
         let (runtimes, broken) = store.load_runtimes()?;
         corrupt.extend(broken);
+        corrupt.extend(self.load_networks()?);
         let mut uuids = BTreeSet::new();
         let mut good: Vec<Definition> = Vec::new();
         for definition in definitions {

@@ -11,6 +11,12 @@ pub enum FleetError {
     /// The name or uuid is taken.
     #[error("{0}")]
     VmExists(String),
+    /// No such network.
+    #[error("{0}")]
+    NoSuchNetwork(String),
+    /// The network's name or bridge is taken.
+    #[error("{0}")]
+    NetworkExists(String),
     /// The definition is wrong.
     #[error("{0}")]
     InvalidSpec(String),
@@ -62,6 +68,8 @@ impl FleetError {
         match self {
             Self::NoSuchVm(text) => Self::NoSuchVm(change(text)),
             Self::VmExists(text) => Self::VmExists(change(text)),
+            Self::NoSuchNetwork(text) => Self::NoSuchNetwork(change(text)),
+            Self::NetworkExists(text) => Self::NetworkExists(change(text)),
             Self::InvalidSpec(text) => Self::InvalidSpec(change(text)),
             Self::GenerationMismatch(text) => Self::GenerationMismatch(change(text)),
             Self::InvalidState(text) => Self::InvalidState(change(text)),

@@ -9,6 +9,7 @@
 //! link.rs       the actor's connection to its VMM, the proxy on it, and the commands that wait for it
 //! monitor.rs    the task behind it: tries, reports, forwards events
 //! prepare.rs    files, taps and command line for a start
+//! networks.rs   networks: define, delete
 //! network.rs    bridges and taps of a definition
 //! devices.rs    devices that came and went over QMP
 //! gate.rs       may one more VM run? limits of the host, drain mode
@@ -33,6 +34,7 @@ pub mod life;
 mod link;
 mod monitor;
 pub mod network;
+pub mod networks;
 mod prepare;
 pub mod registry;
 mod restart;

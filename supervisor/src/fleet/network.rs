@@ -1,13 +1,17 @@
-//! Bridges and taps of definitions: which of them should be there. `netsetup` knows how.
+//! Bridges and taps of definitions: which of them should be there, and the table of networks that they are found in. `netsetup` knows how.
 //!
 //! A tap carries its VM's uuid in its tag, so that one whose VM is not defined (a crash between the two steps of a definition) is
 //! found and removed at the next start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError, RwLock};
 
-use dbus_api::spec::VmSpec;
-use netsetup::{BRIDGE_TAG, BridgeSpec, Net, NetError, TAG_PREFIX, TapSpec, tap_name};
+use dbus_api::network::NetworkSpec;
+use dbus_api::spec::{Nic, VmSpec};
+use ipnet::IpNet;
+use netsetup::{BRIDGE_TAG, BridgeSpec, Net, NetError, Outcome, TAG_PREFIX, TapSpec, tap_name};
+use tokio::sync::{RwLockReadGuard, RwLockWriteGuard};
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -15,14 +19,34 @@ use super::FleetError;
 use super::spec::MAX_NICS;
 
 /// The host's network, as far as definitions name it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Network {
     net: Option<Net>,
     bridges: Vec<BridgeSpec>,
+    defined: RwLock<BTreeMap<String, Arc<NetworkSpec>>>,
+    /// Read while a VM is defined on the networks as they are, written while one of them changes.
+    order: tokio::sync::RwLock<()>,
 }
 
 fn failed(error: &NetError) -> FleetError {
-    FleetError::NetworkFailed(error.to_string())
+    match error {
+        NetError::Name { .. } | NetError::Mtu { .. } | NetError::Address { .. } => {
+            FleetError::InvalidSpec(error.to_string())
+        }
+        error => FleetError::NetworkFailed(error.to_string()),
+    }
+}
+
+/// The name of a network's bridge.
+pub fn bridge_of(name: &str, spec: &NetworkSpec) -> String {
+    spec.bridge.clone().unwrap_or_else(|| netsetup::bridge_name(name))
+}
+
+/// Where a card's tap goes.
+struct Port {
+    bridge: BridgeSpec,
+    isolated: bool,
+    mtu: Option<u32>,
 }
 
 fn tag(uuid: Uuid) -> String {
@@ -39,7 +63,7 @@ impl Network {
     pub fn new(bridges: Vec<BridgeSpec>) -> Self {
         // A host without rtnetlink still runs VMs that have no card.
         let net = Net::connect().inspect_err(|error| warn!("no network for VMs: {error}")).ok();
-        Self { net, bridges }
+        Self { net, bridges, defined: RwLock::default(), order: tokio::sync::RwLock::default() }
     }
 
     fn net(&self) -> Result<&Net, FleetError> {
@@ -47,15 +71,74 @@ impl Network {
         self.net.as_ref().ok_or_else(missing)
     }
 
-    /// Makes the configured bridges. Problems are logged: a VM that needs the bridge says so when it starts.
+    /// Networks stay as they are while this is held.
+    pub async fn stable(&self) -> RwLockReadGuard<'_, ()> {
+        self.order.read().await
+    }
+
+    /// No VM is defined, and no other network changed, while this is held.
+    pub async fn changing(&self) -> RwLockWriteGuard<'_, ()> {
+        self.order.write().await
+    }
+
+    fn table(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Arc<NetworkSpec>>> {
+        self.defined.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All networks by name.
+    pub fn all(&self) -> Vec<(String, Arc<NetworkSpec>)> {
+        self.table().iter().map(|(name, spec)| (name.clone(), Arc::clone(spec))).collect()
+    }
+
+    /// One network.
+    pub fn get(&self, name: &str) -> Result<Arc<NetworkSpec>, FleetError> {
+        let missing = || FleetError::NoSuchNetwork(format!("no network is named {name:?}"));
+        self.table().get(name).cloned().ok_or_else(missing)
+    }
+
+    /// The network other than `name` that is on a bridge.
+    pub fn on_bridge(&self, bridge: &str, name: &str) -> Option<String> {
+        let table = self.table();
+        let mut others =
+            table.iter().filter(|(other, spec)| *other != name && bridge_of(other, spec) == bridge);
+        others.next().map(|(other, _)| other.clone())
+    }
+
+    /// From now on there is this network.
+    pub fn put(&self, name: &str, spec: NetworkSpec) {
+        self.defined.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), Arc::new(spec));
+    }
+
+    /// From now on there is none of that name.
+    pub fn forget(&self, name: &str) {
+        self.defined.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// Makes sure of one bridge; says what there was to do.
+    pub async fn ensure_bridge(&self, bridge: &BridgeSpec) -> Result<Outcome, FleetError> {
+        let link = self.net()?.ensure_bridge(bridge).await.map_err(|error| failed(&error))?;
+        Ok(link.outcome)
+    }
+
+    /// Takes addresses off a bridge of ours.
+    pub async fn drop_addresses(&self, bridge: &str, addresses: &[IpNet]) -> Result<(), FleetError> {
+        if addresses.is_empty() {
+            return Ok(());
+        }
+        self.net()?.drop_addresses(bridge, addresses).await.map_err(|error| failed(&error))
+    }
+
+    /// Makes the bridges of configuration and networks. Problems are logged: a VM that needs the bridge says so when it starts.
     pub async fn ensure_configured(&self) {
-        for bridge in &self.bridges {
+        let networks = self.all();
+        let networks = networks.iter().map(|(name, spec)| super::networks::wanted(name, spec));
+        for bridge in self.bridges.iter().cloned().chain(networks) {
             let made = match self.net() {
-                Ok(net) => net.ensure_bridge(bridge).await.map(drop).map_err(|error| failed(&error)),
+                Ok(net) => net.ensure_bridge(&bridge).await.map(drop).map_err(|error| failed(&error)),
                 Err(error) => Err(error),
             };
             if let Err(error) = made {
-                warn!("configured bridge: {error}");
+                warn!("bridge {}: {error}", bridge.name);
             }
         }
     }
@@ -65,7 +148,7 @@ impl Network {
         let taps = taps(name, spec);
         let mut made = Vec::new();
         for (nic, tap) in spec.nics.iter().zip(&taps) {
-            let outcome = self.ensure_one(&nic.bridge, tap, uuid).await;
+            let outcome = self.ensure_one(nic, tap, uuid).await;
             match outcome {
                 Ok(true) => made.push(tap.clone()),
                 Ok(false) => {}
@@ -80,20 +163,38 @@ impl Network {
         Ok(taps)
     }
 
-    async fn ensure_one(&self, bridge: &str, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
+    fn port(&self, nic: &Nic) -> Result<Port, FleetError> {
+        if let Some(name) = &nic.network {
+            let spec = self.get(name)?;
+            let bridge = super::networks::wanted(name, &spec);
+            return Ok(Port { bridge, isolated: spec.isolated, mtu: spec.mtu });
+        }
+        // A bridge by its own name, which may be that of a network as well.
+        let table = self.table();
+        let network = table.iter().find(|(name, spec)| bridge_of(name, spec) == nic.bridge);
+        let configured = self.bridges.iter().find(|bridge| bridge.name == nic.bridge);
+        let plain = || BridgeSpec { name: nic.bridge.clone(), addresses: Vec::new(), mtu: None };
+        let bridge = match network {
+            Some((name, spec)) => super::networks::wanted(name, spec),
+            None => configured.cloned().unwrap_or_else(plain),
+        };
+        Ok(Port { bridge, isolated: false, mtu: None })
+    }
+
+    async fn ensure_one(&self, nic: &Nic, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
         let net = self.net()?;
-        let plain = BridgeSpec { name: bridge.to_owned(), addresses: Vec::new(), mtu: None };
-        let wanted = self.bridges.iter().find(|configured| configured.name == bridge).unwrap_or(&plain);
-        net.ensure_bridge(wanted).await.map_err(|error| failed(&error))?;
+        let port = self.port(nic)?;
+        net.ensure_bridge(&port.bridge).await.map_err(|error| failed(&error))?;
         let spec = TapSpec {
             name: tap.to_owned(),
-            bridge: Some(bridge.to_owned()),
+            bridge: Some(port.bridge.name),
             owner: None,
             tag: tag(uuid),
-            mtu: None,
+            mtu: port.mtu,
+            isolated: port.isolated,
         };
         let link = net.ensure_tap(&spec).await.map_err(|error| failed(&error))?;
-        Ok(link.outcome == netsetup::Outcome::Created)
+        Ok(link.outcome == Outcome::Created)
     }
 
     /// Opens a tap to hand it over.
@@ -109,9 +210,11 @@ impl Network {
         }
     }
 
-    /// Removes bridges that were made here, are not configured, and are not in `used`.
+    /// Removes bridges that were made here, are not configured or a network's, and are not in `used`.
     pub async fn remove_bridges(&self, candidates: &BTreeSet<String>, used: &BTreeSet<String>) {
-        let configured = |name: &str| self.bridges.iter().any(|bridge| bridge.name == name);
+        let configured = |name: &str| {
+            self.bridges.iter().any(|bridge| bridge.name == name) || self.on_bridge(name, "").is_some()
+        };
         let Some(net) = &self.net else { return };
         for name in candidates.iter().filter(|name| !used.contains(*name) && !configured(name)) {
             match net.remove(name, BRIDGE_TAG).await {

@@ -211,6 +211,7 @@ impl Fleet {
     ) -> Result<u64, FleetError> {
         rules::check_name(name)?;
         let spec = rules::parse(text)?;
+        let _networks = self.context.network.stable().await;
         if self.read().vms.contains_key(name) {
             if !replace && if_generation.is_none() {
                 return Err(FleetError::VmExists(format!(
@@ -297,13 +298,15 @@ impl Fleet {
         if spec.nics.is_empty() {
             return;
         }
-        let candidates = spec.nics.iter().map(|nic| nic.bridge.clone()).collect();
+        let candidates =
+            spec.nics.iter().filter(|nic| nic.network.is_none()).map(|nic| nic.bridge.clone()).collect();
         self.context.network.remove_bridges(&candidates, &self.bridges()).await;
     }
 
     pub(super) fn bridges(&self) -> BTreeSet<String> {
         let views = self.list();
-        views.iter().flat_map(|view| view.spec.nics.iter().map(|nic| nic.bridge.clone())).collect()
+        let nics = views.iter().flat_map(|view| &view.spec.nics);
+        nics.filter(|nic| nic.network.is_none()).map(|nic| nic.bridge.clone()).collect()
     }
 
     fn reserve<'a>(&'a self, name: &str, uuid: Uuid) -> Result<Reservation<'a>, FleetError> {

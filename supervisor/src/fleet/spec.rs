@@ -92,7 +92,17 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
     }
     let mut macs = Vec::new();
     for (at, nic) in spec.nics.iter().enumerate() {
-        check_link_name(&format!("nics[{at}].bridge"), &nic.bridge)?;
+        match &nic.network {
+            None if nic.bridge.is_empty() => {
+                return Err(wrong(format!("nics[{at}]: name its network, or a bridge")));
+            }
+            None => check_link_name(&format!("nics[{at}].bridge"), &nic.bridge)?,
+            Some(_) if !nic.bridge.is_empty() => {
+                return Err(wrong(format!("nics[{at}]: network and bridge are both given: name one")));
+            }
+            Some(network) => check_name(network)
+                .map_err(|error| error.map(|text| format!("nics[{at}].network: {text}")))?,
+        }
         if let Some(text) = &nic.mac {
             let mac = parse_mac(text).ok_or_else(|| {
                 wrong(format!("nics[{at}].mac: {text:?} is not a unicast address such as 52:54:00:12:34:56"))
@@ -221,7 +231,7 @@ fn check_path(field: &str, path: &Path) -> Result<(), FleetError> {
 }
 
 /// A network interface's name, by the kernel's own rules (`dev_valid_name`).
-fn check_link_name(field: &str, name: &str) -> Result<(), FleetError> {
+pub(super) fn check_link_name(field: &str, name: &str) -> Result<(), FleetError> {
     let bad = name.is_empty()
         || name.len() > 15
         || matches!(name, "." | "..")
@@ -304,6 +314,9 @@ mod tests {
             (r#"{"kernel":"/k","disks":[{"path":"/a"},{"path":"/a"}]}"#, "disks[1].path"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","serial":"a,b"}]}"#, "disks[0].serial"),
             (r#"{"kernel":"/k","nics":[{"bridge":"a/b"}]}"#, "nics[0].bridge"),
+            (r#"{"kernel":"/k","nics":[{}]}"#, "nics[0]"),
+            (r#"{"kernel":"/k","nics":[{"network":"a","bridge":"b"}]}"#, "nics[0]"),
+            (r#"{"kernel":"/k","nics":[{"network":"a b"}]}"#, "nics[0].network"),
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"01:00:00:00:00:01"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"52:54:00:00:00"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"a"},{"bridge":"b"},{"bridge":"c"}]}"#, "nics"),

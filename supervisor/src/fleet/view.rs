@@ -43,7 +43,7 @@ pub struct View {
     pub spec: Arc<VmSpec>,
     /// Command line of the process; empty when none.
     pub command_line: Arc<[String]>,
-    /// Cards: id, tap, hardware address, bridge.
+    /// Cards: id, tap, hardware address, network or bridge.
     pub nics: Arc<[(String, String, String, String)]>,
     /// The proxy's socket.
     pub qmp_socket: PathBuf,
@@ -108,6 +108,12 @@ pub enum News {
         /// How.
         result: Result<(), FleetError>,
     },
+    /// A network is there.
+    NetworkNew(String),
+    /// A network is another.
+    NetworkChanged(String),
+    /// A network is gone.
+    NetworkRemoved(String),
     /// The daemon's own state or its list of corrupt records changed.
     FleetChanged,
     /// Answer when everything before this is published.

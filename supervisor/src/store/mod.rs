@@ -1,4 +1,4 @@
-//! Records on disk: owns the files of definitions (`STATE_DIR/vms/NAME.json`, durable) and of processes (`RUNTIME_DIR/vms/NAME.json`,
+//! Records on disk: owns the files of definitions (`STATE_DIR/vms/NAME.json`, `STATE_DIR/networks/NAME.json`, durable) and of processes (`RUNTIME_DIR/vms/NAME.json`,
 //! gone at boot). Called by the fleet only.
 //!
 //! A write goes to a temporary file, is fsynced, renamed over the old one, and the directory is fsynced: after a crash there is the old
@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use dbus_api::network::NetworkSpec;
 use dbus_api::spec::VmSpec;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -140,6 +141,24 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
+/// What is stored of a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkRecord {
+    format: u32,
+    /// The network's name; must be the file's.
+    pub name: String,
+    /// The definition.
+    pub spec: NetworkSpec,
+}
+
+impl NetworkRecord {
+    /// A record of the present format.
+    pub fn new(name: String, spec: NetworkSpec) -> Self {
+        Self { format: FORMAT, name, spec }
+    }
+}
+
 /// What is still to be started in this boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -182,6 +201,7 @@ pub struct Corrupt {
 #[derive(Debug)]
 pub struct Store {
     definitions: PathBuf,
+    networks: PathBuf,
     runtimes: PathBuf,
     runtime_dir: PathBuf,
     corrupt: PathBuf,
@@ -197,12 +217,14 @@ impl Store {
         let locks = [lock(state_dir)?, lock(runtime_dir)?];
         let store = Self {
             definitions: state_dir.join("vms"),
+            networks: state_dir.join("networks"),
             runtimes: runtime_dir.join("vms"),
             runtime_dir: runtime_dir.to_owned(),
             corrupt: state_dir.join("corrupt"),
             _locks: locks,
         };
         make_dir(&store.definitions, 0o700)?;
+        make_dir(&store.networks, 0o700)?;
         make_dir(&store.runtimes, 0o700)?;
         make_dir(&store.corrupt, 0o700)?;
         Ok(store)
@@ -211,6 +233,26 @@ impl Store {
     /// Every definition that can be read, and what had to be set aside.
     pub fn load_definitions(&self) -> Result<(Vec<Definition>, Vec<Corrupt>), StoreError> {
         self.load(&self.definitions, |d: &Definition| (d.format, d.name.clone()))
+    }
+
+    /// Every network that can be read, and what had to be set aside.
+    pub fn load_networks(&self) -> Result<(Vec<NetworkRecord>, Vec<Corrupt>), StoreError> {
+        self.load(&self.networks, |n: &NetworkRecord| (n.format, n.name.clone()))
+    }
+
+    /// Moves the network `name` out of the way: it was well-formed, and wrong.
+    pub fn set_network_aside(&self, name: &str, reason: String) -> Result<Corrupt, StoreError> {
+        self.move_aside(&file_of(&self.networks, name), reason)
+    }
+
+    /// Writes a network; durable when this returns.
+    pub fn save_network(&self, record: &NetworkRecord) -> Result<(), StoreError> {
+        save(&self.networks, &record.name, record)
+    }
+
+    /// Forgets a network; fine when there is none.
+    pub fn remove_network(&self, name: &str) -> Result<(), StoreError> {
+        remove(&self.networks, name)
     }
 
     /// Every process record that can be read, and what had to be set aside.

@@ -1,5 +1,7 @@
 //! The command line of `flotilla`: verbs, options and their help. Owns no behaviour; every other file of the command may use its types.
 
+pub(crate) mod network;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -90,7 +92,7 @@ Keys of a definition (only \"kernel\" is required):
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
   cpus         vCPUs, 1 to 254; 1 when absent
   disks        list of { path, format, readonly, direct, serial, aio, iops, discard }; the first is /dev/vda
-  nics         list of { bridge, mac }; the first is eth0
+  nics         list of { network or bridge, mac }; the first is eth0
   balloon, rng true for these devices
   restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)
   autostart    true: starts with the host; autostart_order, autostart_delay (seconds before the next order)
@@ -191,6 +193,9 @@ Examples:
   flotilla qmp web --read-only
   jq -c . commands.json | flotilla qmp web")]
     Qmp(QmpArgs),
+    /// Define, list and remove networks
+    #[command(subcommand)]
+    Network(network::NetworkVerb),
     /// Start no VM on this host any more, until `flotilla undrain`
     ///
     /// For maintenance: it holds over restarts of the daemon and of the host. VMs that run go on, unless --stop is given.
@@ -225,6 +230,9 @@ pub(crate) struct SpecArgs {
     /// A network card on this bridge, then perhaps ",mac=ADDRESS"; may be given again
     #[arg(long = "bridge", value_name = "BRIDGE[,...]", value_parser = parse_nic)]
     pub(crate) nics: Vec<Nic>,
+    /// A network card on this network, then perhaps ",mac=ADDRESS"; may be given again; after the cards of --bridge
+    #[arg(long = "network", value_name = "NETWORK[,...]", value_parser = parse_network_nic)]
+    pub(crate) network_nics: Vec<Nic>,
     /// Guest RAM, such as 512M or 2G [default: 256M]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
@@ -241,6 +249,7 @@ impl SpecArgs {
             (self.append.is_some(), "--append"),
             (!self.disks.is_empty(), "--disk"),
             (!self.nics.is_empty(), "--bridge"),
+            (!self.network_nics.is_empty(), "--network"),
             (self.memory.is_some(), "--memory"),
             (self.cpus.is_some(), "--cpus"),
         ]
@@ -475,7 +484,13 @@ fn parse_nic(text: &str) -> Result<Nic, String> {
         Some((_, Some(("mac", mac)))) if !mac.is_empty() => Some(mac.to_owned()),
         Some((rest, _)) => return Err(format!("\"{rest}\" is not mac=ADDRESS")),
     };
-    Ok(Nic { bridge: bridge.to_owned(), mac })
+    Ok(Nic { bridge: bridge.to_owned(), network: None, mac })
+}
+
+/// `NETWORK[,mac=ADDRESS]`.
+fn parse_network_nic(text: &str) -> Result<Nic, String> {
+    let Nic { bridge, mac, .. } = parse_nic(text).map_err(|error| error.replace("bridge", "network"))?;
+    Ok(Nic { bridge: String::new(), network: Some(bridge), mac })
 }
 
 /// `30`, `30s`, `500ms`, `2m`, `1h`; at most a day, so that sums with it cannot overflow.
@@ -525,7 +540,10 @@ mod tests {
 
     #[test]
     fn cards() {
-        assert_eq!(parse_nic("br0").unwrap(), Nic { bridge: "br0".into(), mac: None });
+        assert_eq!(parse_nic("br0").unwrap(), Nic { bridge: "br0".into(), network: None, mac: None });
+        let nic = parse_network_nic("lan,mac=52:54:00:1:2:3").unwrap();
+        assert_eq!((nic.place(), nic.mac.is_some()), ("lan", true));
+        assert_eq!(parse_network_nic(""), Err("the network's name is missing".to_owned()));
         assert_eq!(parse_nic("br0,mac=52:54:00:1:2:3").unwrap().mac.as_deref(), Some("52:54:00:1:2:3"));
         for text in ["", ",mac=x", "br0,", "br0,mac", "br0,mac=", "br0,model=e1000"] {
             assert!(parse_nic(text).is_err(), "{text}");

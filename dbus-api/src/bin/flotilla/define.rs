@@ -210,7 +210,7 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
         autostart_delay: 0,
         limits: Limits::default(),
         disks: options.disks,
-        nics: options.nics,
+        nics: options.nics.into_iter().chain(options.network_nics).collect(),
     };
     absolute(spec, Path::new("."))
 }

@@ -15,7 +15,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// Wrong usage; clap uses the same number.
     Usage = 2,
-    /// No such VM.
+    /// No such VM or network.
     NoSuchVm = 3,
     /// flotillad cannot be reached.
     Unreachable = 4,
@@ -99,8 +99,10 @@ pub(crate) fn of_call(error: Error, bus: &Bus) -> Failure {
     match error {
         Error::ZBus(error) => of_bus(error, bus),
         Error::NoSuchVm(text) => Failure::new(Exit::NoSuchVm, text),
+        Error::NoSuchNetwork(text) => Failure::new(Exit::NoSuchVm, text),
         Error::InvalidSpec(text) => Failure::new(Exit::Definition, text),
         Error::VmExists(text)
+        | Error::NetworkExists(text)
         | Error::GenerationMismatch(text)
         | Error::InvalidState(text)
         | Error::Busy(text)

@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod jobs;
 mod logs;
+mod network;
 mod output;
 mod power;
 mod run;
@@ -62,6 +63,7 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Rm(args) => power::rm(&client, args).await,
         Verb::Logs(args) => logs::logs(&client, args).await,
         Verb::Qmp(args) => inspect::qmp(&client, args).await,
+        Verb::Network(verb) => network::network(&client, verb).await,
         Verb::Drain(args) => power::drain(&client, args).await,
         Verb::Undrain => power::undrain(&client).await,
         Verb::Define(_) | Verb::Generate(_) => Ok(()),

@@ -12,7 +12,7 @@ impl Actor {
         let unchanged = Arc::ptr_eq(&before.spec, &self.spec);
         let card = |(index, nic): (usize, &dbus_api::spec::Nic)| {
             let mac = spec::mac(&self.spec, self.uuid, index);
-            (format!("nic{index}"), netsetup::tap_name(&self.name, index), mac, nic.bridge.clone())
+            (format!("nic{index}"), netsetup::tap_name(&self.name, index), mac, nic.place().to_owned())
         };
         View {
             state: self.vm.state(),

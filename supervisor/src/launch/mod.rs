@@ -1,7 +1,7 @@
 //! How a VMM process comes to be, is found again, and ends: owns the one trait that the fleet knows, and what passes through it.
 //!
 //! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
-//! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server.
+//! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the units.
 
 pub mod handover;
 mod limits;
@@ -11,6 +11,7 @@ pub mod systemd;
 mod systemd1;
 #[cfg(test)]
 pub(crate) mod test_bus;
+mod unit;
 mod watch;
 
 use std::collections::BTreeMap;

@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
 use super::handover::{MAX_REQUEST, encode, send_with};
-use super::systemd::vm_of_unit;
+use super::unit::vm_of_unit;
 use super::{LaunchError, Prepared, handover};
 
 /// A peer that says nothing, or reads nothing, is dropped after this time. Longer than any preparation.

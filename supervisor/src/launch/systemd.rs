@@ -20,14 +20,13 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 
 use super::server::{Identify, Source, vm_of_process};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
+use super::unit::{PREFIX, SUFFIX, path_of, unescape, unit_of, vm_of_unit};
 use super::{
     Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, limits, signal_name, tail,
 };
 use crate::fleet::life::Exit;
 use crate::store::Process;
 
-const PREFIX: &str = "flotilla-vm@";
-const SUFFIX: &str = ".service";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
 /// The knee of PID 1's throughput is well below; more only queue there, where they cannot be cancelled.
@@ -41,28 +40,6 @@ const CALL_DEADLINE: Duration = Duration::from_secs(15);
 const JOURNAL_DEADLINE: Duration = Duration::from_secs(5);
 /// Where systemd keeps what was set on units until the host's next boot.
 const CONTROL: &str = "/run/systemd/system.control";
-
-/// The VM whose unit this is.
-pub fn vm_of_unit(unit: &str) -> Option<&str> {
-    unit.strip_prefix(PREFIX)?.strip_suffix(SUFFIX).filter(|name| !name.is_empty())
-}
-
-fn unit_of(name: &str) -> String {
-    format!("{PREFIX}{name}{SUFFIX}")
-}
-
-/// Object path of a unit, as `sd_bus_path_encode(3)` writes it.
-fn path_of(unit: &str) -> String {
-    let mut path = String::from("/org/freedesktop/systemd1/unit/");
-    for (at, byte) in unit.bytes().enumerate() {
-        if byte.is_ascii_alphabetic() || (at > 0 && byte.is_ascii_digit()) {
-            path.push(char::from(byte));
-        } else {
-            path.push_str(&format!("_{byte:02x}"));
-        }
-    }
-    path
-}
 
 /// What is known of a unit from its signals.
 #[derive(Debug, Clone, Default)]
@@ -561,20 +538,6 @@ impl Change {
         let active: String = self.get("ActiveState")?;
         Some(std::mem::replace(&mut known.active, active))
     }
-}
-
-fn unescape(label: &str) -> Option<String> {
-    let mut bytes = label.bytes();
-    let mut text = Vec::new();
-    while let Some(byte) = bytes.next() {
-        if byte == b'_' {
-            let pair = [bytes.next()?, bytes.next()?];
-            text.push(u8::from_str_radix(std::str::from_utf8(&pair).ok()?, 16).ok()?);
-        } else {
-            text.push(byte);
-        }
-    }
-    String::from_utf8(text).ok()
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -2,17 +2,6 @@
 
 use super::*;
 
-#[test]
-fn units_and_paths() {
-    assert_eq!(unit_of("a-b.c"), "flotilla-vm@a-b.c.service");
-    assert_eq!(vm_of_unit("flotilla-vm@a-b.c.service"), Some("a-b.c"));
-    assert_eq!(vm_of_unit("flotilla-vm@.service"), None);
-    assert_eq!(vm_of_unit("sshd.service"), None);
-    let path = path_of("flotilla-vm@a-b.service");
-    assert_eq!(path, "/org/freedesktop/systemd1/unit/flotilla_2dvm_40a_2db_2eservice");
-    assert_eq!(unescape(path.rsplit('/').next().unwrap()).as_deref(), Some("flotilla-vm@a-b.service"));
-}
-
 use std::time::Duration;
 
 use tokio::time::timeout;

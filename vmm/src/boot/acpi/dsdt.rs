@@ -15,14 +15,14 @@
 
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
-    Interrupt, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate,
-    Return, Scope, Store,
+    Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Return,
+    Scope, Store,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::generation::Generation;
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, pci};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, interrupt, pci};
 use crate::boot::{Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::device::SLEEP_TYPE_S5;
 
@@ -69,11 +69,6 @@ fn mmio_devices(reduced: &Reduced<'_>, com1: Option<&Com1>, aml: &mut Vec<u8>) {
     children.extend(com1.map(|d| d as &dyn Aml));
     children.extend(devices.iter().map(|d| d as &dyn Aml));
     Scope::new("_SB_".into(), children).to_aml_bytes(aml);
-}
-
-/// A line of ours: edge-triggered, active high, not shared.
-pub(super) fn interrupt(gsi: u32) -> Interrupt {
-    Interrupt::new(true, true, false, false, gsi)
 }
 
 /// Notification of a button that was pressed while the machine is on (ACPI 6.4 §4.8.2.2.1.2).

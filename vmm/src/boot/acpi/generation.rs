@@ -10,7 +10,7 @@
 use acpi_tables::aml::{Device, Method, Name, Notify, Package, Path, ResourceTemplate};
 use acpi_tables::{Aml, AmlSink};
 
-use super::dsdt::interrupt;
+use super::interrupt;
 use crate::device::{GENERATION_ADDRESS, GENERATION_IRQ};
 
 /// By which drivers know the device, whatever its `_HID`.

@@ -10,6 +10,7 @@ mod generation;
 mod madt;
 mod pci;
 
+use acpi_tables::aml::Interrupt;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
@@ -24,6 +25,11 @@ const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
 /// Tables start at multiples of this, the FACS (ACPI 6.4 §5.2.10) as the strictest.
 const ALIGN: usize = 64;
+
+/// A line of ours: edge-triggered, active high, not shared.
+fn interrupt(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}
 
 /// The FACS: no table like the others. Platforms with ACPI hardware must have one; its lock and its waking vectors stay unused.
 struct Facs;

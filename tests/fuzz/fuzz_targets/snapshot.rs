@@ -11,7 +11,7 @@ use vmm::irq::Line;
 use vmm::memory::GuestMemory;
 use vmm::virtio::mmio::MmioTransport;
 use vmm::virtio::queue::Chain;
-use vmm::virtio::state::{DeviceState, StateError, TransportState};
+use vmm::virtio::state::{DeviceState, StateError, Suspend as _, TransportState};
 use vmm::virtio::{ActivateError, Activation, Doorbell, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 

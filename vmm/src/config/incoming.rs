@@ -30,7 +30,7 @@ impl VmConfig {
     pub fn snapshot_exclusion(&self) -> Option<String> {
         let memory = &self.memory;
         let backend = memory.backends.first();
-        if self.machine.kind != MachineKind::Microvm {
+        if !matches!(self.machine.kind, MachineKind::Microvm | MachineKind::Q35) {
             return Some(format!("-machine {}", self.machine.kind));
         }
         if self.machine.mem_share {

@@ -15,7 +15,7 @@ pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
 pub use cmos::NoClock;
 pub use generation::{GENERATION_ADDRESS, GENERATION_IRQ, GenerationId};
 pub use i8042::I8042Reset;
-pub use pm::{PmRegisters, SleepRegister};
+pub use pm::{PmRegisters, SavedPm, SleepRegister};
 pub use serial::{SavedSerial, SerialDevice};
 
 /// What the guest asked of the machine as a whole.

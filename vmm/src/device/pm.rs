@@ -12,6 +12,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::{OnPower, PowerRequest, SLEEP_TYPE_S5};
 use crate::bus::BusDevice;
 use crate::irq::Level;
@@ -29,6 +31,17 @@ struct State {
     status: u16,
     enable: u16,
     control: u16,
+    /// Ticks that the timer is ahead of the time since the start: those of the VM that was saved.
+    ahead: u32,
+}
+
+/// The registers, to be saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedPm {
+    status: u16,
+    enable: u16,
+    control: u16,
+    timer: u32,
 }
 
 /// The registers.
@@ -62,7 +75,23 @@ impl PmRegisters {
     /// As at power-on. The timer runs on.
     pub fn reset(&self) {
         let mut state = self.lock();
-        *state = State::default();
+        *state = State { ahead: state.ahead, ..State::default() };
+        self.settle(&state);
+    }
+
+    /// The registers.
+    pub fn saved(&self) -> SavedPm {
+        let state = self.lock();
+        let State { status, enable, control, ahead } = *state;
+        SavedPm { status, enable, control, timer: self.timer(ahead) }
+    }
+
+    /// Goes on from them: the timer from where it stood.
+    pub fn restore(&self, saved: &SavedPm) {
+        let mut state = self.lock();
+        let ahead = saved.timer.wrapping_sub(self.timer(0));
+        let control = saved.control & !SLP_EN;
+        *state = State { status: saved.status, enable: saved.enable, control, ahead };
         self.settle(&state);
     }
 
@@ -70,8 +99,8 @@ impl PmRegisters {
         self.sci.set(state.status & state.enable != 0);
     }
 
-    fn timer(&self) -> u32 {
-        (self.started.elapsed().as_nanos() * TIMER_HZ / NANOS) as u32
+    fn timer(&self, ahead: u32) -> u32 {
+        ((self.started.elapsed().as_nanos() * TIMER_HZ / NANOS) as u32).wrapping_add(ahead)
     }
 
     fn bytes(&self) -> [u8; Self::PORTS as usize] {
@@ -80,7 +109,7 @@ impl PmRegisters {
         bytes[0..2].copy_from_slice(&state.status.to_le_bytes());
         bytes[2..4].copy_from_slice(&state.enable.to_le_bytes());
         bytes[4..6].copy_from_slice(&(state.control | SCI_EN).to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.timer().to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.timer(state.ahead).to_le_bytes());
         bytes
     }
 }
@@ -228,9 +257,23 @@ mod tests {
                 pm.write(offset, &[0; 8][..width]);
             }
         }
-        let first = pm.timer();
-        while pm.timer() == first {
+        let first = pm.timer(0);
+        while pm.timer(0) == first {
             std::hint::spin_loop();
         }
+    }
+
+    #[test]
+    fn another_goes_on_from_where_the_timer_stood() {
+        let (pm, _, _, _) = rig();
+        pm.write(2, &[0, 1]);
+        pm.press_button();
+        let saved = SavedPm { timer: 0xffff_0000, ..pm.saved() };
+        let (other, wire, _, _) = rig();
+        other.restore(&saved);
+        assert!(wire.0.load(Ordering::Relaxed), "the button is still pressed");
+        let again = other.saved();
+        assert!(again.timer.wrapping_sub(saved.timer) < 0x8000_0000);
+        assert_eq!(SavedPm { timer: saved.timer, ..again }, saved);
     }
 }

@@ -21,7 +21,7 @@ use super::others::Others;
 use super::replaceable::Replaceable;
 use super::seating::Seating;
 use super::slots::{self, Slot, Workers};
-use super::snapshot::{Identity, Source};
+use super::snapshot::{Identity, Parts, Source, Stand, wake};
 use super::{CpuInfo, Environment, MachineError};
 use crate::boot::{self, AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::bus::{Bus, BusDevice};
@@ -77,24 +77,24 @@ pub(super) struct Microvm {
     pub(super) vcpus: Vcpus,
     pub(super) replaceable: Replaceable,
     workers: Workers,
-    pub(super) slots: Arc<[Slot]>,
+    slots: Arc<[Slot]>,
     wiring: Wiring,
     files: BootFiles,
-    pub(super) serial: Option<Arc<SerialDevice>>,
+    serial: Option<Arc<SerialDevice>>,
     button: Arc<dyn Line>,
     pub(super) balloon: Option<Arc<balloon::Port>>,
     /// What a snapshot says of the machine.
-    pub(super) identity: Identity,
+    identity: Identity,
     /// What it has that no snapshot can hold.
-    pub(super) excluded: Option<String>,
+    excluded: Option<String>,
     /// It comes from a snapshot: until it is started its devices stand still.
     asleep: bool,
     /// What lies under guest memory is a snapshot; whether core dumps shall hold guest memory.
     from_snapshot: bool,
     dump_guest_core: bool,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
-    pub(super) vm: Arc<VmFd>,
-    pub(super) memory: Arc<GuestMemory>,
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Microvm {
@@ -156,10 +156,12 @@ impl Microvm {
             clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;
+        let identity = Identity::new(config, serial.is_some()).with_devices(slots.len(), Vec::new());
         let from_snapshot = source.is_some();
         match source {
-            Some(source) => {
-                source.apply(&vm, &vcpus, &slots, serial.as_deref())?;
+            Some(mut source) => {
+                source.apply_core(&vm, &vcpus, serial.as_deref())?;
+                source.apply_devices(&identity, &stands(&slots))?;
                 // Another VM than the one that was saved, and than all that go on from the same.
                 wiring.generation.write(&memory).map_err(SnapshotError::Memory)?;
             }
@@ -171,7 +173,6 @@ impl Microvm {
                 }
             }
         }
-        let identity = Identity::new(config, serial.is_some(), slots.len());
         let vcpus = Vcpus::new(vcpus, buses, guest::on_end(guest_events));
         let balloon = others.balloon;
         Ok(Self {
@@ -200,12 +201,27 @@ impl Microvm {
             return Ok(self.vcpus.start(paused)?);
         }
         self.vcpus.start(true)?;
-        self.wake_devices()?;
+        wake(&self.vcpus, stands(&self.slots))?;
         KvmLine::new(Arc::clone(&self.vm), GENERATION_IRQ).trigger();
         if !paused {
             self.vcpus.resume();
         }
         Ok(())
+    }
+
+    /// What a snapshot holds of it.
+    pub(super) fn parts(&self) -> Parts<'_> {
+        Parts {
+            identity: self.identity.clone(),
+            excluded: self.excluded.as_ref(),
+            occupants: self.replaceable.occupants(),
+            devices: stands(&self.slots),
+            vcpus: &self.vcpus,
+            vm: &self.vm,
+            memory: &self.memory,
+            serial: self.serial.as_deref(),
+            own: Vec::new(),
+        }
     }
 
     /// Presses the power button. A guest that has not asked for its interrupt does not notice.
@@ -257,4 +273,14 @@ impl Microvm {
         }
         result
     }
+}
+
+/// The devices by slot.
+fn stands(slots: &[Slot]) -> Vec<Stand> {
+    let stand = |(slot, number): (&Slot, u32)| Stand {
+        name: slot.name(number as usize),
+        instance: number,
+        transport: Arc::clone(&slot.transport) as _,
+    };
+    slots.iter().zip(0..).map(stand).collect()
 }

@@ -252,7 +252,7 @@ impl Machine {
         match &mut self.board {
             Board::None => Ok(()),
             Board::Microvm(board) => board.start(paused),
-            Board::Q35(board) => Ok(board.vcpus.start(paused)?),
+            Board::Q35(board) => board.start(paused),
         }
     }
 

@@ -19,7 +19,6 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
-use crate::virtio::state::StateError;
 use crate::virtio::{Doorbell, VirtioDevice, Worker};
 
 const CMDLINE_WINDOWS: u64 = 0xf010_0000;
@@ -50,14 +49,13 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// An error of the device in this slot, which is the one with this number.
-    pub(super) fn error(&self, number: usize, source: StateError) -> MachineError {
-        let device = match &self.id {
+    /// Of the device in this slot, which is the one with this number; for errors.
+    pub(super) fn name(&self, number: usize) -> String {
+        match &self.id {
             Some(id) => format!("device \"{id}\""),
             None if number < MICROVM_BLOCK_SLOTS => format!("block slot {number}"),
             None => format!("network slot {}", number.saturating_sub(MICROVM_BLOCK_SLOTS)),
-        };
-        MachineError::State { device, source }
+        }
     }
 }
 

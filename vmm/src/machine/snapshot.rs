@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! save:     (vCPUs are out of the guest) · devices suspended · controllers, clock, vCPUs, devices · memory · devices go on
-//! restore:  memory mapped, vCPUs and devices made as for any VM · serial port · controllers · clock · vCPUs · registers of devices
+//! restore:  memory mapped, vCPUs and devices made as for any VM · serial port · controllers · clock · vCPUs · the board's own registers,
+//!           and those of devices
 //!           ... the machine is started: devices go on · vCPUs
 //! ```
 //!
@@ -17,17 +18,15 @@ use kvm_ioctls::VmFd;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::microvm::Microvm;
-use super::slots::Slot;
 use super::{Board, Machine, MachineError};
 use crate::config::{Incoming, Smp, VmConfig};
 use crate::cpu::x86_64::state::{self, Part, VcpuState};
-use crate::cpu::{CpuError, Vcpu};
+use crate::cpu::{CpuError, Vcpu, Vcpus};
 use crate::device::{SavedSerial, SerialDevice};
 use crate::irq::saved;
 use crate::memory::{self, GuestMemory};
 use crate::snapshot::{Draft, Format, Opened, Pages, SnapshotError, StateWriter};
-use crate::virtio::state::TransportState;
+use crate::virtio::state::{StateError, Suspend, TransportState};
 
 /// Of every section that this version writes.
 const VERSION: u16 = 1;
@@ -47,6 +46,9 @@ pub(super) struct Identity {
     memory: u64,
     serial: bool,
     slots: usize,
+    /// Where each device is and what it is, of a board on which that is not always the same.
+    #[serde(default)]
+    layout: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +74,7 @@ struct SavedMachine {
 }
 
 impl Identity {
-    pub(super) fn new(config: &VmConfig, has_serial: bool, slots: usize) -> Self {
+    pub(super) fn new(config: &VmConfig, has_serial: bool) -> Self {
         let Smp { cpus, max_cpus, sockets, dies, clusters, cores, threads } = config.smp.clone();
         Self {
             machine: config.machine.kind.to_string(),
@@ -80,13 +82,19 @@ impl Identity {
             topology: SavedSmp { cpus, max_cpus, sockets, dies, clusters, cores, threads },
             memory: config.memory.size,
             serial: has_serial,
-            slots,
+            slots: 0,
+            layout: Vec::new(),
         }
+    }
+
+    /// The same with so many devices, in these places.
+    pub(super) fn with_devices(&self, slots: usize, layout: Vec<String>) -> Self {
+        Self { slots, layout, ..self.clone() }
     }
 
     /// Compares what can be known before anything is built; `self` is what was saved.
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
-        let here = Self::new(config, config.serial.is_some(), self.slots);
+        let here = Self::new(config, config.serial.is_some());
         differs("-machine", &self.machine, &here.machine)?;
         differs("the architecture", &self.arch, &here.arch)?;
         differs("-smp cpus", &self.topology.cpus, &here.topology.cpus)?;
@@ -146,17 +154,15 @@ impl Source {
         Ok(memory)
     }
 
-    /// Gives the rest of a new machine its state. Its devices stand still until [`go_on`].
-    pub(super) fn apply(
-        mut self,
+    /// Gives what every board has its state: first of all, before anything can interrupt.
+    pub(super) fn apply_core(
+        &mut self,
         vm: &VmFd,
         vcpus: &[Vcpu],
-        slots: &[Slot],
         serial: Option<&SerialDevice>,
     ) -> Result<(), MachineError> {
-        differs("the number of devices", &self.identity.slots, &slots.len())?;
         if let Some(serial) = serial {
-            let saved: SavedSerial = take_json(&mut self.opened, SERIAL, 0)?;
+            let saved: SavedSerial = self.take(SERIAL, 0)?;
             if !serial.restore(&saved) {
                 return Err(self.nonsense(SERIAL, 0));
             }
@@ -172,20 +178,43 @@ impl Source {
             }
             state.write(vcpu.fd())?;
         }
-        for (slot, instance) in slots.iter().zip(0..) {
-            let saved: TransportState = take_json(&mut self.opened, SLOT, instance)?;
-            slot.transport.restore(&saved).map_err(|source| slot.error(instance as usize, source))?;
+        Ok(())
+    }
+
+    /// Gives the devices their state, which stand still until [`wake`]; then nothing must be left.
+    pub(super) fn apply_devices(mut self, here: &Identity, devices: &[Stand]) -> Result<(), MachineError> {
+        self.check_devices(here)?;
+        for Stand { name, instance, transport } in devices {
+            let saved: TransportState = self.take(SLOT, *instance)?;
+            let result = transport.restore(&saved);
+            result.map_err(|source| MachineError::State { device: name.clone(), source })?;
         }
         let sections = std::mem::take(&mut self.opened.sections);
         sections.finish().map_err(|format| self.opened.damaged(format))?;
         Ok(())
     }
 
+    /// Refuses another set of devices.
+    pub(super) fn check_devices(&self, here: &Identity) -> Result<(), MachineError> {
+        differs("the set of devices", &self.identity.layout, &here.layout)?;
+        differs("the number of devices", &self.identity.slots, &here.slots)
+    }
+
+    /// Takes one of the board's own sections.
+    pub(super) fn take<T: DeserializeOwned>(
+        &mut self,
+        name: &'static str,
+        instance: u32,
+    ) -> Result<T, MachineError> {
+        take_json(&mut self.opened, name, instance)
+    }
+
     fn need(&mut self, name: &'static str, instance: u32) -> Result<Vec<u8>, MachineError> {
         need(&mut self.opened, name, instance)
     }
 
-    fn nonsense(&self, name: &str, instance: u32) -> MachineError {
+    /// A section that no VM has written.
+    pub(super) fn nonsense(&self, name: &str, instance: u32) -> MachineError {
         let format = Format::Malformed(format!("section {name}.{instance} makes no sense"));
         self.opened.damaged(format).into()
     }
@@ -208,31 +237,65 @@ fn take_json<T: DeserializeOwned>(
     })
 }
 
+/// A device as a snapshot sees it.
+pub(super) struct Stand {
+    /// For errors.
+    pub(super) name: String,
+    /// Of its section: the same in the VM that is restored.
+    pub(super) instance: u32,
+    pub(super) transport: Arc<dyn Suspend>,
+}
+
+impl Stand {
+    fn error(&self, source: StateError) -> MachineError {
+        MachineError::State { device: self.name.clone(), source }
+    }
+}
+
+/// A section of a board's own.
+pub(super) type Section = (&'static str, u32, Vec<u8>);
+
+/// What a board has, as far as it is saved.
+pub(super) struct Parts<'a> {
+    pub(super) identity: Identity,
+    /// What it has that no snapshot can hold.
+    pub(super) excluded: Option<&'a String>,
+    /// The device in each replaceable slot.
+    pub(super) occupants: Vec<Option<String>>,
+    pub(super) devices: Vec<Stand>,
+    pub(super) vcpus: &'a Vcpus,
+    pub(super) vm: &'a VmFd,
+    pub(super) memory: &'a GuestMemory,
+    pub(super) serial: Option<&'a SerialDevice>,
+    /// The vCPUs do not run, so nothing changes it.
+    pub(super) own: Vec<Section>,
+}
+
 impl Machine {
     /// Saves the machine, which must be paused, to the directory `dir`, and leaves it as it was. After an error what was in `dir` is
     /// still there.
     pub fn save(&mut self, dir: &Path) -> Result<(), MachineError> {
-        let board = match &mut self.board {
-            Board::Microvm(board) => board,
+        let parts = match &self.board {
+            Board::Microvm(board) => board.parts(),
+            Board::Q35(board) => board.parts()?,
             Board::None => return Err(MachineError::Excluded("-machine none".into())),
-            Board::Q35(_) => return Err(MachineError::Excluded("-machine q35".into())),
         };
-        board.check_exclusions()?;
+        parts.check_exclusions()?;
         // Before the devices stand still: what is most likely to fail.
         let draft = Draft::create(dir)?;
-        let result = board.suspend().and_then(|()| board.write(&draft));
-        let resumed = go_on(&board.slots);
+        let result = parts.suspend().and_then(|()| parts.write(&draft));
+        let resumed = go_on(&parts.devices);
         draft.finish(result?)?;
         resumed
     }
 }
 
 /// Lets all devices go on; the first failure is returned, the others are logged.
-pub(super) fn go_on(slots: &[Slot]) -> Result<(), MachineError> {
+fn go_on(devices: &[Stand]) -> Result<(), MachineError> {
     let mut result = Ok(());
-    for (number, slot) in slots.iter().enumerate() {
-        if let Err(source) = slot.transport.resume() {
-            let error = slot.error(number, source);
+    for stand in devices {
+        if let Err(source) = stand.transport.resume() {
+            let error = stand.error(source);
             tracing::error!("{error}");
             result = result.and(Err(error));
         }
@@ -240,44 +303,44 @@ pub(super) fn go_on(slots: &[Slot]) -> Result<(), MachineError> {
     result
 }
 
-impl Microvm {
-    /// After the vCPUs' threads have started and before they run: devices of a restored machine go on.
-    pub(super) fn wake_devices(&self) -> Result<(), MachineError> {
-        let failure = Arc::new(Mutex::new(None));
-        let (slots, told) = (Arc::clone(&self.slots), Arc::clone(&failure));
-        self.vcpus.each(move |vcpu| {
-            if vcpu.index() == 0
-                && let Err(error) = go_on(&slots)
-            {
-                *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            }
-            Ok(())
-        })?;
-        let failure = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        failure.map_or(Ok(()), Err)
-    }
+/// After the vCPUs' threads have started and before they run: the devices of a restored machine go on.
+pub(super) fn wake(vcpus: &Vcpus, devices: Vec<Stand>) -> Result<(), MachineError> {
+    let failure = Arc::new(Mutex::new(None));
+    let (devices, told) = (Arc::new(devices), Arc::clone(&failure));
+    vcpus.each(move |vcpu| {
+        if vcpu.index() == 0
+            && let Err(error) = go_on(&devices)
+        {
+            *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+        Ok(())
+    })?;
+    let failure = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+    failure.map_or(Ok(()), Err)
+}
 
+impl Parts<'_> {
     fn check_exclusions(&self) -> Result<(), MachineError> {
-        if let Some(what) = &self.excluded {
+        if let Some(what) = self.excluded {
             return Err(MachineError::Excluded(what.clone()));
         }
         // What has been plugged since.
-        for (number, slot) in self.slots.iter().enumerate() {
-            slot.transport.save().map_err(|source| slot.error(number, source))?;
+        for stand in &self.devices {
+            stand.transport.save().map_err(|source| stand.error(source))?;
         }
         Ok(())
     }
 
     fn suspend(&self) -> Result<(), MachineError> {
-        for (number, slot) in self.slots.iter().enumerate() {
-            slot.transport.suspend().map_err(|source| slot.error(number, source))?;
+        for stand in &self.devices {
+            stand.transport.suspend().map_err(|source| stand.error(source))?;
         }
         Ok(())
     }
 
     /// Reads the whole state of the machine, whose vCPUs and devices stand still, and writes its memory.
     fn write(&self, draft: &Draft) -> Result<StateWriter, MachineError> {
-        let pages = draft.write_memory(&self.memory)?;
+        let pages = draft.write_memory(self.memory)?;
         let mut writer = StateWriter::default();
         let mut add = |name: &'static str, instance: u32, bytes: &[u8]| {
             let result = writer.add(name, instance, VERSION, bytes);
@@ -287,24 +350,27 @@ impl Microvm {
             identity: self.identity.clone(),
             pages: pages.count,
             checksum: pages.checksum,
-            occupants: self.replaceable.occupants(),
+            occupants: self.occupants.clone(),
         };
         add(MACHINE, 0, &json(&machine)?)?;
-        if let Some(serial) = &self.serial {
+        if let Some(serial) = self.serial {
             add(SERIAL, 0, &json(&serial.saved())?)?;
         }
-        for (name, bytes) in saved::read_controllers(&self.vm)? {
+        for (name, bytes) in saved::read_controllers(self.vm)? {
             add(name, 0, &bytes)?;
         }
-        add(CLOCK, 0, &state::read_clock(&self.vm)?)?;
+        add(CLOCK, 0, &state::read_clock(self.vm)?)?;
         for (instance, parts) in (0..).zip(self.vcpu_states()?) {
             for (name, bytes) in parts {
                 add(name, instance, &bytes)?;
             }
         }
-        for ((number, slot), instance) in self.slots.iter().enumerate().zip(0..) {
-            let state = slot.transport.save().map_err(|source| slot.error(number, source))?;
-            add(SLOT, instance, &json(&state)?)?;
+        for (name, instance, bytes) in &self.own {
+            add(name, *instance, bytes)?;
+        }
+        for stand in &self.devices {
+            let state = stand.transport.save().map_err(|source| stand.error(source))?;
+            add(SLOT, stand.instance, &json(&state)?)?;
         }
         Ok(writer)
     }
@@ -326,6 +392,7 @@ impl Microvm {
     }
 }
 
-fn json(value: &impl Serialize) -> Result<Vec<u8>, MachineError> {
+/// The bytes of a section of a board's own.
+pub(super) fn json(value: &impl Serialize) -> Result<Vec<u8>, MachineError> {
     serde_json::to_vec(value).map_err(|e| MachineError::Encode(e.into()))
 }

@@ -264,6 +264,20 @@ impl ConfigSpace {
         self.bytes = self.at_reset;
     }
 
+    /// All of it.
+    pub fn saved(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes what a driver had written into a space like this one; what it cannot write stays as it is here. `None`: no such space.
+    pub fn restore(&mut self, saved: &[u8]) -> Option<()> {
+        let saved: &[u8; SIZE] = saved.try_into().ok()?;
+        for ((byte, saved), writable) in self.bytes.iter_mut().zip(saved).zip(&self.writable) {
+            *byte = *byte & !writable | saved & writable;
+        }
+        Some(())
+    }
+
     /// The interrupt pin is asserted, or not.
     pub fn set_interrupt_status(&mut self, asserted: bool) {
         let status = self.u16(STATUS);
@@ -321,6 +335,22 @@ pub fn touches(offset: u16, len: usize, at: u16, size: u16) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn only_what_a_driver_may_write_is_restored() {
+        let space = || ConfigSpace::endpoint(&IDENTITY).with_bar(4, 0x4000, BarKind::Memory64);
+        let mut first = space();
+        first.write(COMMAND, &[6, 4]);
+        first.write(0x20, &[0xff; 8]);
+        let mut second = space();
+        second.restore(&first.saved()).unwrap();
+        assert_eq!(second.saved(), first.saved());
+        second.restore(&[0xff; SIZE]).unwrap();
+        let mut third = space();
+        third.write(0, &[0xff; SIZE]);
+        assert_eq!(second.saved(), third.saved());
+        assert!(second.restore(&[0; SIZE - 1]).is_none() && second.restore(&[0; SIZE + 1]).is_none());
+    }
 
     const IDENTITY: Identity = Identity {
         vendor: 0x1af4,

@@ -24,9 +24,9 @@ use std::sync::Arc;
 
 pub use bar::Window;
 pub use intx::Intx;
-pub use msix::{Msix, TABLE_SIZE};
+pub use msix::{Msix, SavedVector, TABLE_SIZE};
 pub use platform::{host_bridge, lpc};
-pub use port::{PortEvents, RootPort};
+pub use port::{PortEvents, RootPort, SavedPort};
 pub use root::{Address, Root, RootError};
 pub use slot::Pending;
 

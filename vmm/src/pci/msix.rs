@@ -11,6 +11,8 @@
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::config::{CAP_MSIX, ConfigSpace};
 use crate::bus::BusDevice;
 use crate::irq::Messages;
@@ -30,6 +32,15 @@ const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
 /// Vector control: this one is masked.
 const VECTOR_MASK: u32 = 1;
+
+/// One vector, to be saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedVector {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
+}
 
 #[derive(Default)]
 struct Vector {
@@ -81,6 +92,27 @@ impl Msix {
         for vector in &self.vectors {
             self.deliver(&mut lock(vector));
         }
+    }
+
+    /// The table. Message control is in configuration space.
+    pub fn saved(&self) -> Vec<SavedVector> {
+        let saved = |vector: &Mutex<Vector>| {
+            let Vector { address, data, control, pending } = *lock(vector);
+            SavedVector { address, data, masked: control & VECTOR_MASK != 0, pending }
+        };
+        self.vectors.iter().map(saved).collect()
+    }
+
+    /// Takes a table; what is pending comes with [`set_control`](Self::set_control). `None`: it has another length.
+    pub fn restore(&self, saved: &[SavedVector]) -> Option<()> {
+        if saved.len() != self.vectors.len() {
+            return None;
+        }
+        for (vector, SavedVector { address, data, masked, pending }) in self.vectors.iter().zip(saved) {
+            let control = if *masked { VECTOR_MASK } else { 0 };
+            *lock(vector) = Vector { address: *address, data: *data, control, pending: *pending };
+        }
+        Some(())
     }
 
     /// As at power-on.

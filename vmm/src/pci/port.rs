@@ -6,10 +6,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::config::{
     BarKind, CAP_EXPRESS, COMMAND, COMMAND_INTX_DISABLE, ConfigSpace, Identity, bridge, touches,
 };
-use super::msix::{Msix, TABLE_SIZE};
+use super::msix::{Msix, SavedVector, TABLE_SIZE};
 use super::slot::{Effects, Input, Pending, Slot};
 use super::{Function, Intx, Mapping};
 use crate::irq::{Level, Messages};
@@ -34,6 +36,21 @@ pub trait PortEvents: Send + Sync {
     /// The guest has let the device in this port's slot go; it is off the bus. Called on a vCPU's thread, or on the one that resets the
     /// machine. Must not block.
     fn left(&self, device: Arc<dyn Function>);
+}
+
+/// A port's registers, to be saved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SavedPort {
+    config: Vec<u8>,
+    msix: Vec<SavedVector>,
+    slot: Slot,
+}
+
+impl SavedPort {
+    /// Whether there was a device in the slot.
+    pub fn occupied(&self) -> bool {
+        self.slot.occupied()
+    }
 }
 
 struct State {
@@ -115,6 +132,27 @@ impl RootPort {
         }
         self.step(state, Input::AskRemoval);
         Ok(())
+    }
+
+    /// The registers.
+    pub fn saved(&self) -> SavedPort {
+        let state = self.lock();
+        SavedPort { config: state.config.saved(), msix: self.msix.saved(), slot: state.slot }
+    }
+
+    /// Gives a port that nobody has driven what was saved of one with a device in its slot if this has one. `None`: it makes no sense.
+    pub fn restore(&self, saved: &SavedPort) -> Option<()> {
+        let mut state = self.lock();
+        if !saved.slot.makes_sense() || saved.occupied() != state.device.is_some() {
+            return None;
+        }
+        state.config.restore(&saved.config)?;
+        self.msix.restore(&saved.msix)?;
+        state.slot = saved.slot;
+        self.msix.set_control(state.config.u16(self.msix_capability + 2));
+        self.intx.allow(state.config.u16(COMMAND) & COMMAND_INTX_DISABLE == 0);
+        self.intx.want(state.slot.interrupt() && !self.msix.enabled());
+        Some(())
     }
 
     /// Applies an input and lets the lock go before anybody is told.

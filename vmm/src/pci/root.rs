@@ -106,6 +106,16 @@ impl Root {
         self.sync();
     }
 
+    /// What port 0xcf8 holds.
+    pub fn selected(&self) -> u32 {
+        self.selected.load(Ordering::Relaxed)
+    }
+
+    /// Puts it there, as the guest would.
+    pub fn select(&self, value: u32) {
+        self.selected.store(value, Ordering::Relaxed);
+    }
+
     /// The function that answers, if any. Behind a port there is one device with one function.
     fn find(&self, bus: u8, at: Address) -> Option<Arc<dyn Function>> {
         let state = self.lock();

@@ -19,8 +19,10 @@
 //! Event bits stay until the driver writes ones to them, and a write clears exactly the ones written, so an event that comes between
 //! the driver's read and its write of *other* bits survives.
 
+use serde::{Deserialize, Serialize};
+
 /// Slot control and slot status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Slot {
     occupied: bool,
     asked: bool,
@@ -82,6 +84,19 @@ impl Slot {
         let control = if occupied { POWER_INDICATOR_ON } else { POWER_INDICATOR_OFF | POWER_OFF };
         let status = if occupied { PRESENCE } else { 0 };
         Self { occupied, asked: false, link: occupied, control: control | ATTENTION_OFF, status }
+    }
+
+    pub(super) fn occupied(&self) -> bool {
+        self.occupied
+    }
+
+    /// One whose bits a driver and a guest can have set.
+    pub(super) fn makes_sense(&self) -> bool {
+        self.control & !CONTROL_WRITABLE == 0
+            && self.status & !(EVENTS | PRESENCE) == 0
+            && (self.status & PRESENCE != 0) == self.occupied
+            && self.link == self.occupied
+            && (self.occupied || !self.asked)
     }
 
     pub(super) fn link(&self) -> bool {
@@ -235,6 +250,22 @@ mod tests {
             Just(Input::Status(EVENTS)),
             Just(Input::Reset),
         ]
+    }
+
+    #[test]
+    fn a_slot_that_no_guest_can_have_made_is_told_apart() {
+        let good = Slot::new(true);
+        assert!(good.makes_sense() && Slot::new(false).makes_sense());
+        for bad in [
+            Slot { occupied: false, ..good },
+            Slot { link: false, ..good },
+            Slot { status: 0, ..good },
+            Slot { status: PRESENCE | 0x200, ..good },
+            Slot { control: 0x2000, ..good },
+            Slot { asked: true, ..Slot::new(false) },
+        ] {
+            assert!(!bad.makes_sense(), "{bad:?}");
+        }
     }
 
     proptest! {

@@ -17,6 +17,8 @@ use super::{
 use crate::memory::GuestMemory;
 use crate::process::trace;
 
+mod saved;
+
 /// What a transport lends for the time of one register access.
 pub(super) struct Link<'a> {
     pub(super) memory: &'a Arc<GuestMemory>,

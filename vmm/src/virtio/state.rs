@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::queue::{Layout, Position};
 use super::{ActivateError, blk, console, net};
+use crate::pci::SavedVector;
 
 /// How long a device may take to finish what is in flight.
 pub(crate) const SUSPEND_DEADLINE: Duration = Duration::from_secs(10);
@@ -46,6 +47,21 @@ pub enum StateError {
     /// It does not go on.
     #[error(transparent)]
     Activate(#[from] ActivateError),
+    /// The guest has let it go, and it has not ended yet.
+    #[error("is being unplugged; try again once it has gone")]
+    Leaving,
+}
+
+/// A transport as a snapshot sees it.
+pub trait Suspend: Send + Sync {
+    /// Stops the device where it stands; the driver must not run. After an error it goes on.
+    fn suspend(&self) -> Result<(), StateError>;
+    /// The state of a transport that was suspended.
+    fn save(&self) -> Result<TransportState, StateError>;
+    /// Gives a new transport, whose device has not been driven, what was saved. The device stands still until [`resume`](Self::resume).
+    fn restore(&self, state: &TransportState) -> Result<(), StateError>;
+    /// Lets a suspended device go on, with the queues where they stood. Interrupts may come from now on.
+    fn resume(&self) -> Result<(), StateError>;
 }
 
 /// Refuses a difference in one field.
@@ -96,8 +112,24 @@ pub struct TransportState {
     pub claimed: bool,
     /// By number.
     pub queues: Vec<QueueState>,
+    /// What a transport on PCI has besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PciState>,
     /// The device model.
     pub device: DeviceState,
+}
+
+/// A function on PCI.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PciState {
+    /// Configuration space.
+    pub config: Vec<u8>,
+    /// The table of MSI-X.
+    pub msix: Vec<SavedVector>,
+    /// Vector of the configuration.
+    pub config_vector: u16,
+    /// Vectors of the queues, by number.
+    pub queue_vectors: Vec<u16>,
 }
 
 /// The state of a device model besides its rings.

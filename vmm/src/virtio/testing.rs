@@ -13,6 +13,7 @@ use super::{Doorbell, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::Line;
 use crate::memory::GuestMemory;
+use crate::virtio::state::Suspend as _;
 
 /// RAM: 4 MiB at 0 and 1 MiB at 16 MiB.
 pub(crate) const RAM: u64 = 4 << 20;

@@ -46,6 +46,8 @@ pub(super) struct Seat {
     pub(super) driver: &'static str,
     pub(super) transport: Arc<PciTransport>,
     pub(super) end: End,
+    /// On the root bus; that of the root port for what is behind one.
+    pub(super) addr: PciAddr,
     /// The root port whose slot it is in.
     pub(super) port: Option<String>,
 }
@@ -180,7 +182,7 @@ pub(super) fn populate(
                 let place = Place { behind_port: false, multifunction };
                 let transport = fixtures.connect(device, addr, place);
                 root.add(address(addr), Arc::clone(&transport) as _)?;
-                seats.push(Seat { id, driver, transport, end, port: None });
+                seats.push(Seat { id, driver, transport, end, addr, port: None });
             }
             PciPlace::Port(name) => {
                 let slot = slots.iter().find(|slot| slot.id == name);
@@ -189,7 +191,8 @@ pub(super) fn populate(
                 let transport = fixtures.connect(device, slot.addr, place);
                 // Places have been checked: the slot is empty.
                 if slot.port.insert_cold(Arc::clone(&transport) as _).is_ok() {
-                    seats.push(Seat { id, driver, transport, end, port: Some(name) });
+                    let addr = slot.addr;
+                    seats.push(Seat { id, driver, transport, end, addr, port: Some(name) });
                 }
             }
         }

@@ -18,6 +18,7 @@
 mod bus;
 mod map;
 mod plug;
+mod saved;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,18 +28,20 @@ use kvm_ioctls::VmFd;
 use super::others::Others;
 use super::replaceable::{BlockDevice, NetDevice};
 use super::slots::Workers;
+use super::snapshot::{Identity, Source, wake};
 use super::{CpuInfo, Environment, GuestEvent, MachineError, guest};
 use crate::boot::{self, BootFiles, Hardware, Pcie, Platform, SerialPort};
 use crate::bus::{Bus, BusDevice};
 use crate::config::VmConfig;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{
-    GenerationId, I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister,
+    GENERATION_IRQ, GenerationId, I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister,
 };
 use crate::inherit::Inherited;
-use crate::irq::{self, KvmLine, SharedLine};
+use crate::irq::{self, KvmLine, Line as _, SharedLine};
 use crate::memory::{self, GuestMemory};
 use crate::pci::Root;
+use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use bus::{Fixtures, Seat, Slot};
 pub use plug::PlugError;
@@ -88,6 +91,15 @@ pub(in crate::machine) struct Q35 {
     /// The guest has asked for a reset that has not come yet.
     resetting: Arc<AtomicBool>,
     pub(in crate::machine) balloon: Option<Arc<balloon::Port>>,
+    /// What a snapshot says of the machine, but for its devices.
+    identity: Identity,
+    /// What it has that no snapshot can hold.
+    excluded: Option<String>,
+    /// It comes from a snapshot: until it is started its devices stand still.
+    asleep: bool,
+    /// What lies under guest memory is a snapshot; whether core dumps shall hold guest memory.
+    from_snapshot: bool,
+    dump_guest_core: bool,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
@@ -101,13 +113,20 @@ impl Q35 {
         let Environment { inherited, main_loop, guest_events, device_left, serial, chardevs } = environment;
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
+        let source = match &config.incoming {
+            Some(incoming) => Some(Source::open(incoming, config)?),
+            None => None,
+        };
         let workers = Workers::new(config);
         let mut others = Others { chardevs, main_loop, balloon: None };
         let plan = bus::open(config, &inherited, &workers, &mut others)?;
 
         let (kvm, vm) = cpu::open(&inherited)?;
         x86_64::prepare_vm(&kvm, &vm)?;
-        let memory = Arc::new(memory::build(&config.memory, &config.machine)?);
+        let memory = Arc::new(match &source {
+            Some(source) => source.memory(config)?,
+            None => memory::build(&config.memory, &config.machine)?,
+        });
         memory::register(&vm, &memory)?;
         irq::create_controllers(&vm)?;
         let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
@@ -149,10 +168,22 @@ impl Q35 {
             clears_memory: !config.memory.prealloc,
         };
         let mut files = BootFiles::open(&config.boot, &inherited)?;
-        let dirty = memory::may_be_dirty(&config.memory);
-        let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
-        if let Some(first) = vcpus.first() {
-            state.apply(first.fd())?;
+        let identity = Identity::new(config, serial.is_some());
+        let from_snapshot = source.is_some();
+        match source {
+            Some(mut source) => {
+                source.apply_core(&vm, &vcpus, serial.as_deref())?;
+                saved::restore(source, &identity, (&root, &slots, &seats), &pm)?;
+                // Another VM than the one that was saved, and than all that go on from the same.
+                wiring.generation.write(&memory).map_err(SnapshotError::Memory)?;
+            }
+            None => {
+                let dirty = memory::may_be_dirty(&config.memory);
+                let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
+                if let Some(first) = vcpus.first() {
+                    state.apply(first.fd())?;
+                }
+            }
         }
         let vcpus = Vcpus::new(vcpus, buses, guest::on_end(events));
         let (shelves, balloon) = (Shelves::new(config, &seats), others.balloon);
@@ -171,9 +202,28 @@ impl Q35 {
             pm,
             resetting,
             balloon,
+            identity,
+            excluded: config.snapshot_exclusion(),
+            asleep: from_snapshot,
+            from_snapshot,
+            dump_guest_core: config.machine.dump_guest_core,
             vm,
             memory,
         })
+    }
+
+    /// Starts the vCPUs, once.
+    pub(in crate::machine) fn start(&mut self, paused: bool) -> Result<(), MachineError> {
+        if !std::mem::take(&mut self.asleep) {
+            return Ok(self.vcpus.start(paused)?);
+        }
+        self.vcpus.start(true)?;
+        wake(&self.vcpus, saved::stands(&self.seats))?;
+        KvmLine::new(Arc::clone(&self.vm), GENERATION_IRQ).trigger();
+        if !paused {
+            self.vcpus.resume();
+        }
+        Ok(())
     }
 
     /// Presses the power button. A guest that has not enabled it does not notice.
@@ -189,7 +239,9 @@ impl Q35 {
             serial.reset();
         }
         irq::reset_controllers(&self.vm)?;
-        if self.wiring.clears_memory {
+        if std::mem::take(&mut self.from_snapshot) {
+            memory::renew(&self.memory, self.dump_guest_core)?;
+        } else if self.wiring.clears_memory {
             guest::clear(&self.memory);
         }
         let platform = self.wiring.platform(true);

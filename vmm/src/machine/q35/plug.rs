@@ -293,7 +293,8 @@ impl Q35 {
             End::Nic(netdev, _) => self.shelves.nets.use_by(netdev, Some(&id)),
             End::Other => {}
         }
-        self.seats.push(Seat { id, driver, transport, end, port: Some(bus.clone()) });
+        let addr = slot.addr;
+        self.seats.push(Seat { id, driver, transport, end, addr, port: Some(bus.clone()) });
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::tests::*;
 use super::*;
 use crate::config::Aio;
 use crate::inherit::Inherited;
+use crate::virtio::state::Suspend as _;
 use crate::virtio::testing::{DATA, Rig, Ring};
 
 fn device(image: &tempfile::NamedTempFile, aio: Aio, queues: u16) -> Blk {

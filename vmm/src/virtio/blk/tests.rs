@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::{Aio, Drive};
 use crate::inherit::Inherited;
+use crate::virtio::state::Suspend as _;
 use crate::virtio::testing::{DATA, HIGH, INDIRECT, NEXT, PLAIN, RAM, Rig, Ring, WRITE};
 
 pub(super) const HEADER: u64 = DATA;

@@ -8,7 +8,7 @@ use super::*;
 use crate::inherit::Inherited;
 use crate::net::HEADER_BYTES;
 use crate::net::tests::{in_a_namespace, ip, named};
-use crate::virtio::state::TransportState;
+use crate::virtio::state::{Suspend as _, TransportState};
 use crate::virtio::testing::{DATA, NEXT, PLAIN, RAM, Rig, Ring};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];

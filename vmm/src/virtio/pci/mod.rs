@@ -13,6 +13,7 @@
 
 mod common;
 mod signals;
+mod state;
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};

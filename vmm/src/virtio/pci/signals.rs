@@ -67,6 +67,34 @@ impl Signals {
         self.config_vector.store(self.granted(vector), Ordering::Release);
     }
 
+    /// ISR status, whether the device needs a reset, and the generation of its configuration.
+    pub(super) fn saved(&self) -> (u32, bool, u32) {
+        (self.isr.load(Ordering::Acquire).into(), self.is_broken(), self.generation().into())
+    }
+
+    /// Takes them; `None` if they make no sense.
+    pub(super) fn restore(&self, isr: u32, needs_reset: bool, generation: u32) -> Option<()> {
+        self.isr.store(isr.try_into().ok()?, Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
+        self.generation.store(generation.try_into().ok()?, Ordering::Release);
+        Some(())
+    }
+
+    /// The vectors of the configuration and of the queues.
+    pub(super) fn vectors(&self) -> (u16, Vec<u16>) {
+        let queues = self.queue_vectors.iter().map(|v| v.load(Ordering::Acquire));
+        (self.config_vector(), queues.collect())
+    }
+
+    /// Takes them; `None` if they are not of such a device.
+    pub(super) fn set_vectors(&self, config: u16, queues: &[u16]) -> Option<()> {
+        self.set_config_vector(config);
+        for (place, vector) in self.queue_vectors.iter().zip(queues) {
+            place.store(self.granted(*vector), Ordering::Release);
+        }
+        (queues.len() == self.queue_vectors.len()).then_some(())
+    }
+
     fn of_queue(&self, queue: u32) -> Option<&AtomicU16> {
         usize::try_from(queue).ok().and_then(|q| self.queue_vectors.get(q))
     }

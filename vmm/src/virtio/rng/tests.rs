@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::RngSource;
 use crate::inherit::Inherited;
+use crate::virtio::state::Suspend as _;
 use crate::virtio::testing::{DATA, HIGH_END, INDIRECT, NEXT, PLAIN, RAM, Rig, Ring, WRITE};
 
 struct Bench {

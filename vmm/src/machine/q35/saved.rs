@@ -1,0 +1,113 @@
+//! What a snapshot holds of a q35 besides what every board has: the power management registers, what the root ports are set to, and where
+//! each device is.
+//!
+//! Devices are told apart by their place, so it does not matter in which order they have come: one that was plugged is given on the command
+//! line of the VM that is restored, in the slot of the same root port.
+
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+use super::Q35;
+use super::bus::{Seat, Slot};
+use crate::config::PciAddr;
+use crate::device::{PmRegisters, SavedPm};
+use crate::machine::MachineError;
+use crate::machine::snapshot::{Identity, Parts, Section, Source, Stand, json};
+use crate::pci::{Root, SavedPort};
+use crate::virtio::state::StateError;
+
+/// Section names.
+const CHIPSET: &str = "q35";
+const PORT: &str = "root-port";
+/// Added to the instance of a device behind the port there.
+const BEHIND: u32 = 0x100;
+
+#[derive(Serialize, Deserialize)]
+struct Chipset {
+    pm: SavedPm,
+    /// What port 0xcf8 holds.
+    selected: u32,
+}
+
+fn number(addr: PciAddr) -> u32 {
+    u32::from(addr.slot) << 3 | u32::from(addr.function)
+}
+
+/// Identity with the places of all devices.
+pub(super) fn identify(base: &Identity, slots: &[Slot], seats: &[Seat]) -> Identity {
+    let port = |slot: &Slot| (number(slot.addr), "pcie-root-port");
+    let mut places: Vec<_> =
+        slots.iter().map(port).chain(seats.iter().map(|s| (instance(s), s.driver))).collect();
+    places.sort_unstable();
+    let text = |(place, driver): (u32, &str)| {
+        let (slot, function) = (place >> 3 & 0x1f, place & 7);
+        let behind = if place & BEHIND != 0 { "behind " } else { "" };
+        format!("{driver} {behind}{slot:#x}.{function}")
+    };
+    base.with_devices(seats.len(), places.into_iter().map(text).collect())
+}
+
+fn instance(seat: &Seat) -> u32 {
+    number(seat.addr) | if seat.port.is_some() { BEHIND } else { 0 }
+}
+
+/// The devices by place.
+pub(super) fn stands(seats: &[Seat]) -> Vec<Stand> {
+    let stand = |seat: &Seat| Stand {
+        name: format!("device \"{}\"", seat.id),
+        instance: instance(seat),
+        transport: Arc::clone(&seat.transport) as _,
+    };
+    seats.iter().map(stand).collect()
+}
+
+/// Gives a new board and its devices their state; BARs are mapped afterwards.
+pub(super) fn restore(
+    mut source: Source,
+    identity: &Identity,
+    (root, slots, seats): (&Root, &[Slot], &[Seat]),
+    pm: &PmRegisters,
+) -> Result<(), MachineError> {
+    let here = identify(identity, slots, seats);
+    source.check_devices(&here)?;
+    let Chipset { pm: saved, selected } = source.take(CHIPSET, 0)?;
+    pm.restore(&saved);
+    root.select(selected);
+    for slot in slots {
+        let instance = number(slot.addr);
+        let saved: SavedPort = source.take(PORT, instance)?;
+        slot.port.restore(&saved).ok_or_else(|| source.nonsense(PORT, instance))?;
+    }
+    source.apply_devices(&here, &stands(seats))?;
+    root.sync();
+    Ok(())
+}
+
+impl Q35 {
+    /// What a snapshot holds of it.
+    pub(in crate::machine) fn parts(&self) -> Result<Parts<'_>, MachineError> {
+        for seat in self.seats.iter().filter(|seat| seat.port.is_some()) {
+            let slot = self.slots.iter().find(|slot| Some(&slot.id) == seat.port.as_ref());
+            if slot.is_none_or(|slot| slot.port.device().is_none()) {
+                let device = format!("device \"{}\"", seat.id);
+                return Err(MachineError::State { device, source: StateError::Leaving });
+            }
+        }
+        let chipset = Chipset { pm: self.pm.saved(), selected: self.root.selected() };
+        let mut own: Vec<Section> = vec![(CHIPSET, 0, json(&chipset)?)];
+        for slot in &self.slots {
+            own.push((PORT, number(slot.addr), json(&slot.port.saved())?));
+        }
+        Ok(Parts {
+            identity: identify(&self.identity, &self.slots, &self.seats),
+            excluded: self.excluded.as_ref(),
+            occupants: Vec::new(),
+            devices: stands(&self.seats),
+            vcpus: &self.vcpus,
+            vm: &self.vm,
+            memory: &self.memory,
+            serial: self.serial.as_deref(),
+            own,
+        })
+    }
+}

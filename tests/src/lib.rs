@@ -9,3 +9,4 @@ pub mod host;
 pub mod hostile;
 pub mod qmp;
 pub mod scenario;
+pub mod work;

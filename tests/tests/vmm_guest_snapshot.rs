@@ -233,10 +233,13 @@ fn disks_that_were_plugged_come_back_to_their_slots() -> Outcome {
         qmp.ask("quit")?;
         check(vmm.exit(SOON)? == 0, || "not 0".into())?;
         let line = on_the_line(&["high"]);
-        let (_vmm, mut console, _) =
+        let (vmm, mut console, mut qmp) =
             place.start(&format!("{name}b"), &format!("{line} -incoming file:{dir}-{name}"))?;
         console.enter("disk vde check 0 64 5")?;
         console.expect("64 sectors as written", SOON)?;
+        // The next one opens the same images.
+        qmp.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
     }
     Ok(())
 }

@@ -244,6 +244,63 @@ fn disks_that_were_plugged_come_back_to_their_slots() -> Outcome {
     Ok(())
 }
 
+/// Refusals of a processor that lacks what the guest has seen of the one that it was saved on.
+const OTHER_PROCESSOR: [&str; 4] = ["processor", "CPUID leaf", "time-stamp counter", "MSR"];
+
+/// What a release has saved is restored by this one and by every later one. Each release adds its own to `tests/snapshots`: a guest with two
+/// vCPUs and 128 MiB that was told `spin 3000` a moment before (`tar --sparse -czf VERSION-MACHINE.tar.gz DIRECTORY`).
+#[test]
+fn what_earlier_releases_have_saved_is_restored() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "kept")?;
+    let mut kept: Vec<_> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/snapshots"))?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Outcome<_>>()?;
+    kept.sort();
+    check(kept.len() >= 2, || format!("{kept:?}"))?;
+    for path in kept {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let (release, machine) = name
+            .strip_suffix(".tar.gz")
+            .and_then(|name| name.split_once('-'))
+            .ok_or_else(|| format!("{name}: not VERSION-MACHINE.tar.gz"))?;
+        let dir = format!("{}/{release}/{machine}", folder.1);
+        place.host.push(&path, &format!("{}/{release}/{name}", folder.1))?;
+        place.host.ok(&format!("cd {}/{release} && tar --sparse -xzf {name}", folder.1))?;
+        let arguments = place
+            .arguments(&format!("-smp 2 -incoming file:{dir},verify=on"))
+            .replace("-machine microvm -m 256M", &format!("-machine {machine} -m 128M"));
+        let vmm = format!("snap-{}-{machine}", std::process::id());
+        let vmm = Vmm::start_as(&place.host, &place.vmm, &vmm, &arguments)?;
+        let goes_on = || -> Outcome<Console> {
+            let mut console = vmm.console()?;
+            console.expect("rounds", SOON)?;
+            Ok(console)
+        };
+        let mut console = match goes_on() {
+            Ok(console) => console,
+            Err(error) => {
+                let said = vmm.output()?;
+                check(OTHER_PROCESSOR.iter().any(|words| said.contains(words)), || {
+                    format!("{name}: {error}: {said}")
+                })?;
+                // A host with another processor cannot run it, and says so.
+                tests::scenario::step(format!("{name}: {said}"));
+                continue;
+            }
+        };
+        console.enter("echo of''old")?;
+        console.expect("of''old", SOON)?;
+        let mut qmp = vmm.qmp()?;
+        check(is_running(&mut qmp)?, || format!("{name}: it does not run"))?;
+        // Saved again, by this one.
+        migrate(&mut qmp, &format!("{dir}-again"))?;
+        qmp.ask("quit")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    }
+    Ok(())
+}
+
 /// Kills in a row, each at another moment of a save.
 const KILLS: u32 = 24;
 

@@ -322,8 +322,13 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_whole_snapshot() -> Outcome {
         // What the last one left is whole: it is compared with its checksum, and the guest goes on.
         let (vmm, mut console, mut qmp) =
             place.start(&format!("kill{round}"), &format!("-incoming file:{dir},verify=on"))?;
-        console.enter(&format!("echo round''{round}"))?;
-        console.expect(&format!("round''{round}"), SOON)?;
+        let answers = console
+            .enter(&format!("echo round''{round}"))
+            .and_then(|()| console.expect(&format!("round''{round}"), SOON).map(drop));
+        answers.map_err(|error| {
+            let said = place.host.run(&format!("cat {} {}", vmm.path("out"), vmm.path("exit")));
+            format!("round {round}: {error}: {said:?}")
+        })?;
         let after = (takes * round / (KILLS - 4)).as_secs_f64();
         place
             .host

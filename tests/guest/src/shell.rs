@@ -20,6 +20,7 @@ spin MS                    keep a CPU busy
 touch MIB                  write to each page of MIB of memory
 dirty MIB RATE [SECONDS]   dirty MIB of memory again and again, RATE pages a second (0: at full speed)
 sleep MS                   wait, idle
+tick MS                    print dots, one each millisecond
 disk [vdX] read SECTOR [COUNT]         CRC-32 and first bytes
 disk [vdX] write SECTOR COUNT [SEED]   write a pattern
 disk [vdX] check SECTOR COUNT [SEED]   compare with the pattern
@@ -206,6 +207,10 @@ impl Shell {
             "sleep" => {
                 let [ms] = numbers(arguments, 1)?;
                 irq::wait(ms.saturating_mul(1000), || (), || false);
+                Ok(())
+            }
+            "tick" => {
+                work::tick(numbers::<1>(arguments, 1)?[0]);
                 Ok(())
             }
             "touch" => {

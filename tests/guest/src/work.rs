@@ -1,7 +1,7 @@
 //! Work to put on a host: spinning, touching memory, dirtying it at a rate, checksums.
 
 use crate::boot::BootInfo;
-use crate::{clock, console, cpu, memory};
+use crate::{clock, console, cpu, memory, put, say};
 
 /// Ends long work when Ctrl-C was typed; asks the port, which costs an exit, every 100 ms only.
 pub struct Interruption {
@@ -38,6 +38,22 @@ pub fn spin(milliseconds: u64) -> u64 {
             return rounds;
         }
     }
+}
+
+/// Prints a dot each millisecond, for so many of them: whoever reads sees when the guest runs.
+pub fn tick(milliseconds: u64) {
+    let mut stop = Interruption::new();
+    for _ in 0..milliseconds {
+        put!(".");
+        let next = clock::deadline(1000);
+        while cpu::tsc() < next {
+            core::hint::spin_loop();
+        }
+        if stop.asked(cpu::tsc()) {
+            break;
+        }
+    }
+    say!("");
 }
 
 /// Writes one word to each of `count` pages of the arena, or until Ctrl-C; returns how many it wrote.

@@ -20,13 +20,23 @@ pub(crate) struct Fleet {
 
 /// Starts `count` VMs, a few on their way at a time (two for each processor), and keeps them all until the last one runs.
 pub(crate) fn start(subject: &Subject, setting: &Setting, count: usize) -> Result<Fleet> {
+    start_with(subject, setting, count, Command::Hold)
+}
+
+/// The same with another command for their guests.
+pub(crate) fn start_with(
+    subject: &Subject,
+    setting: &Setting,
+    count: usize,
+    command: Command,
+) -> Result<Fleet> {
     let at_once = 2 * std::thread::available_parallelism()?.get();
     let (mut running, mut starting): (Vec<Vm>, Vec<Vm>) = (Vec::new(), Vec::new());
     let begin = Instant::now();
     let end = begin + DEADLINE;
     while running.len() < count {
         while starting.len() < at_once && running.len() + starting.len() < count {
-            starting.push(Vm::start(subject, setting, running.len() + starting.len(), Command::Hold, false)?);
+            starting.push(Vm::start(subject, setting, running.len() + starting.len(), command, false)?);
         }
         let timeout = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
         let mut consoles = starting.iter().map(Vm::console).collect::<Result<Vec<_>>>()?;

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! bench [--vmm PATH] [--floor PATH] [--guest PATH] [--peer NAME=PATH[,ARGUMENT...]]... [--runs N] [--fleet N] [--fleet-runs N] [--control-runs N]
-//!       [--load-runs N] [--memory MIB] [--json]
+//!       [--load-runs N] [--saved-runs N] [--memory MIB] [--json]
 //! ```
 
 mod control;
@@ -14,6 +14,7 @@ mod lan;
 mod load;
 mod process;
 mod report;
+mod saved;
 mod subject;
 mod syscalls;
 
@@ -39,6 +40,7 @@ usage: bench [OPTIONS]
   --fleet-runs N     rounds of that (default 3)
   --control-runs N   rounds of QMP round trips and pauses (default 10; 0 leaves that part out)
   --load-runs N      rounds of what disk and network carry (default 5; 0 leaves that part out). Needs root for a tap
+  --saved-runs N     rounds of snapshots and of starts from them (default 5; 0 leaves that part out)
   --memory MIB       guest memory (default 256)
   --json             one JSON object instead of tables";
 
@@ -52,6 +54,7 @@ struct Options {
     fleet_runs: usize,
     control_runs: usize,
     load_runs: usize,
+    saved_runs: usize,
     memory: usize,
     json: bool,
 }
@@ -67,6 +70,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
         fleet_runs: 3,
         control_runs: 10,
         load_runs: 5,
+        saved_runs: 5,
         memory: 256,
         json: false,
     };
@@ -82,6 +86,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--fleet-runs" => options.fleet_runs = number(&name, &value()?, 1, 100)?,
             "--control-runs" => options.control_runs = number(&name, &value()?, 0, 1_000)?,
             "--load-runs" => options.load_runs = number(&name, &value()?, 0, 1_000)?,
+            "--saved-runs" => options.saved_runs = number(&name, &value()?, 0, 1_000)?,
             "--memory" => options.memory = number(&name, &value()?, 128, 3072)?,
             "--json" => options.json = true,
             "--help" | "-h" => return Ok(None),
@@ -159,6 +164,23 @@ fn bench() -> Result<()> {
             if results[i].failure.is_none() {
                 let sample = load::measure(&subjects[i], &setting);
                 results[i].add_load(sample);
+            }
+        }
+    }
+    let large = Setting::new(&guest, saved::MEMORY)?;
+    for round in 0..options.saved_runs {
+        for i in order(round, subjects.len()) {
+            if results[i].failure.is_none() {
+                let sample = saved::measure(&subjects[i], &large);
+                results[i].add_saved(sample);
+            }
+        }
+    }
+    for round in 0..if options.fleet == 0 || options.saved_runs == 0 { 0 } else { options.fleet_runs } {
+        for i in order(round, subjects.len()) {
+            if results[i].failure.is_none() {
+                let sample = saved::clones(&subjects[i], &large, options.fleet);
+                results[i].add_clones(sample);
             }
         }
     }

@@ -11,14 +11,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::Result;
 use crate::subject::{Command as Then, Setting, Subject};
 
-/// The guest's first byte. Not a byte of any log line that a VMM may print before.
-const FIRST_BYTE: u8 = b'\r';
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A VMM; killed and reaped when dropped.
 pub(crate) struct Vm {
     child: Child,
     label: String,
+    /// The guest's first byte. Not a byte of any log line that a VMM may print before.
+    first_byte: u8,
     errors: std::path::PathBuf,
     /// What [`Vm::line`] has read beyond the last line.
     text: Vec<u8>,
@@ -67,7 +67,8 @@ impl Vm {
             }
         }
         let child = command.spawn().map_err(|e| format!("{}: {e}", subject.program.display()))?;
-        Ok(Self { child, label: subject.name.clone(), errors, text: Vec::new() })
+        let first_byte = then.first_byte();
+        Ok(Self { child, label: subject.name.clone(), first_byte, errors, text: Vec::new() })
     }
 
     /// Its process.
@@ -93,7 +94,7 @@ impl Vm {
                 format!("{} ended before its guest's first byte: {}", self.label, self.complaint()).into()
             );
         }
-        Ok(bytes[..count].contains(&FIRST_BYTE))
+        Ok(bytes[..count].contains(&self.first_byte))
     }
 
     fn complaint(&self) -> String {

@@ -10,6 +10,7 @@ use crate::control::Control;
 use crate::fleet::Fleet;
 use crate::load::{LINES, Rates};
 use crate::process::Single;
+use crate::saved::Saved;
 use crate::subject::{Setting, Subject};
 use crate::syscalls;
 
@@ -31,6 +32,12 @@ pub(crate) struct Results {
     halted: Vec<f64>,
     spinning: Vec<f64>,
     loads: [Vec<f64>; LINES.len()],
+    save: [Vec<f64>; 2],
+    size: [Vec<f64>; 2],
+    restore: [Vec<f64>; 2],
+    touch: Vec<f64>,
+    clone_rate: Vec<f64>,
+    clone_each: Vec<f64>,
 }
 
 /// Everything, ready to print.
@@ -65,6 +72,12 @@ impl Results {
             halted,
             spinning,
             loads: [const { Vec::new() }; LINES.len()],
+            save: Default::default(),
+            size: Default::default(),
+            restore: Default::default(),
+            touch: Vec::new(),
+            clone_rate: Vec::new(),
+            clone_each: Vec::new(),
         }
     }
 
@@ -121,6 +134,34 @@ impl Results {
         }
     }
 
+    /// Adds a snapshot and a start from it, or their failure.
+    pub(crate) fn add_saved(&mut self, sample: Result<Option<Saved>>) {
+        match sample {
+            Ok(Some(saved)) => {
+                for i in 0..2 {
+                    self.save[i].push(saved.save[i] * 1e3);
+                    self.size[i].push(saved.size[i]);
+                    self.restore[i].push(saved.restore[i] * 1e3);
+                }
+                self.touch.push(saved.touch);
+            }
+            Ok(None) => {}
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
+    /// Adds clones, or their failure.
+    pub(crate) fn add_clones(&mut self, sample: Result<Option<Fleet>>) {
+        match sample {
+            Ok(Some(fleet)) => {
+                self.clone_rate.push(fleet.per_second);
+                self.clone_each.push(fleet.private_each);
+            }
+            Ok(None) => {}
+            Err(error) => self.failure = Some(error.to_string()),
+        }
+    }
+
     fn metrics(&self) -> Vec<(&'static str, &'static str, &[f64])> {
         let mut all: Vec<(_, _, &[f64])> = vec![
             ("exec to first guest byte, wall", "ms", &self.wall),
@@ -136,6 +177,17 @@ impl Results {
             ("QMP stop of a halted guest", "us", &self.halted),
             ("QMP stop of a spinning guest", "us", &self.spinning),
         ];
+        all.extend([
+            ("snapshot of 1 GiB, 64 MiB used", "ms", &self.save[0][..]),
+            ("snapshot of 1 GiB, 900 MiB used", "ms", &self.save[1]),
+            ("on disk, 64 MiB used", "MiB", &self.size[0]),
+            ("on disk, 900 MiB used", "MiB", &self.size[1]),
+            ("exec to first byte of a restored guest, 64 MiB used", "ms", &self.restore[0]),
+            ("exec to first byte of a restored guest, 900 MiB used", "ms", &self.restore[1]),
+            ("first write to a page after that", "us", &self.touch),
+            ("clones per second, all kept", "/s", &self.clone_rate),
+            ("private memory of each clone", "KiB", &self.clone_each),
+        ]);
         all.extend(LINES.iter().zip(&self.loads).map(|(line, samples)| (line.name, line.unit, &samples[..])));
         all
     }

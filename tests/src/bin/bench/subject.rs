@@ -46,6 +46,12 @@ pub(crate) enum Command {
     Send,
     /// It counts frames, twice.
     Receive,
+    /// It writes to 64 MiB, prints dots for a while, and writes to them again.
+    Used64,
+    /// The same with 900 MiB.
+    Used900,
+    /// It goes on from the snapshot of one of those.
+    Restored,
 }
 
 impl Command {
@@ -60,7 +66,15 @@ impl Command {
             }
             Self::Send => "quiet cmd=load,net,send,64,1000;load,net,send,1514,1000",
             Self::Receive => "quiet cmd=load,net,receive,1000;load,net,receive,1000",
+            // What is restored needs the same line.
+            Self::Used64 | Self::Restored => "quiet cmd=touch,64;tick,3000;touch,64;halt",
+            Self::Used900 => "quiet cmd=touch,900;tick,3000;touch,64;halt",
         }
+    }
+
+    /// A byte that the guest prints before all others.
+    pub(crate) fn first_byte(self) -> u8 {
+        if self == Self::Restored { b'.' } else { b'\r' }
     }
 }
 
@@ -94,7 +108,8 @@ fn template(kind: &str) -> Option<&'static str> {
 /// What gives a VMM that we know the disk or the tap; its name and its defaults are the host's to choose, aio and queues its own.
 fn device(kind: &str, command: Command) -> &'static str {
     match (kind, command) {
-        (_, Command::Hold | Command::Spin) => "",
+        ("flotilla" | "stratovirt", Command::Restored) => "-incoming file:{saved}",
+        (_, Command::Hold | Command::Spin | Command::Used64 | Command::Used900 | Command::Restored) => "",
         ("flotilla" | "stratovirt", Command::Disk) => {
             "-drive id=disk,file={disk},direct=off -device virtio-blk-device,drive=disk,id=blk"
         }
@@ -172,6 +187,7 @@ impl Subject {
             fs::write(directory.join("vm.json"), config.to_string())?;
         }
         let memory = setting.memory.to_string();
+        let saved = setting.saved(self).to_string_lossy().into_owned();
         let fill = |argument: &str| {
             argument
                 .replace("{kernel}", &setting.kernel)
@@ -181,6 +197,7 @@ impl Subject {
                 .replace("{dir}", &directory.to_string_lossy())
                 .replace("{disk}", &setting.disk)
                 .replace("{tap}", lan::TAP)
+                .replace("{saved}", &saved)
         };
         let device = self.kind.map_or("", |kind| device(kind, command)).split_whitespace().map(str::to_owned);
         Ok(self.arguments.iter().cloned().chain(device).map(|a| fill(&a)).collect())
@@ -189,7 +206,7 @@ impl Subject {
     /// Whether it can be given what `command` needs.
     pub(crate) fn has(&self, command: Command) -> bool {
         match self.kind {
-            Some("firecracker") => true,
+            Some("firecracker") => !matches!(command, Command::Restored),
             Some(kind) => !device(kind, command).is_empty(),
             None => false,
         }
@@ -237,6 +254,11 @@ impl Setting {
 }
 
 impl Setting {
+    /// Where the snapshot of this subject is.
+    pub(crate) fn saved(&self, subject: &Subject) -> PathBuf {
+        self.directory.path().join(format!("{}-saved", subject.name))
+    }
+
     /// Makes the disk's file, or what is left of the last round: in the page cache, and nothing of it still to be written.
     pub(crate) fn fresh_disk(&self) -> Result<()> {
         let mut file = fs::File::options().create(true).truncate(false).write(true).open(&self.disk)?;

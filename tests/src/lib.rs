@@ -9,4 +9,3 @@ pub mod host;
 pub mod hostile;
 pub mod qmp;
 pub mod scenario;
-pub mod work;

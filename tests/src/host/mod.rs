@@ -345,7 +345,8 @@ impl Host {
     /// # Errors
     /// As for [`Host::talk`].
     pub fn dial(&self, socket: &str) -> Result<UnixStream, HostError> {
-        self.talk(&format!("exec socat - 'UNIX-CONNECT:{socket}'"))
+        // Whoever binds a socket listens a moment later: it may be seen before.
+        self.talk(&format!("exec socat - 'UNIX-CONNECT:{socket},retry=30,interval=0.1'"))
     }
 
     /// Copies a file in, with its mode; folders on the way are made.

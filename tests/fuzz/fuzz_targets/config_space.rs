@@ -27,7 +27,14 @@ fuzz_target!(|data: &[u8]| {
         queue_size: 256,
         worker: worker(),
     };
-    let blk = BlkOptions { backend: None, serial: None, read_only: false, queue_size: 256, worker: worker() };
+    let blk = BlkOptions {
+        backend: None,
+        serial: None,
+        read_only: false,
+        queue_size: 256,
+        queues: 1,
+        worker: worker(),
+    };
     let mut devices: [Box<dyn VirtioDevice>; 3] =
         [Box::new(balloon), Box::new(Net::new(net)), Box::new(Blk::new(blk))];
     while !input.is_empty() {

@@ -42,6 +42,10 @@ impl VmConfig {
         if let Some(backend) = backend.filter(|b| b.share || b.kind != MemoryBackendKind::Ram) {
             return Some(format!("memory object \"{}\": guest memory in a file, or shared", backend.id));
         }
+        // A reset after a restore takes new pages when nothing may choose nodes any more.
+        if let Some(backend) = backend.filter(|b| b.placement.is_some()) {
+            return Some(format!("memory object \"{}\": a policy for the host's nodes", backend.id));
+        }
         self.devices.iter().find_map(|device| {
             let what = match &device.driver {
                 DeviceDriver::VirtioNet { netdev, .. } => {

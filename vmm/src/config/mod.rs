@@ -5,6 +5,7 @@
 
 pub mod cmdline;
 mod incoming;
+mod memory_backend;
 mod pci;
 mod serial_ports;
 mod validate;
@@ -15,6 +16,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 pub use incoming::Incoming;
+pub use memory_backend::{MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy};
 pub use pci::{PciAddr, PciPlace, ROOT_BUS};
 pub use serial_ports::SerialPort;
 pub use validate::InvalidConfig;
@@ -187,34 +189,6 @@ pub struct MemoryConfig {
     pub prealloc: bool,
     /// `-object memory-backend-*`. Guest RAM comes from the first; a valid configuration has no second.
     pub backends: Vec<MemoryBackend>,
-}
-
-/// `-object memory-backend-*`: where guest RAM comes from, said as an object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MemoryBackend {
-    /// Name of the object.
-    pub id: String,
-    /// What the pages belong to.
-    pub kind: MemoryBackendKind,
-    /// Bytes; the same as guest RAM.
-    pub size: u64,
-    /// `share=on`: writes reach the file or memfd.
-    pub share: bool,
-    /// `prealloc=on`: touch every page before the guest starts.
-    pub prealloc: bool,
-    /// `dump-guest-core`: include the pages in core dumps.
-    pub dump_guest_core: bool,
-}
-
-/// Kinds of memory object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MemoryBackendKind {
-    /// `memory-backend-ram`: anonymous memory.
-    Ram,
-    /// `memory-backend-file`: a file, or an unseen one in a directory.
-    File(PathBuf),
-    /// `memory-backend-memfd`.
-    Memfd,
 }
 
 /// `-object rng-random`: where a virtio-rng device gets its bytes.

@@ -18,7 +18,9 @@ use rustix::mm::Advice;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion};
 
-use crate::config::{MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig};
+use crate::config::{
+    MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig, Placement, PlacementPolicy,
+};
 use backing::Backing;
 pub use sparse::data_in;
 
@@ -69,6 +71,17 @@ pub enum MemoryError {
         /// Page size in bytes.
         page: u64,
     },
+    /// The host has not the nodes, or does not let this process choose.
+    #[error(
+        "memory object: policy on host-nodes {nodes:#x} (one bit each): {source}; name nodes that the host has, or leave policy out"
+    )]
+    Placement {
+        /// The nodes asked for.
+        nodes: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// Pages could not be allocated up front.
     #[error("-mem-prealloc: cannot allocate {size} bytes now: {source}; give the VM less memory")]
     Prealloc {
@@ -100,6 +113,7 @@ struct Wish<'a> {
     shared: bool,
     prealloc: bool,
     dump_guest_core: bool,
+    placement: Option<Placement>,
 }
 
 impl<'a> Wish<'a> {
@@ -111,6 +125,7 @@ impl<'a> Wish<'a> {
             shared: machine.mem_share,
             prealloc: memory.prealloc,
             dump_guest_core: machine.dump_guest_core,
+            placement: None,
         };
         if let Some(backend) = memory.backends.first() {
             match &backend.kind {
@@ -121,6 +136,7 @@ impl<'a> Wish<'a> {
             wish.shared |= backend.share;
             wish.prealloc |= backend.prealloc;
             wish.dump_guest_core &= backend.dump_guest_core;
+            wish.placement = backend.placement;
         }
         wish
     }
@@ -200,6 +216,27 @@ fn renew_part(
     Ok(())
 }
 
+/// Says on which of the host's nodes the pages of a mapping are taken, before any is.
+///
+/// # Safety
+/// The range is a mapping of the caller's. Nothing in it is read or written.
+unsafe fn settle(start: *mut u8, size: usize, placement: Placement) -> Result<(), MemoryError> {
+    // linux/mempolicy.h
+    let mode: libc::c_long = match placement.policy {
+        PlacementPolicy::Preferred => 1,
+        PlacementPolicy::Bind => 2,
+        PlacementPolicy::Interleave => 3,
+    };
+    // The kernel looks at one bit less than it is told of.
+    let (nodes, bits, flags): (u64, libc::c_ulong, libc::c_long) = (placement.nodes, 65, 0);
+    // SAFETY: the range is as the caller promises, and the kernel reads one word of node bits.
+    let done = unsafe { libc::syscall(libc::SYS_mbind, start, size, mode, &raw const nodes, bits, flags) };
+    if done == 0 {
+        return Ok(());
+    }
+    Err(MemoryError::Placement { nodes, source: io::Error::last_os_error() })
+}
+
 fn map_all(
     memory: &MemoryConfig,
     gap: u64,
@@ -246,6 +283,10 @@ fn map(
         // SAFETY: the range is the mapping made above, and the advice changes core dumps only.
         unsafe { rustix::mm::madvise(region.as_ptr().cast(), size, Advice::LinuxDontDump) }
             .map_err(|e| failed(e.into()))?;
+    }
+    if let Some(placement) = wish.placement {
+        // SAFETY: the range is the mapping made above.
+        unsafe { settle(region.as_ptr(), size, placement) }?;
     }
     GuestRegionMmap::new(region, GuestAddress(range.base))
         .ok_or_else(|| failed(io::Error::other("address overflow")))
@@ -334,6 +375,53 @@ mod tests {
         match build(&config, &machine(true)) {
             Err(MemoryError::HugePages { path: named, .. }) => assert_eq!(named, path),
             other => panic!("{:?}", other.map(|_| ())),
+        }
+    }
+
+    #[test]
+    fn pages_are_taken_where_the_object_says() {
+        let backend = |nodes| crate::config::MemoryBackend {
+            id: "m".into(),
+            kind: MemoryBackendKind::Ram,
+            size: 2 << 20,
+            share: false,
+            prealloc: true,
+            dump_guest_core: true,
+            placement: Some(Placement { policy: PlacementPolicy::Bind, nodes }),
+        };
+        let build = |nodes| {
+            let backends = vec![backend(nodes)];
+            build(&MemoryConfig { size: 2 << 20, path: None, prealloc: false, backends }, &machine(false))
+        };
+        // No host has that node.
+        match build(1 << 63) {
+            Err(MemoryError::Placement { nodes, .. }) => assert_eq!(nodes, 1 << 63),
+            other => panic!("{:?}", other.map(|_| ())),
+        }
+        match build(1) {
+            Ok(memory) => {
+                let place = memory.iter().next().unwrap().as_ptr();
+                let (mut mode, mut nodes) = (0i32, 0u64);
+                const MPOL_F_ADDR: libc::c_long = 2;
+                // SAFETY: the kernel writes a number and one word of node bits, and looks at a mapping that is there.
+                let asked = unsafe {
+                    libc::syscall(
+                        libc::SYS_get_mempolicy,
+                        &raw mut mode,
+                        &raw mut nodes,
+                        65u64,
+                        place,
+                        MPOL_F_ADDR,
+                    )
+                };
+                assert!(asked != 0 || (mode, nodes) == (2, 1), "{mode} {nodes:#x}");
+            }
+            // A container may keep the call from us, and a kernel may not have it.
+            Err(MemoryError::Placement { source, .. }) => {
+                let code = source.raw_os_error();
+                assert!([Some(libc::EPERM), Some(libc::ENOSYS)].contains(&code), "{source}");
+            }
+            Err(other) => panic!("{other}"),
         }
     }
 

@@ -34,6 +34,8 @@ pub(super) fn types() -> Value {
         ("iothread", "object"),
         ("microvm-machine", "machine"),
         ("none-machine", "machine"),
+        ("pcie-root-port", "pci-device"),
+        ("q35-machine", "machine"),
         ("vhost-vsock-device", "virtio-device"),
         ("virtconsole", "device"),
         ("virtio-balloon-device", "virtio-device"),
@@ -43,11 +45,33 @@ pub(super) fn types() -> Value {
         ("virtio-serial-device", "virtio-device"),
         ("virtserialport", "device"),
     ];
-    TYPES.iter().map(|(name, parent)| json!({ "name": name, "parent": parent })).collect()
+    let pci = TYPES.iter().filter_map(|(name, _)| pci_twin(name)).map(|name| (name, "pci-device"));
+    let all = TYPES.iter().map(|(name, parent)| ((*name).to_owned(), *parent)).chain(pci);
+    all.map(|(name, parent)| json!({ "name": name, "parent": parent })).collect()
 }
+
+/// What a device that is no port of another one is called on a machine with PCI.
+fn pci_twin(device: &str) -> Option<String> {
+    device.strip_suffix("-device").map(|stem| format!("{stem}-pci"))
+}
+
+/// What a device can be told besides on a machine with PCI.
+const OF_PCI: [(&str, &str); 4] =
+    [("addr", "str"), ("bus", "str"), ("multifunction", "bool"), ("romfile", "str")];
 
 /// What each `-device` can be told, in the order of `-help`: names and QOM's words for their types.
 const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
+    (
+        "pcie-root-port",
+        &[
+            ("addr", "str"),
+            ("bus", "str"),
+            ("chassis", "uint8"),
+            ("multifunction", "bool"),
+            ("port", "uint8"),
+            ("romfile", "str"),
+        ],
+    ),
     ("vhost-vsock-device", &[("guest-cid", "uint64"), ("vhostfd", "str")]),
     ("virtconsole", &[("chardev", "str"), ("nr", "uint32")]),
     (
@@ -91,12 +115,16 @@ const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
 
 /// `device-list-properties`.
 pub(super) fn properties(device: &str) -> Result<Value, QmpError> {
-    let known = PROPERTIES.iter().find(|(name, _)| *name == device);
-    let (_, properties) = known.ok_or_else(|| QmpError {
-        class: Class::DeviceNotFound,
-        desc: format!("Device '{}' not found", quote(device)),
-    })?;
-    Ok(properties.iter().map(|(name, kind)| json!({ "name": name, "type": kind })).collect())
+    let show = |(name, kind): &(&str, &str)| json!({ "name": name, "type": kind });
+    for (name, properties) in PROPERTIES {
+        if *name == device {
+            return Ok(properties.iter().map(show).collect());
+        }
+        if pci_twin(name).as_deref() == Some(device) {
+            return Ok(OF_PCI.iter().chain(*properties).map(show).collect());
+        }
+    }
+    Err(QmpError { class: Class::DeviceNotFound, desc: format!("Device '{}' not found", quote(device)) })
 }
 
 /// `query-command-line-options`: what management tools look for there.
@@ -118,12 +146,15 @@ mod tests {
     /// The command line itself says what it knows when it is asked for what it does not.
     #[test]
     fn properties_are_those_of_the_command_line() {
-        for (device, properties) in PROPERTIES {
-            let required = match *device {
-                "virtio-blk-device" => ",drive=x",
-                "virtio-net-device" => ",netdev=x",
-                "virtio-rng-device" => ",rng=x",
-                "vhost-vsock-device" => ",guest-cid=3",
+        let mut devices: Vec<String> = PROPERTIES.iter().map(|(name, _)| (*name).to_owned()).collect();
+        devices.extend(PROPERTIES.iter().filter_map(|(name, _)| pci_twin(name)));
+        for device in &devices {
+            let has_bus = device.starts_with("pcie-") || device.ends_with("-pci");
+            let required = match device.trim_end_matches("-pci").trim_end_matches("-device") {
+                "virtio-blk" => ",drive=x",
+                "virtio-net" => ",netdev=x",
+                "virtio-rng" => ",rng=x",
+                "vhost-vsock" => ",guest-cid=3",
                 "virtconsole" | "virtserialport" => ",chardev=x",
                 _ => "",
             };
@@ -131,13 +162,18 @@ mod tests {
             let Err(CmdlineError::UnknownKey { known, .. }) = parse(line.map(Into::into)) else {
                 panic!("{device}")
             };
-            let pci = ["addr", "bus", "driver", "id", "multifunction"];
-            let known: Vec<&str> = known.split(", ").filter(|key| !pci.contains(key)).collect();
-            let names: Vec<&str> = properties.iter().map(|(name, _)| *name).collect();
+            // Every device understands these, to refuse them where they do not belong.
+            let pci: &[&str] = if has_bus { &[] } else { &["addr", "bus", "multifunction"] };
+            let mut known: Vec<&str> = known.split(", ").collect();
+            known.retain(|key| !["driver", "id"].contains(key) && !pci.contains(key));
+            let listed = properties(device).unwrap();
+            let mut names: Vec<&str> =
+                listed.as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
+            names.sort_unstable();
             assert_eq!(known, names, "{device}");
         }
         let listed = types();
-        for (device, _) in PROPERTIES {
+        for device in devices {
             assert!(listed.as_array().unwrap().iter().any(|t| t["name"] == *device), "{device}");
         }
     }

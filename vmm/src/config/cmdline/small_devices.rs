@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::CmdlineError;
 use super::props::{Props, size};
 use crate::config::{
-    DeviceDriver, MemoryBackend, MemoryBackendKind, RngLimit, RngSource, SERIAL_PORTS_MAX, VmConfig,
+    DeviceDriver, MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy, RngLimit, RngSource,
+    SERIAL_PORTS_MAX, VmConfig,
 };
 
 /// Bytes per second that a limit of virtio-rng may come to.
@@ -138,12 +139,62 @@ fn memory_backend(kind: &str, mut props: Props) -> Result<MemoryBackend, Cmdline
     let share = props.boolean("share")?.unwrap_or(kind == MemoryBackendKind::Memfd);
     let dump_guest_core = props.boolean("dump-guest-core")?.unwrap_or(true);
     let (first, second) = (props.boolean("mem-prealloc")?, props.boolean("prealloc")?);
-    match props.text("policy")?.as_deref() {
-        None | Some("default") => {}
-        Some("preferred" | "bind" | "interleave") => return Err(props.unsupported("policy (NUMA placement)")),
-        Some(other) => return Err(props.bad(format!("policy={other}: use default"))),
-    }
-    props.refuse("host-nodes")?;
+    let policy = match props.text("policy")?.as_deref() {
+        None | Some("default") => None,
+        Some("preferred") => Some(PlacementPolicy::Preferred),
+        Some("bind") => Some(PlacementPolicy::Bind),
+        Some("interleave") => Some(PlacementPolicy::Interleave),
+        Some(other) => {
+            return Err(props.bad(format!("policy={other}: use default, preferred, bind or interleave")));
+        }
+    };
+    let nodes = match props.text("host-nodes")? {
+        None => None,
+        Some(text) => Some(nodes(&text).ok_or_else(|| {
+            props.bad(format!("host-nodes={text}: write a number from 0 to 63, or two as FIRST-LAST"))
+        })?),
+    };
+    let placement = match (policy, nodes) {
+        (Some(policy), Some(nodes)) => Some(Placement { policy, nodes }),
+        (None, None) => None,
+        (Some(_), None) => {
+            return Err(props.bad("'host-nodes' is missing: say which nodes the policy is for"));
+        }
+        (None, Some(_)) => {
+            return Err(props.bad("'host-nodes' needs a policy: add policy=bind, preferred or interleave"));
+        }
+    };
     props.finish()?;
-    Ok(MemoryBackend { id, kind, size, share, prealloc: first.or(second).unwrap_or(false), dump_guest_core })
+    let prealloc = first.or(second).unwrap_or(false);
+    Ok(MemoryBackend { id, kind, size, share, prealloc, dump_guest_core, placement })
+}
+
+/// `A` or `A-B`, as bits.
+fn nodes(text: &str) -> Option<u64> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last) = (super::number(first)?, super::number(last)?);
+    (first <= last && last < 64).then(|| u64::MAX >> (63 - last) & u64::MAX << first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_bits() {
+        for (text, want) in [
+            ("0", Some(1)),
+            ("0-1", Some(3)),
+            ("2-3", Some(0xc)),
+            ("0-63", Some(u64::MAX)),
+            ("63", Some(1 << 63)),
+            ("1-0", None),
+            ("64", None),
+            ("", None),
+            ("1-", None),
+            ("0-1-2", None),
+        ] {
+            assert_eq!(nodes(text), want, "{text}");
+        }
+    }
 }

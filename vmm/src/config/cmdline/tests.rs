@@ -489,9 +489,11 @@ fn small_devices_that_make_no_sense() {
             "-object memory-backend-ram,id=m,size=256M -object memory-backend-ram,id=n,size=256M",
             "comes from \"m\" already",
         ),
+        ("-object memory-backend-ram,id=m,size=256M,host-nodes=0-1", "'host-nodes' needs a policy"),
+        ("-object memory-backend-ram,id=m,size=256M,policy=bind", "'host-nodes' is missing"),
         (
-            "-object memory-backend-ram,id=m,size=256M,host-nodes=0-1,policy=bind",
-            "is not supported in this version",
+            "-object memory-backend-ram,id=m,size=256M,policy=bind,host-nodes=64",
+            "write a number from 0 to 63",
         ),
     ] {
         let error = error(&format!("-kernel /k {line}"));

@@ -113,6 +113,8 @@ impl Fleet {
 
     /// Puts the host's links in order: configured bridges are there, leftovers are not.
     pub async fn tidy_network(&self) {
+        // Callers are served already: what a definition makes meanwhile would pass for a leftover.
+        let _alone = self.context.network.changing().await;
         self.context.network.ensure_configured().await;
         let mut uuids: BTreeSet<Uuid> = self.list().iter().map(|view| view.uuid).collect();
         uuids.extend(&*self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner));

@@ -54,6 +54,7 @@ fuzz_target!(|data: &[u8]| {
             button_irq: 3,
         }),
         serial: None,
+        generation: vmm::device::GenerationId::new(),
         dirty_memory: first & 1 != 0,
     };
     let mut files = BootFiles::open(&config, &Inherited::default()).expect("plain files");

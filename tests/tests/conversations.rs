@@ -53,6 +53,8 @@ enum Step {
     },
     /// The VMM ends with this code.
     Exit { exit: i32 },
+    /// Another VMM, with the arguments of the first and these.
+    Restore { restore: String },
 }
 
 fn host() -> Outcome<&'static Host> {
@@ -98,13 +100,16 @@ fn play(file: &str, number: u8) -> Outcome {
         guest.disk,
         conversation.options
     );
-    let vmm = Vmm::start(host, &name, &arguments)?;
+    let mut vmm = Vmm::start(host, &name, &arguments)?;
     let mut console: Console = vmm.console()?;
     let up = format!("guest {name} up");
     console.expect(&up, BOOT)?;
-    let stream = host.dial(&vmm.path("qmp.sock"))?;
-    stream.set_read_timeout(Some(SOON))?;
-    let mut qmp = BufReader::new(stream);
+    let dial = |vmm: &Vmm| -> Outcome<_> {
+        let stream = host.dial(&vmm.path("qmp.sock"))?;
+        stream.set_read_timeout(Some(SOON))?;
+        Ok(BufReader::new(stream))
+    };
+    let mut qmp = dial(&vmm)?;
     for (at, part) in conversation.steps.iter().enumerate() {
         let failed = |error: String| format!("{file}, step {at}: {error}");
         match part {
@@ -149,6 +154,12 @@ fn play(file: &str, number: u8) -> Outcome {
                 let code = vmm.exit(Duration::from_secs(30))?;
                 check(code == *exit, || failed(format!("exit code {code}")))?;
             }
+            Step::Restore { restore } => {
+                step(format!("restored with {restore}"));
+                vmm = Vmm::start(host, &format!("{name}-restored"), &format!("{arguments} {restore}"))?;
+                console = vmm.console()?;
+                qmp = dial(&vmm)?;
+            }
         }
     }
     Ok(())
@@ -184,4 +195,10 @@ fn power_button() -> Outcome {
 #[test]
 fn balloon() -> Outcome {
     play("6-balloon.json", 6)
+}
+
+/// What the guest does goes on in another process, with the disk that was plugged before; what it did after the snapshot was never done.
+#[test]
+fn snapshot() -> Outcome {
+    play("7-snapshot.json", 7)
 }

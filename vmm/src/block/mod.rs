@@ -489,4 +489,4 @@ fn raw(file: &File) -> i32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

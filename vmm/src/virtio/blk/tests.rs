@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::block::tests::reopen;
 use crate::config::{Aio, Drive};
 use crate::inherit::Inherited;
 use crate::virtio::state::Suspend as _;
@@ -495,7 +496,7 @@ fn a_qcow2_disk_is_a_disk_like_any_other() {
         let ring = rig.start(features, 1, 16).remove(0);
         let mut d = Disked { rig, ring, image: image() };
         for round in 1..4u8 {
-            port.insert(Disk::open(&drive, &Inherited::default()).unwrap(), None).unwrap();
+            port.insert(reopen(&drive), None).unwrap();
             d.rig.wait(|| (d.rig.get(0x60) & 2 != 0).then_some(()));
             d.rig.set(0x64, 2);
             assert_eq!(d.rig.get(0x100), 2048);
@@ -519,7 +520,8 @@ fn a_qcow2_disk_is_a_disk_like_any_other() {
             assert_eq!(d.guest(BUFFER, 4096), [0; 4096]);
             port.eject().unwrap();
             d.rig.set(0x64, 2);
-            let check = std::process::Command::new("qemu-img").arg("check").arg(&path).output().unwrap();
+            let check =
+                std::process::Command::new("qemu-img").args(["check", "-U"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
         }
     }

@@ -25,7 +25,7 @@ use vmm::config::{ChardevKind, Device, DeviceDriver, Monitor, Trace, VmConfig};
 use vmm::control::{Control, End, Input, Terminal};
 use vmm::event::{EventLoop, LoopHandle, Ops};
 use vmm::inherit::Inherited;
-use vmm::machine::{Environment, GuestEvent, Machine};
+use vmm::machine::{Departure, Environment, GuestEvent, Machine};
 use vmm::process::daemon::{self, PidFile, Side};
 use vmm::process::{self, log, signals, trace};
 use vmm::qmp::Qmp;
@@ -186,9 +186,9 @@ impl Running {
             main_loop.post(move |_| happened(&told, &Input::Guest(event)));
         };
         let (told, main_loop) = (Arc::clone(&hub), event_loop.handle());
-        let device_left = move |port: String| {
+        let device_left = move |departure: Departure| {
             let told = Arc::clone(&told);
-            main_loop.post(move |_| happened(&told, &Input::Left(port)));
+            main_loop.post(move |_| happened(&told, &Input::Left(departure)));
         };
         let environment = Environment {
             inherited,
@@ -289,6 +289,7 @@ fn needs(config: &VmConfig) -> Needs {
         seccomp: !config.process.disable_seccomp,
         rotates_log: config.process.log_file.is_some(),
         removes_names: names.peek().is_some(),
+        plugs_cpus: config.smp.max_cpus > config.smp.cpus,
         saves: !config.monitors.is_empty() && config.snapshot_exclusion().is_none(),
         // Only root can do something about another user's directory, and only with its capability.
         foreign_directory: me.is_root() && names.any(foreign),

@@ -13,6 +13,7 @@ use vmm::boot::{AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Reduced, loa
 use vmm::config::{BootConfig, Smp};
 use vmm::cpu::Topology;
 use vmm::cpu::x86_64::BootState;
+use vmm::device::GenerationId;
 use vmm::inherit::Inherited;
 use vmm::memory::GuestMemory;
 
@@ -46,15 +47,17 @@ fuzz_target!(|data: &[u8]| {
     let smp = Smp { cpus: 2, max_cpus: 2, sockets: 1, dies: 1, clusters: 1, cores: 2, threads: 1 };
     let slots = [MmioSlot { cmdline_base: 0xf010_0000, acpi_base: 0xf020_0000, size: 512, irq: 5 }];
     let platform = Platform {
-        cpus: 2,
+        boot_cpus: 2,
+        processors: &[true; 2],
         topology: &Topology::new(&smp).expect("two cores"),
         hardware: Hardware::Reduced(Reduced {
             slots: &slots,
             acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
             button_irq: 3,
         }),
+        standard: None,
         serial: None,
-        generation: vmm::device::GenerationId::new(),
+        generation: GenerationId::new(),
         dirty_memory: first & 1 != 0,
     };
     let mut files = BootFiles::open(&config, &Inherited::default()).expect("plain files");

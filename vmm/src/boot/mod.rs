@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 pub use cmdline::CmdlineError;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{BootFiles, load};
+pub use x86_64::{Board, BootFiles, load};
 
 use crate::device::GenerationId;
 
@@ -67,6 +67,17 @@ pub struct Reduced<'a> {
     pub button_irq: u32,
 }
 
+/// Where the registers of [`EventRegister`](crate::device::EventRegister) and [`CpuController`](crate::device::CpuController) are.
+#[derive(Debug, Clone, Copy)]
+pub struct EventRegisters {
+    /// Address of the events.
+    pub events: u64,
+    /// Address of the processors' registers.
+    pub cpus: u64,
+    /// Interrupt (GSI) that says that there are events.
+    pub gsi: u32,
+}
+
 /// What a q35's tables describe: ACPI hardware and a PCI Express root.
 #[derive(Debug, Clone, Copy)]
 pub struct Pcie {
@@ -84,6 +95,8 @@ pub struct Pcie {
     pub window32: (u64, u64),
     /// And above it, if the processors can address that much.
     pub window64: Option<(u64, u64)>,
+    /// What tells of processors that come and go.
+    pub events: EventRegisters,
     /// GSI of INTA# of slot 0; the four pins of the slots take this one and the next three in turn.
     pub first_pin: u32,
 }
@@ -97,14 +110,38 @@ pub enum Hardware<'a> {
     Pcie(Pcie),
 }
 
+/// One NUMA node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Processors by number.
+    pub cpus: Vec<u8>,
+    /// Stretches of RAM: address and bytes.
+    pub memory: Vec<(u64, u64)>,
+    /// How far every node is from this one, in their order.
+    pub distances: Vec<u8>,
+}
+
+/// What a standard machine says of itself beyond its devices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standard {
+    /// NUMA nodes; none where all is one.
+    pub numa: Vec<NumaNode>,
+    /// SMBIOS.
+    pub board: Board,
+}
+
 /// What the loader has to know about the machine.
 pub struct Platform<'a> {
-    /// vCPUs at boot.
-    pub cpus: u8,
+    /// The first so many processors are always there.
+    pub boot_cpus: u8,
+    /// Whether each processor that there can be is there now, by its number.
+    pub processors: &'a [bool],
     /// Gives their APIC ids.
     pub topology: &'a crate::cpu::Topology,
     /// What else there is.
     pub hardware: Hardware<'a>,
+    /// What only a standard machine says of itself.
+    pub standard: Option<&'a Standard>,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
     /// Which VM this is, to the guest.

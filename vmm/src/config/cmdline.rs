@@ -8,6 +8,7 @@ mod backends;
 mod board;
 mod devices;
 mod incoming;
+mod numa;
 mod options;
 mod props;
 mod small_devices;
@@ -110,6 +111,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, Cmdlin
     config.boot.initrd = given.path("-initrd")?;
     config.boot.append = given.many("-append").join(" ");
     backends::read(&mut given, &mut config)?;
+    numa::read(&mut given, &mut config)?;
     devices::read(&mut given, &mut config)?;
     config.incoming = incoming::read(&mut given)?;
     config.start_paused = given.flag("-S");

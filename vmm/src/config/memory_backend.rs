@@ -9,7 +9,7 @@ pub struct MemoryBackend {
     pub id: String,
     /// What the pages belong to.
     pub kind: MemoryBackendKind,
-    /// Bytes; the same as guest RAM.
+    /// Bytes: the same as guest RAM, or as the NUMA node's part of it.
     pub size: u64,
     /// `share=on`: writes reach the file or memfd.
     pub share: bool,

@@ -6,8 +6,10 @@
 pub mod cmdline;
 mod incoming;
 mod memory_backend;
+mod numa;
 mod pci;
 mod serial_ports;
+mod smbios;
 mod validate;
 
 use std::fmt;
@@ -17,8 +19,10 @@ use std::path::PathBuf;
 
 pub use incoming::Incoming;
 pub use memory_backend::{MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy};
+pub use numa::{LOCAL_DISTANCE, Numa, NumaNode, REMOTE_DISTANCE};
 pub use pci::{PciAddr, PciPlace, ROOT_BUS};
 pub use serial_ports::SerialPort;
+pub use smbios::SmbiosText;
 pub use validate::InvalidConfig;
 
 /// Smallest guest RAM, in bytes.
@@ -48,6 +52,10 @@ pub struct VmConfig {
     pub smp: Smp,
     /// `-m`, `-mem-path`, `-mem-prealloc`.
     pub memory: MemoryConfig,
+    /// `-numa`.
+    pub numa: Numa,
+    /// `-smbios`.
+    pub smbios: Vec<SmbiosText>,
     /// `-kernel`, `-initrd`, `-append`.
     pub boot: BootConfig,
     /// `-drive`, in command-line order.
@@ -60,6 +68,8 @@ pub struct VmConfig {
     pub serial: Option<ChardevKind>,
     /// `-device`, in command-line order: that order decides addresses and interrupts.
     pub devices: Vec<Device>,
+    /// `-global pcie-root-port.fast-unplug=1`: a guest that is asked to let a device go need not wait for a second press of the button.
+    pub fast_unplug: bool,
     /// `-object iothread,id=…`.
     pub iothreads: Vec<String>,
     /// `-object rng-random,…`.
@@ -83,12 +93,15 @@ impl Default for VmConfig {
             machine: MachineConfig { kind: MachineKind::Microvm, dump_guest_core: true, mem_share: false },
             smp: Smp { cpus: 1, max_cpus: 1, sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
             memory: MemoryConfig { size: 256 << 20, path: None, prealloc: false, backends: Vec::new() },
+            numa: Numa::default(),
+            smbios: Vec::new(),
             boot: BootConfig::default(),
             drives: Vec::new(),
             netdevs: Vec::new(),
             chardevs: Vec::new(),
             serial: None,
             devices: Vec::new(),
+            fast_unplug: false,
             iothreads: Vec::new(),
             rngs: Vec::new(),
             monitors: Vec::new(),
@@ -187,7 +200,7 @@ pub struct MemoryConfig {
     pub path: Option<PathBuf>,
     /// `-mem-prealloc`: touch every page before the guest starts.
     pub prealloc: bool,
-    /// `-object memory-backend-*`. Guest RAM comes from the first; a valid configuration has no second.
+    /// `-object memory-backend-*`. One whose size is that of guest RAM, or one for each NUMA node.
     pub backends: Vec<MemoryBackend>,
 }
 

@@ -27,6 +27,7 @@ pub(super) fn bad<T>(message: impl Into<String>) -> Result<T, InvalidConfig> {
 pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     board(config)?;
     memory(config)?;
+    super::numa::validate(config)?;
     drives(config)?;
     netdevs(config)?;
     chardevs(config)?;
@@ -93,7 +94,10 @@ fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
 
 fn memory(config: &VmConfig) -> Result<(), InvalidConfig> {
     let memory = &config.memory;
-    let Some(backend) = memory.backends.first() else { return Ok(()) };
+    // NUMA nodes have rules of their own.
+    let Some(backend) = memory.backends.first().filter(|_| config.numa.nodes.is_empty()) else {
+        return Ok(());
+    };
     let id = &backend.id;
     if let Some(second) = memory.backends.get(1) {
         return bad(format!(

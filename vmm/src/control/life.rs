@@ -16,7 +16,7 @@
 //!
 //! A reset leads from each state but the last back to itself, also one that the guest asks for where the machine starts again in place; asking the guest to power down changes none.
 
-use crate::machine::GuestEvent;
+use crate::machine::{Departure, GuestEvent};
 
 /// Where a VM is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +48,8 @@ pub enum Input {
     Guest(GuestEvent),
     /// The guest asked for a reset, and its machine starts again in place.
     Restart,
-    /// The guest has let the device in this root port go.
-    Left(String),
+    /// The guest has let a device or a vCPU go.
+    Left(Departure),
     /// This process was told to end: the number of the signal.
     Signal(i32),
 }
@@ -135,8 +135,8 @@ pub(super) enum Effect {
     PressButton,
     /// Tell everybody that it was pressed.
     Pressed,
-    /// End the device that was in this root port, and tell everybody.
-    Forget(String),
+    /// End what the guest has let go, and tell everybody.
+    Forget(Departure),
     /// Answer the client.
     Reply,
     /// Tell everybody that it ends, and end the loop.
@@ -177,7 +177,7 @@ pub(super) fn step(state: State, input: &Input) -> Result<Step, Refusal> {
         (State::Prelaunch | State::Paused, Input::Restart) => {
             to(state, vec![Effect::Reset, Effect::WasReset])
         }
-        (_, Input::Left(port)) => to(state, vec![Effect::Forget(port.clone())]),
+        (_, Input::Left(what)) => to(state, vec![Effect::Forget(what.clone())]),
         (_, Input::Powerdown) => to(state, vec![Effect::PressButton, Effect::Reply, Effect::Pressed]),
         (_, Input::Quit) => to(State::Shutdown, vec![Effect::Reply, Effect::End(End::Quit)]),
         (_, Input::Signal(number)) => to(State::Shutdown, vec![Effect::End(End::Signal(*number))]),
@@ -200,7 +200,7 @@ mod tests {
             2 => Just(Input::Reset),
             2 => Just(Input::Restart),
             1 => Just(Input::Powerdown),
-            1 => Just(Input::Left("pcie.1".to_owned())),
+            1 => Just(Input::Left(Departure::Port("pcie.1".to_owned()))),
             1 => Just(Input::Signal(15)),
             1 => Just(Input::Guest(GuestEvent::PowerOff)),
             1 => Just(Input::Guest(GuestEvent::InternalError(String::new()))),

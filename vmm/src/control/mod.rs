@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use crate::config::{Drive, MachineKind, Netdev, Smp, VmConfig};
 use crate::event::LoopHandle;
 use crate::machine::{
-    BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, Machine, NetDevice, NewDevice,
-    Refusal as SlotRefusal,
+    BlockDevice, CpuInfo, Departure, GuestEvent, Hotplug, HotplugError, Machine, NetDevice, NewDevice,
+    Plugged, Refusal as SlotRefusal,
 };
 use crate::process::trace;
 
@@ -52,7 +52,7 @@ pub enum Command {
     /// `netdev_del`.
     NetdevDel(String),
     /// `device_add`.
-    DeviceAdd(NewDevice),
+    DeviceAdd(Box<NewDevice>),
     /// `device_del`.
     DeviceDel(String),
     /// `balloon`: the memory that the guest is to have, in bytes.
@@ -179,9 +179,9 @@ pub trait Vm: Send {
     /// Asks the guest to power down.
     fn press_power_button(&mut self);
     /// Adds, removes, plugs or unplugs a back end or device; after an error everything is as before.
-    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError>;
-    /// What was plugged into this root port has been let go by the guest: ends it, and returns its name.
-    fn device_left(&mut self, port: &str) -> Option<String>;
+    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError>;
+    /// The guest has let this go: ends it, and returns its name.
+    fn device_left(&mut self, departure: &Departure) -> Option<String>;
     /// Block nodes, those that devices use first.
     fn block_devices(&self) -> Vec<BlockDevice>;
     /// Network back ends, those that devices use first.
@@ -221,11 +221,11 @@ impl Vm for Machine {
     fn press_power_button(&mut self) {
         Self::press_power_button(self);
     }
-    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         Self::hotplug(self, request)
     }
-    fn device_left(&mut self, port: &str) -> Option<String> {
-        Self::device_left(self, port)
+    fn device_left(&mut self, departure: &Departure) -> Option<String> {
+        Self::device_left(self, departure)
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
         Self::block_devices(self)
@@ -331,7 +331,7 @@ impl Control {
                 return self.hotplug(Hotplug::AddNetdev { netdev, fds, vhost_fds }, None);
             }
             Command::NetdevDel(name) => return self.hotplug(Hotplug::RemoveNetdev(name), None),
-            Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(device), None),
+            Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(*device), None),
             Command::DeviceDel(id) => {
                 let deleted = Event { name: "DEVICE_DELETED", data: json!({ "device": id, "path": id }) };
                 return self.hotplug(Hotplug::Unplug(id), (!self.is_q35).then_some(deleted));
@@ -435,8 +435,8 @@ impl Control {
                     outcomes.push(Outcome::Event(Event { name: "POWERDOWN", data: json!({}) }));
                     Ok(())
                 }
-                Effect::Forget(port) => {
-                    if let Some(device) = self.vm.as_deref_mut().and_then(|vm| vm.device_left(&port)) {
+                Effect::Forget(what) => {
+                    if let Some(device) = self.vm.as_deref_mut().and_then(|vm| vm.device_left(&what)) {
                         let data =
                             json!({ "device": device, "path": format!("/machine/peripheral/{device}") });
                         outcomes.push(Outcome::Event(Event { name: "DEVICE_DELETED", data }));
@@ -475,7 +475,7 @@ impl Control {
         (outcomes, None)
     }
 
-    /// `event` follows success, before the answer.
+    /// `event` follows success, before the answer; that vCPUs have come or are to leave is told behind it.
     fn hotplug(&mut self, request: Hotplug, event: Option<Event>) -> Vec<Outcome> {
         tracing::trace!(target: trace::HOTPLUG_REQUEST, "{request:?}");
         let done = match self.vm.as_deref_mut() {
@@ -483,7 +483,12 @@ impl Control {
             _ => Err(Refusal::Ended.into()),
         };
         match done {
-            Ok(()) => event.map(Outcome::Event).into_iter().chain(reply(json!({}))).collect(),
+            Ok(Plugged::Done) => event.map(Outcome::Event).into_iter().chain(reply(json!({}))).collect(),
+            Ok(Plugged::CpusResized) => {
+                let mut outcomes = reply(json!({}));
+                outcomes.push(Outcome::Event(Event { name: "CPU_RESIZE", data: json!({}) }));
+                outcomes
+            }
             Err(error) => vec![Outcome::Reply(Err(error))],
         }
     }

@@ -27,14 +27,15 @@ impl Vm for FakeVm {
         self.pause()
     }
     fn press_power_button(&mut self) {}
-    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         match request {
             Hotplug::Unplug(id) if self.fails => Err(SlotRefusal::NoDevice(id).into()),
             _ if self.fails => Err(HotplugError::NoSlots),
-            _ => Ok(()),
+            Hotplug::Plug(new) if new.cpu_id.is_some() => Ok(Plugged::CpusResized),
+            _ => Ok(Plugged::Done),
         }
     }
-    fn device_left(&mut self, _: &str) -> Option<String> {
+    fn device_left(&mut self, _: &Departure) -> Option<String> {
         None
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
@@ -90,6 +91,13 @@ fn a_vm_created_paused_is_started_by_cont() {
     let (mut control, _loop) = control(&VmConfig { start_paused: true, ..Default::default() }, false);
     assert_eq!(names(&control.execute(Command::Stop)), ["error: the VM is paused already"]);
     assert_eq!(names(&control.execute(Command::Cont)), ["RESUME {}", "{}"]);
+}
+
+#[test]
+fn vcpus_that_come_are_told_of_behind_the_answer() {
+    let (mut control, _loop) = control(&VmConfig::default(), false);
+    let cpu = NewDevice { id: "vcpu-1".into(), cpu_id: Some(1), ..NewDevice::default() };
+    assert_eq!(names(&control.execute(Command::DeviceAdd(Box::new(cpu)))), ["{}", "CPU_RESIZE {}"]);
 }
 
 #[test]

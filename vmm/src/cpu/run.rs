@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -90,17 +90,17 @@ impl Vcpu {
         self.index
     }
 
-    /// The body of the vCPU's thread.
-    pub(super) fn run(mut self, shared: &Shared, buses: &Buses, on_end: &OnEnd) {
+    /// The body of the vCPU's thread. It ends when all vCPUs are to stop, or this one `leaves`.
+    pub(super) fn run(&mut self, shared: &Shared, leaves: &AtomicBool, buses: &Buses, on_end: &OnEnd) {
         let run: *mut kvm_run = self.fd.get_kvm_run();
-        // SAFETY: `run` points to the mapping that `self.fd` holds until the end of this function.
+        // SAFETY: `run` points to the mapping that `self.fd` holds beyond the end of this function.
         IMMEDIATE_EXIT.set(unsafe { &raw mut (*run).immediate_exit });
         shared.arrived(self.index);
         let (mut ended, mut half_done, mut errands) = (false, false, 0);
         loop {
             self.fd.set_kvm_immediate_exit(0);
             compiler_fence(Ordering::SeqCst);
-            let target = shared.target();
+            let target = if leaves.load(Ordering::Acquire) { Target::Stop } else { shared.target() };
             if ended || target != Target::Run {
                 if half_done {
                     self.complete_access(buses, on_end, &mut ended);
@@ -110,11 +110,11 @@ impl Vcpu {
                     // Tells the guest's watchdogs that it was not its fault. EINVAL: this guest does not use kvmclock.
                     let _ = self.fd.kvmclock_ctrl();
                 }
-                match shared.park(ended, &mut errands) {
+                match shared.park(ended, &mut errands, leaves) {
                     Parked::Told(Target::Stop) => break,
                     Parked::Told(_) => {}
                     Parked::Errand(errand) => {
-                        let result = (errand.work)(&self);
+                        let result = (errand.work)(self);
                         ended = ended && (result.is_err() || !errand.revives);
                         shared.done(result);
                     }

@@ -3,7 +3,7 @@
 //!
 //! One lock, [`Shared::state`], never held across a KVM call or a device's code.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,8 +55,10 @@ pub(super) struct Shared {
 struct State {
     target: Target,
     parked: usize,
-    gone: usize,
-    tids: Vec<i32>,
+    /// vCPUs whose threads have ended.
+    gone: Vec<u8>,
+    /// vCPUs whose threads have begun, and those threads.
+    tids: Vec<(u8, i32)>,
     /// Counts errands: a vCPU does each once.
     errands: u64,
     errand: Option<Errand>,
@@ -68,13 +70,13 @@ struct State {
 }
 
 impl Shared {
-    /// For `total` vCPUs, which are to wait.
-    pub(super) fn new(total: usize) -> Self {
+    /// For vCPUs that are to wait.
+    pub(super) fn new() -> Self {
         let state = State {
             target: Target::Pause,
             parked: 0,
-            gone: 0,
-            tids: vec![0; total],
+            gone: Vec::new(),
+            tids: Vec::new(),
             errands: 0,
             errand: None,
             done: 0,
@@ -125,21 +127,32 @@ impl Shared {
     /// A vCPU's thread has begun.
     pub(super) fn arrived(&self, index: u8) {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
-        self.note(|s| {
-            if let Some(slot) = s.tids.get_mut(usize::from(index)) {
-                *slot = tid;
-            }
-        });
+        self.note(|s| s.tids.push((index, tid)));
     }
 
     /// A vCPU's thread ends.
-    pub(super) fn left(&self) {
-        self.note(|s| s.gone += 1);
+    pub(super) fn left(&self, index: u8) {
+        self.note(|s| s.gone.push(index));
+    }
+
+    /// Has parked vCPUs look whether they are to leave for good.
+    pub(super) fn recheck(&self) {
+        let _state = self.lock();
+        self.retarget.notify_all();
+    }
+
+    /// Forgets a vCPU whose thread ends, once it has. Returns whether it did so in time.
+    pub(super) fn forget(&self, index: u8) -> bool {
+        let missing = self.wait(1, |s| usize::from(s.gone.contains(&index)));
+        let mut state = self.lock();
+        state.gone.retain(|gone| *gone != index);
+        state.tids.retain(|(known, _)| *known != index);
+        missing == 0
     }
 
     /// The calling vCPU is out of the guest until told otherwise; one that `ended` stays out until it has done an errand. `errands`
-    /// is the number of the last one that it has done.
-    pub(super) fn park(&self, ended: bool, errands: &mut u64) -> Parked {
+    /// is the number of the last one that it has done; `leaves` says that this vCPU alone is to end.
+    pub(super) fn park(&self, ended: bool, errands: &mut u64, leaves: &AtomicBool) -> Parked {
         self.note(|s| s.parked += 1);
         let mut state = self.lock();
         let why = loop {
@@ -148,6 +161,7 @@ impl Shared {
                 break Parked::Errand(errand);
             }
             match state.target {
+                _ if leaves.load(Ordering::Acquire) => break Parked::Told(Target::Stop),
                 Target::Stop => break Parked::Told(Target::Stop),
                 Target::Run if !ended => break Parked::Told(Target::Run),
                 Target::Run | Target::Pause => {}
@@ -205,12 +219,14 @@ impl Shared {
 
     /// Waits until `total` threads have ended; returns how many are missing when time is up.
     pub(super) fn wait_gone(&self, total: usize) -> usize {
-        self.wait(total, |s| s.gone)
+        self.wait(total, |s| s.gone.len())
     }
 
-    /// Waits until `total` threads have begun; returns who they are.
-    pub(super) fn wait_tids(&self, total: usize) -> Vec<i32> {
-        self.wait(total, |s| s.tids.iter().filter(|t| **t != 0).count());
-        self.lock().tids.iter().take(total).copied().collect()
+    /// Waits until `total` threads have begun; returns whose they are and which, in order of the vCPUs.
+    pub(super) fn wait_tids(&self, total: usize) -> Vec<(u8, i32)> {
+        self.wait(total, |s| s.tids.len());
+        let mut tids = self.lock().tids.clone();
+        tids.sort_unstable();
+        tids
     }
 }

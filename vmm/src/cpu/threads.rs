@@ -11,6 +11,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
@@ -28,13 +29,28 @@ pub struct Vcpus {
     buses: Buses,
     on_end: OnEnd,
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Runner>,
+}
+
+/// A vCPU's thread, which gives the vCPU back when it ends.
+struct Runner {
+    index: u8,
+    /// This vCPU alone is to end.
+    leaves: Arc<AtomicBool>,
+    thread: JoinHandle<Vcpu>,
+}
+
+impl Runner {
+    fn kick(&self) {
+        // SAFETY: the thread has not been joined, so its handle is valid even if it has ended.
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGRTMIN()) };
+    }
 }
 
 impl Vcpus {
     /// Takes vCPUs that are ready to run. `on_end` is called from their threads.
     pub fn new(vcpus: Vec<Vcpu>, buses: Buses, on_end: OnEnd) -> Self {
-        let shared = Arc::new(Shared::new(vcpus.len()));
+        let shared = Arc::new(Shared::new());
         Self { waiting: vcpus, buses, on_end, shared, threads: Vec::new() }
     }
 
@@ -45,33 +61,57 @@ impl Vcpus {
             self.shared.set_target(Target::Run);
         }
         for vcpu in std::mem::take(&mut self.waiting) {
-            let index = usize::from(vcpu.index());
-            let (shared, buses, on_end) =
-                (Arc::clone(&self.shared), self.buses.clone(), Arc::clone(&self.on_end));
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK)
-                .spawn(move || {
-                    allow_kicks();
-                    match sandbox::enter_worker() {
-                        Ok(()) => vcpu.run(&shared, &buses, &on_end),
-                        // A guest never runs unconfined. The thread stays, so that pause and stop find it.
-                        Err(e) => {
-                            shared.arrived(vcpu.index());
-                            on_end(Ended::Failed(e.to_string()));
-                            {
-                                let mut errands = 0;
-                                while !matches!(shared.park(true, &mut errands), Parked::Told(Target::Stop)) {
-                                }
-                            }
-                        }
-                    }
-                    shared.left();
-                })
-                .map_err(|source| CpuError::Thread { index, source })?;
-            self.threads.push(thread);
+            self.spawn(vcpu)?;
         }
         Ok(())
+    }
+
+    /// Adds a vCPU to those that run, or are paused. It waits for the guest to start it.
+    pub fn add(&mut self, vcpu: Vcpu) -> Result<(), CpuError> {
+        self.spawn(vcpu)
+    }
+
+    fn spawn(&mut self, mut vcpu: Vcpu) -> Result<(), CpuError> {
+        let index = vcpu.index();
+        let (shared, buses, on_end) =
+            (Arc::clone(&self.shared), self.buses.clone(), Arc::clone(&self.on_end));
+        let leaves = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&leaves);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK)
+            .spawn(move || {
+                allow_kicks();
+                match sandbox::enter_worker() {
+                    Ok(()) => vcpu.run(&shared, &told, &buses, &on_end),
+                    // A guest never runs unconfined. The thread stays, so that pause and stop find it.
+                    Err(e) => {
+                        shared.arrived(index);
+                        on_end(Ended::Failed(e.to_string()));
+                        let mut errands = 0;
+                        while !matches!(shared.park(true, &mut errands, &told), Parked::Told(Target::Stop)) {}
+                    }
+                }
+                shared.left(index);
+                vcpu
+            })
+            .map_err(|source| CpuError::Thread { index: index.into(), source })?;
+        self.threads.push(Runner { index, leaves, thread });
+        Ok(())
+    }
+
+    /// Takes a vCPU out, wherever it is; none if there is no such vCPU. After an error it is out as well, but cannot be used again.
+    pub fn remove(&mut self, index: u8) -> Result<Option<Vcpu>, CpuError> {
+        let Some(at) = self.threads.iter().position(|t| t.index == index) else { return Ok(None) };
+        let runner = self.threads.remove(at);
+        runner.leaves.store(true, Ordering::Release);
+        self.shared.recheck();
+        runner.kick();
+        if !self.shared.forget(index) {
+            return Err(CpuError::Deadline { missing: 1, total: 1, deadline: DEADLINE });
+        }
+        // A thread that panicked has said so already.
+        Ok(runner.thread.join().ok())
     }
 
     /// Returns when every vCPU is out of the guest. If one does not come in time all go on, and the error says so.
@@ -125,9 +165,9 @@ impl Vcpus {
         let total = self.threads.len();
         match self.shared.wait_gone(total) {
             0 => {
-                for thread in self.threads.drain(..) {
+                for runner in self.threads.drain(..) {
                     // A thread that panicked has said so already.
-                    let _ = thread.join();
+                    let _ = runner.thread.join();
                 }
                 Ok(())
             }
@@ -135,17 +175,14 @@ impl Vcpus {
         }
     }
 
-    /// The host's thread of each vCPU, in order.
-    pub fn tids(&self) -> Vec<i32> {
+    /// Each vCPU by its number, with the host's thread of it.
+    pub fn tids(&self) -> Vec<(u8, i32)> {
         let total = self.threads.len();
         self.shared.wait_tids(total)
     }
 
     fn kick(&self) {
-        for thread in &self.threads {
-            // SAFETY: the thread has not been joined, so its handle is valid even if it has ended.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGRTMIN()) };
-        }
+        self.threads.iter().for_each(Runner::kick);
     }
 }
 

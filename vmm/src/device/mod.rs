@@ -1,9 +1,12 @@
-//! Legacy devices: owns the serial port, the ACPI registers of both boards, the VM Generation ID, and the reset line of the keyboard controller.
+//! Legacy devices: owns the serial port, the ACPI registers of both boards with those for processors that come and go, the VM Generation ID,
+//! and the reset line of the keyboard controller.
 //!
 //! The machine puts them on the port bus. None of them knows the machine: what the guest asks for goes out through a callback.
 
 mod acpi;
 mod cmos;
+mod cpus;
+mod ged;
 mod generation;
 mod i8042;
 mod pm;
@@ -13,6 +16,8 @@ use std::sync::Arc;
 
 pub use acpi::{AcpiRegisters, OnClaim, RESET_VALUE, SLEEP_TYPE_S5};
 pub use cmos::NoClock;
+pub use cpus::{CpuController, OnEject};
+pub use ged::{EVENT_CPUS, EventRegister};
 pub use generation::{GENERATION_ADDRESS, GENERATION_IRQ, GenerationId};
 pub use i8042::I8042Reset;
 pub use pm::{PmRegisters, SavedPm, SleepRegister};

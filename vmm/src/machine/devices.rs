@@ -9,10 +9,11 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::net::{Net, NetOptions};
 
-/// The disk that `driver` describes; none if it describes something else.
+/// The disk that `driver` describes, with `queues` queues unless it says how many; none if it describes something else.
 pub(super) fn disk(
     id: &str,
     driver: &DeviceDriver,
+    queues: u16,
     config: &VmConfig,
     inherited: &Inherited,
     workers: &Workers,
@@ -28,7 +29,7 @@ pub(super) fn disk(
         serial: serial.clone(),
         read_only: drive.readonly,
         queue_size: *queue_size,
-        queues: num_queues.unwrap_or(1),
+        queues: num_queues.unwrap_or(queues),
         worker,
     })))
 }

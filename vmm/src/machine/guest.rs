@@ -34,8 +34,7 @@ pub(super) fn on_end(events: OnGuest) -> OnEnd {
 
 pub(super) fn cpus(vcpus: &Vcpus, topology: &Topology) -> Vec<CpuInfo> {
     let tids = vcpus.tids();
-    (0u8..)
-        .zip(tids)
+    tids.into_iter()
         .map(|(index, host_tid)| {
             let place = topology.place(index);
             CpuInfo {
@@ -58,7 +57,7 @@ pub(super) fn clear(memory: &Arc<GuestMemory>) {
     }
 }
 
-/// All vCPUs as at power-on, the first about to enter what has been loaded. They must be paused, and stay so.
+/// All vCPUs, which have numbers below `cpus`, as at power-on, the first about to enter what has been loaded. They must be paused, and stay so.
 pub(super) fn reset_vcpus(
     vcpus: &Vcpus,
     topology: &Topology,
@@ -69,6 +68,6 @@ pub(super) fn reset_vcpus(
     let ids: Vec<u8> = (0..cpus).map(|index| topology.apic_id(index) as u8).collect();
     vcpus.reset(move |vcpu| {
         let id = ids.get(usize::from(vcpu.index())).copied().unwrap_or_default();
-        x86_64::reset(vcpu, id, &state)
+        x86_64::reset(vcpu, id, Some(&state))
     })
 }

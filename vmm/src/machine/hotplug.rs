@@ -64,6 +64,14 @@ pub struct NewDevice {
     pub serial: Option<String>,
     /// Address of a NIC.
     pub mac: Option<[u8; 6]>,
+    /// Queues of a disk, 1 to 32; machines with PCI only.
+    pub num_queues: Option<u16>,
+    /// Size of each queue, a power of two that the driver allows; machines with PCI only.
+    pub queue_size: Option<u16>,
+    /// A NIC uses all the queues of its back end; machines with PCI only.
+    pub multi_queue: bool,
+    /// Number of a vCPU.
+    pub cpu_id: Option<u64>,
     /// Thread that serves it; the one of devices that name none without it.
     pub iothread: Option<String>,
 }

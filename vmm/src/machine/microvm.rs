@@ -25,7 +25,7 @@ use super::snapshot::{Identity, Parts, Source, Stand, wake};
 use super::{CpuInfo, Environment, MachineError};
 use crate::boot::{self, AcpiPorts, BootFiles, Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::bus::{Bus, BusDevice};
-use crate::config::VmConfig;
+use crate::config::{MAX_CPUS, VmConfig};
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, GENERATION_IRQ, GenerationId, I8042Reset, NoClock, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
@@ -50,10 +50,14 @@ struct Wiring {
     clears_memory: bool,
 }
 
+/// No processor of a microvm comes or goes.
+const ALL_THERE: [bool; MAX_CPUS as usize] = [true; MAX_CPUS as usize];
+
 impl Wiring {
     fn platform(&self, dirty_memory: bool) -> Platform<'_> {
         Platform {
-            cpus: self.cpus,
+            boot_cpus: self.cpus,
+            processors: ALL_THERE.get(..usize::from(self.cpus)).unwrap_or_default(),
             topology: &self.topology,
             hardware: Hardware::Reduced(Reduced {
                 slots: &self.places,
@@ -65,6 +69,7 @@ impl Wiring {
                 },
                 button_irq: BUTTON_IRQ,
             }),
+            standard: None,
             serial: self.has_serial.then_some(SERIAL),
             generation: self.generation,
             dirty_memory,

@@ -48,7 +48,7 @@ pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
 pub use q35::PlugError;
 use q35::Q35;
-pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice};
+pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice, Plugged};
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,8 +80,17 @@ pub struct CpuInfo {
     pub host_tid: i32,
 }
 
-/// Told the name of a root port whose device has left.
-pub type OnLeft = Arc<dyn Fn(String) + Send + Sync>;
+/// What a guest has let go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Departure {
+    /// The device in the slot of the root port of this name.
+    Port(String),
+    /// The vCPU of this number.
+    Cpu(u8),
+}
+
+/// Told what has left.
+pub type OnLeft = Arc<dyn Fn(Departure) + Send + Sync>;
 
 /// What a machine gets from the process around it.
 pub struct Environment {
@@ -91,7 +100,7 @@ pub struct Environment {
     pub main_loop: LoopHandle,
     /// Told, from vCPU threads, what the guest did. Must not block. A guest may do the same thing more than once.
     pub guest_events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
-    /// Told, by its name, the root port whose device the guest has let go, from vCPU threads or while the machine is reset. Must not block.
+    /// Told what the guest has let go, from vCPU threads or while the machine is reset. Must not block.
     pub device_left: OnLeft,
     /// What the serial port is connected to; `None` means that there is no serial port.
     pub serial: Option<Arc<dyn CharBackend>>,
@@ -287,19 +296,19 @@ impl Machine {
     }
 
     /// Adds, removes, plugs or unplugs a back end or device. After an error everything is as before.
-    pub fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+    pub fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         match &mut self.board {
-            Board::Microvm(board) => board.replaceable.apply(request),
+            Board::Microvm(board) => board.replaceable.apply(request).map(|()| Plugged::Done),
             Board::Q35(board) => board.hotplug(request),
             Board::None => Err(HotplugError::NoSlots),
         }
     }
 
-    /// The guest has let go what was plugged into this root port: ends it, and returns the device's name.
-    pub fn device_left(&mut self, port: &str) -> Option<String> {
+    /// The guest has let this go: ends it, and returns the device's name.
+    pub fn device_left(&mut self, departure: &Departure) -> Option<String> {
         match &mut self.board {
             Board::None | Board::Microvm(_) => None,
-            Board::Q35(board) => board.device_left(port),
+            Board::Q35(board) => board.device_left(departure),
         }
     }
 

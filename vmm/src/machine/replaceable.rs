@@ -17,6 +17,7 @@ use crate::config::{
     BackingImage, DeviceDriver, Drive, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, NetBackend, Netdev, TapSource,
     VmConfig,
 };
+use crate::cpu::CpuError;
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
 use crate::virtio::net::NotInserted;
@@ -51,6 +52,15 @@ pub enum Hotplug {
     Unplug(String),
 }
 
+/// What was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plugged {
+    /// As asked.
+    Done,
+    /// The guest has been told that there are other vCPUs than before.
+    CpusResized,
+}
+
 /// Why it was not done. Everything is then as it was before.
 #[derive(Debug, thiserror::Error)]
 pub enum HotplugError {
@@ -72,6 +82,9 @@ pub enum HotplugError {
     /// A device that cannot come or go on PCI.
     #[error(transparent)]
     Pci(#[from] PlugError),
+    /// A vCPU.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// A machine without slots.
     #[error("this machine has no replaceable slots")]
     NoSlots,

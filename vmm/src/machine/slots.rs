@@ -110,7 +110,7 @@ pub(super) fn fill(
         match driver {
             DeviceDriver::VirtioBlk { .. } => {
                 check_room(id, "disks", disks, MICROVM_BLOCK_SLOTS)?;
-                if let Some(device) = devices::disk(id, driver, config, inherited, workers)?
+                if let Some(device) = devices::disk(id, driver, 1, config, inherited, workers)?
                     && let Some(place) = blocks.get_mut(seating.block(disks))
                 {
                     *place = Some((device, id.clone()));

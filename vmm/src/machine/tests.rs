@@ -235,33 +235,83 @@ fn the_smallest_and_the_missing_boards() {
     assert!(error.contains("not supported in this version"), "{error}");
 }
 
-#[test]
-fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
+/// A q35 with a guest that spins, and what leaves it; none where there is no KVM.
+fn q35(options: &str) -> Option<(Machine, Receiver<Departure>)> {
     if !std::path::Path::new("/dev/kvm").exists() {
-        return;
+        return None;
     }
     let mut kernel = tempfile::NamedTempFile::new().unwrap();
     kernel.write_all(&elf(&SPIN, true)).unwrap();
-    let image = tempfile::NamedTempFile::new().unwrap();
-    image.as_file().set_len(1 << 20).unwrap();
-    let line = format!(
-        "-machine q35 -kernel {} -device pcie-root-port,id=pcie.1,bus=pcie.0,addr=0x1,port=1 \
-         -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r,id=rng,bus=pcie.0,addr=0x2",
-        kernel.path().display()
-    );
+    let line = format!("-machine q35 -kernel {} {options}", kernel.path().display());
     let request = crate::config::cmdline::parse(line.split_whitespace().map(Into::into)).unwrap();
     let crate::config::cmdline::Request::Run(config) = request else { panic!("no machine") };
     let (tell, left) = channel();
-    let event_loop = EventLoop::new().unwrap();
     let environment = Environment {
         inherited: Arc::default(),
-        main_loop: event_loop.handle(),
+        main_loop: EventLoop::new().unwrap().handle(),
         guest_events: Arc::new(|_| {}),
-        device_left: Arc::new(move |port| tell.send(port).unwrap()),
+        device_left: Arc::new(move |what| tell.send(what).unwrap()),
         serial: None,
         chardevs: HashMap::new(),
     };
-    let mut machine = Machine::build(&config, environment).unwrap();
+    Some((Machine::build(&config, environment).unwrap(), left))
+}
+
+#[test]
+fn vcpus_come_and_go_and_those_that_cannot_say_why() {
+    let Some((mut machine, left)) = q35("-smp 1,maxcpus=3") else { return };
+    machine.start(true).unwrap();
+    let cpu = |id: &str, cpu_id: Option<u64>| {
+        let driver = "generic-x86-cpu".to_owned();
+        Hotplug::Plug(NewDevice { id: id.into(), driver, cpu_id, ..NewDevice::default() })
+    };
+    let online = |machine: &Machine| machine.cpus().iter().map(|cpu| cpu.index).collect::<Vec<_>>();
+    let refused = |machine: &mut Machine, request, why: &str| {
+        assert_eq!(machine.hotplug(request).unwrap_err().to_string(), why);
+    };
+    let m = &mut machine;
+    refused(m, cpu("a", None), "Argument cpu-id is required.");
+    refused(m, cpu("a", Some(0)), "Cpu-id 0 already exist.");
+    refused(m, cpu("a", Some(3)), "Max cpu-id is 2");
+    refused(m, cpu("a", Some(u64::MAX)), "Max cpu-id is 2");
+    for round in 0..3 {
+        assert_eq!(m.hotplug(cpu("a", Some(2))).unwrap(), Plugged::CpusResized);
+        assert_eq!(online(m), [0, 2], "{round}");
+        assert!(m.cpus().iter().all(|cpu| cpu.host_tid > 0));
+        refused(m, cpu("b", Some(2)), "Cpu-id 2 is running, device id is a.");
+        refused(m, cpu("a", Some(1)), "Device id a already existed.");
+        assert!(m.devices().contains(&("a".into(), "generic-x86-cpu")));
+        // It runs, and is reset, with the others.
+        m.resume();
+        m.pause().unwrap();
+        m.reset().unwrap();
+        assert!(left.try_recv().is_err());
+        assert_eq!(m.hotplug(Hotplug::Unplug("a".into())).unwrap(), Plugged::CpusResized);
+        refused(m, Hotplug::Unplug("a".into()), "Guest is still on the fly of another (un)plugging");
+        m.reset().unwrap();
+        let departure = left.try_recv().unwrap();
+        assert_eq!(departure, Departure::Cpu(2));
+        assert_eq!(m.device_left(&departure).as_deref(), Some("a"));
+        assert_eq!(m.device_left(&departure), None);
+        assert_eq!(online(m), [0]);
+    }
+    m.resume();
+    m.pause().unwrap();
+    machine.shut_down().unwrap();
+
+    let Some((mut machine, _)) = q35("-smp 1") else { return };
+    refused(&mut machine, cpu("a", Some(1)), "There is no hotpluggable cpu-id for this VM.");
+}
+
+#[test]
+fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let Some((mut machine, left)) = q35("-device pcie-root-port,id=pcie.1,bus=pcie.0,addr=0x1,port=1 \
+         -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r,id=rng,bus=pcie.0,addr=0x2")
+    else {
+        return;
+    };
     let drive = || {
         let drive = crate::config::Drive::new("d", image.path());
         let drive = crate::config::Drive { direct: false, aio: Some(crate::config::Aio::Off), ..drive };
@@ -281,7 +331,7 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
     let disk = |id: &str| plug(id, "virtio-blk-pci", "pcie.1", Some("0x0"));
     let unplug = |id: &str| Hotplug::Unplug(id.into());
     let ask = |machine: &mut Machine, request, expected: &str| match machine.hotplug(request) {
-        Ok(()) => assert_eq!(expected, ""),
+        Ok(done) => assert_eq!((expected, done), ("", Plugged::Done)),
         Err(e) => assert!(!expected.is_empty() && e.to_string().contains(expected), "{e}"),
     };
     let m = &mut machine;
@@ -297,6 +347,7 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
     ask(m, plug("a", "virtio-blk-pci", "pcie.7", Some("0")), "Failed to add virtio pci device");
     ask(m, unplug("a"), "Can not find parent device");
     ask(m, unplug("rng"), "for bus pcie.0 when unplug request");
+    let port = Departure::Port("pcie.1".to_owned());
     for round in 0..2 {
         ask(m, disk("a"), "");
         ask(m, disk("b"), "pcie.1 is occupied");
@@ -308,11 +359,11 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
         assert!(left.try_recv().is_err(), "nobody has asked it to leave");
         ask(m, unplug("a"), "");
         ask(m, unplug("a"), "Guest is still on the fly");
-        assert_eq!(m.device_left("pcie.1"), None, "it is still there");
+        assert_eq!(m.device_left(&port), None, "it is still there");
         m.reset().unwrap();
-        assert_eq!(left.try_recv().as_deref(), Ok("pcie.1"));
+        assert_eq!(left.try_recv(), Ok(port.clone()));
         ask(m, disk("b"), "pcie.1 is occupied");
-        assert_eq!(m.device_left("pcie.1").as_deref(), Some("a"));
+        assert_eq!(m.device_left(&port).as_deref(), Some("a"));
         assert_eq!(m.block_devices()[0].device, None);
     }
     ask(m, Hotplug::RemoveDrive("d".into()), "");

@@ -37,6 +37,21 @@ pub fn ram(size: u64, gap: u64) -> Vec<Range> {
         .collect()
 }
 
+/// Takes `size` bytes off the beginning of `free`; fewer if there are not as many.
+pub fn take(free: &mut Vec<Range>, size: u64) -> Vec<Range> {
+    let (mut taken, mut left) = (Vec::new(), size);
+    free.retain_mut(|range| {
+        let part = range.size.min(left);
+        if part > 0 {
+            taken.push(Range { base: range.base, size: part });
+        }
+        left -= part;
+        *range = Range { base: range.base + part, size: range.size - part };
+        range.size > 0
+    });
+    taken
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,5 +70,17 @@ mod tests {
             assert_eq!(ram(size, GAP_START), expected);
         }
         assert_eq!(ram(3 * gib, Q35_GAP_START), [low(2 * gib), high(gib)]);
+    }
+
+    #[test]
+    fn parts_are_taken_in_order() {
+        let gib = 1 << 30;
+        let mut free = ram(4 * gib, Q35_GAP_START);
+        assert_eq!(take(&mut free, gib), [Range { base: 0, size: gib }]);
+        let over = [Range { base: gib, size: gib }, Range { base: GAP_END, size: gib }];
+        assert_eq!(take(&mut free, 2 * gib), over);
+        assert_eq!(take(&mut free, 0), []);
+        assert_eq!(take(&mut free, 9 * gib), [Range { base: GAP_END + gib, size: gib }]);
+        assert!(free.is_empty());
     }
 }

@@ -21,7 +21,7 @@ const FIRST_CAPABILITY: u16 = 0x40;
 
 /// Command: the function answers memory accesses.
 pub const COMMAND_MEMORY: u16 = 1 << 1;
-/// Command: the function may master the bus.
+/// Command: the function may master the bus: read and write memory, and send messages, which are writes too.
 const COMMAND_MASTER: u16 = 1 << 2;
 /// Command: the function must not assert its interrupt pin.
 pub const COMMAND_INTX_DISABLE: u16 = 1 << 10;
@@ -288,6 +288,11 @@ impl ConfigSpace {
     /// Whether the function answers memory accesses.
     pub fn decodes_memory(&self) -> bool {
         self.u16(COMMAND) & COMMAND_MEMORY != 0
+    }
+
+    /// Whether the function may master the bus.
+    pub fn is_master(&self) -> bool {
+        self.u16(COMMAND) & COMMAND_MASTER != 0
     }
 
     /// Where the driver has put the BARs, with their sizes, if the function answers at all. An address of 0 means none: an operating

@@ -26,7 +26,7 @@ pub use bar::Window;
 pub use intx::Intx;
 pub use msix::{Msix, SavedVector, TABLE_SIZE};
 pub use platform::{host_bridge, lpc};
-pub use port::{PortEvents, RootPort, SavedPort};
+pub use port::{PortEvents, PortOptions, RootPort, SavedPort};
 pub use root::{Address, Root, RootError};
 pub use slot::Pending;
 

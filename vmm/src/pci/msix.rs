@@ -5,6 +5,8 @@
 //! notify ──▶ nothing                pending bit set ──── unmask ──────────────▶ message
 //! ```
 //!
+//! A function that may not master the bus sends nothing (PCIe 5.0 §7.5.1.1.3): to its vectors that is one more mask.
+//!
 //! `notify` comes from device threads, everything else from vCPUs. Each vector has a lock of its own, so queues on several threads do
 //! not meet. A mask that is lifted looks at each pending bit under that lock after the new mask is visible: no interrupt is lost between the two.
 
@@ -30,6 +32,8 @@ const VECTORS_MAX: u16 = 128;
 const ENABLE: u16 = 1 << 15;
 /// Message control: all vectors are masked.
 const FUNCTION_MASK: u16 = 1 << 14;
+/// Not of the register: the function may master the bus.
+const MASTER: u16 = 1;
 /// Vector control: this one is masked.
 const VECTOR_MASK: u32 = 1;
 
@@ -86,9 +90,11 @@ impl Msix {
         self.control.load(Ordering::Acquire) & ENABLE != 0
     }
 
-    /// The driver has written message control.
-    pub fn set_control(&self, value: u16) {
-        self.control.store(value & (ENABLE | FUNCTION_MASK), Ordering::Release);
+    /// The driver has written message control, or has let the function master the bus, or not. Of two calls the later one must bring what
+    /// the registers say then.
+    pub fn set_control(&self, value: u16, master: bool) {
+        let master = if master { MASTER } else { 0 };
+        self.control.store(value & (ENABLE | FUNCTION_MASK) | master, Ordering::Release);
         for vector in &self.vectors {
             self.deliver(&mut lock(vector));
         }
@@ -137,7 +143,10 @@ impl Msix {
         if control & ENABLE == 0 {
             // Nobody listens, and what happened before the driver switched over is not for it.
             vector.pending = false;
-        } else if vector.pending && control & FUNCTION_MASK == 0 && vector.control & VECTOR_MASK == 0 {
+        } else if vector.pending
+            && control & (FUNCTION_MASK | MASTER) == MASTER
+            && vector.control & VECTOR_MASK == 0
+        {
             vector.pending = false;
             self.messages.send(vector.address, vector.data);
         }
@@ -249,7 +258,7 @@ pub(crate) mod tests {
         let (msix, sent) = with(3);
         msix.notify(1);
         assert_eq!(get(&msix, PENDING), 0, "not in use: nothing is kept");
-        msix.set_control(ENABLE);
+        msix.set_control(ENABLE, true);
         program(&msix, 1);
         msix.notify(1);
         msix.notify(3);
@@ -264,7 +273,7 @@ pub(crate) mod tests {
     #[test]
     fn masks_hold_an_interrupt_back_and_keep_it() {
         let (msix, sent) = with(40);
-        msix.set_control(ENABLE);
+        msix.set_control(ENABLE, true);
         program(&msix, 0);
         program(&msix, 33);
         put(&msix, 33, 3, 1);
@@ -273,17 +282,28 @@ pub(crate) mod tests {
         assert_eq!((get(&msix, PENDING), get(&msix, PENDING + 4)), (0, 2));
         put(&msix, 33, 3, 0);
         assert_eq!((sent.0.lock().unwrap().len(), get(&msix, PENDING + 4)), (1, 0));
-        msix.set_control(ENABLE | FUNCTION_MASK);
+        msix.set_control(ENABLE | FUNCTION_MASK, true);
         msix.notify(0);
         msix.notify(33);
         assert_eq!((sent.0.lock().unwrap().len(), get(&msix, PENDING), get(&msix, PENDING + 4)), (1, 1, 2));
-        msix.set_control(ENABLE);
+        msix.set_control(ENABLE, true);
         assert_eq!(sent.0.lock().unwrap().len(), 3);
         msix.notify(0);
         assert_eq!(sent.0.lock().unwrap().len(), 4);
         msix.reset();
         assert!(!msix.enabled());
         assert_eq!((get(&msix, 0), get(&msix, 12)), (0, 1));
+    }
+
+    #[test]
+    fn nothing_is_sent_while_the_bus_is_not_the_functions() {
+        let (msix, sent) = with(1);
+        msix.set_control(ENABLE, false);
+        program(&msix, 0);
+        msix.notify(0);
+        assert_eq!((sent.0.lock().unwrap().len(), get(&msix, PENDING)), (0, 1));
+        msix.set_control(ENABLE, true);
+        assert_eq!((sent.0.lock().unwrap().len(), get(&msix, PENDING)), (1, 0));
     }
 
     #[test]
@@ -304,7 +324,7 @@ pub(crate) mod tests {
                 let mut data = [0; 8];
                 msix.read(offset, &mut data[..width]);
                 msix.notify(vector);
-                msix.set_control(value as u16);
+                msix.set_control(value as u16, value >> 16 & 1 == 1);
                 if !msix.enabled() {
                     prop_assert_eq!(get(&msix, PENDING), 0);
                 }

@@ -31,6 +31,17 @@ const EXPRESS_SIZE: usize = 0x3c;
 const LINK: u16 = 1 | 1 << 4;
 const LINK_ACTIVE: u16 = 1 << 13;
 
+/// What a port is made from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PortOptions {
+    /// The physical slot's number as the guest shows it.
+    pub number: u8,
+    /// The device has more functions than this.
+    pub multifunction: bool,
+    /// A device that is to leave also looks gone, so that the guest does not wait for a second press of the button.
+    pub fast_unplug: bool,
+}
+
 /// What the port tells the machine.
 pub trait PortEvents: Send + Sync {
     /// The guest has let the device in this port's slot go; it is off the bus. Called on a vCPU's thread, or on the one that resets the
@@ -62,6 +73,7 @@ struct State {
 /// A root port.
 pub struct RootPort {
     state: Mutex<State>,
+    fast_unplug: bool,
     express: u16,
     msix: Arc<Msix>,
     msix_capability: u16,
@@ -70,10 +82,9 @@ pub struct RootPort {
 }
 
 impl RootPort {
-    /// A port with an empty slot. `number` is the physical slot's number as the guest shows it.
+    /// A port with an empty slot.
     pub fn new(
-        number: u8,
-        multifunction: bool,
+        PortOptions { number, multifunction, fast_unplug }: PortOptions,
         messages: Arc<dyn Messages>,
         line: Arc<dyn Level>,
         events: Arc<dyn PortEvents>,
@@ -95,7 +106,7 @@ impl RootPort {
         let msix_capability = msix.add_capability(&mut config, MSIX_BAR).unwrap_or_default();
         let slot = Slot::new(false);
         let state = Mutex::new(State { config, slot, device: None });
-        Arc::new(Self { state, express, msix, msix_capability, intx: Intx::new(line), events })
+        Arc::new(Self { state, fast_unplug, express, msix, msix_capability, intx: Intx::new(line), events })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -130,7 +141,7 @@ impl RootPort {
         if state.slot.pending() {
             return Err(Pending);
         }
-        self.step(state, Input::AskRemoval);
+        self.step(state, Input::AskRemoval { fast: self.fast_unplug });
         Ok(())
     }
 
@@ -149,7 +160,7 @@ impl RootPort {
         state.config.restore(&saved.config)?;
         self.msix.restore(&saved.msix)?;
         state.slot = saved.slot;
-        self.msix.set_control(state.config.u16(self.msix_capability + 2));
+        self.msix.set_control(state.config.u16(self.msix_capability + 2), state.config.is_master());
         self.intx.allow(state.config.u16(COMMAND) & COMMAND_INTX_DISABLE == 0);
         self.intx.want(state.slot.interrupt() && !self.msix.enabled());
         Some(())
@@ -232,10 +243,11 @@ impl Function for RootPort {
         let was_held = state.config.u16(bridge::CONTROL) & bridge::CONTROL_RESET != 0;
         state.config.write(offset, data);
         let held = state.config.u16(bridge::CONTROL) & bridge::CONTROL_RESET != 0;
-        self.intx.allow(state.config.u16(COMMAND) & COMMAND_INTX_DISABLE == 0);
         let behind = (held && !was_held).then(|| state.device.clone()).flatten();
-        if touches(offset, data.len(), self.msix_capability + 2, 2) {
-            self.msix.set_control(state.config.u16(self.msix_capability + 2));
+        if touches(offset, data.len(), COMMAND, 2) || touches(offset, data.len(), self.msix_capability + 2, 2)
+        {
+            self.intx.allow(state.config.u16(COMMAND) & COMMAND_INTX_DISABLE == 0);
+            self.msix.set_control(state.config.u16(self.msix_capability + 2), state.config.is_master());
         }
         // A driver that writes one of the two with another width than its own means only the bytes that it writes.
         let merged = |at: u16, old: u16| {

@@ -9,12 +9,14 @@
 //!        │  guest writes "power off, indicator off":                  │   │       │ does nothing: may be asked again
 //!        │  Detach, presence and link cleared, presence changed       │   ▼       │
 //!        └────────────────────────────────────────────────────────────┴── asked ──┘
-//!                                                  AskRemoval: button
+//!                                                  AskRemoval: button, link down
 //! ```
 //!
 //! The guest answers a button by letting the power indicator blink for five seconds; a second press then would take the first back. So nothing is
 //! asked ([`Slot::pending`]) while the button is unread, the indicator blinks, or the power is off though a device is there. A reset
 //! takes a device out that was asked to leave: the guest that was to let it go is no more.
+//!
+//! The link goes down when a device is asked to leave, and comes up again when the guest switches the slot on: it keeps the device.
 //!
 //! Event bits stay until the driver writes ones to them, and a write clears exactly the ones written, so an event that comes between
 //! the driver's read and its write of *other* bits survives.
@@ -37,7 +39,10 @@ pub(super) enum Input {
     /// A device has come. Only into an empty slot.
     Plug,
     /// The device is to leave. Only from an occupied slot.
-    AskRemoval,
+    AskRemoval {
+        /// Its presence changes, too: the guest lets it go at once.
+        fast: bool,
+    },
     /// The driver writes slot control.
     Control(u16),
     /// The driver writes slot status.
@@ -95,8 +100,9 @@ impl Slot {
         self.control & !CONTROL_WRITABLE == 0
             && self.status & !(EVENTS | PRESENCE) == 0
             && (self.status & PRESENCE != 0) == self.occupied
-            && self.link == self.occupied
-            && (self.occupied || !self.asked)
+            // The link of one that was asked to leave is down, or up again.
+            && (self.link == self.occupied || self.asked)
+            && (self.occupied || !(self.asked || self.link))
     }
 
     pub(super) fn link(&self) -> bool {
@@ -123,6 +129,10 @@ impl Slot {
         self.control & INTERRUPT_ENABLE != 0 && self.control & self.status & EVENT_ENABLES != 0
     }
 
+    fn is_on(control: u16) -> bool {
+        control & POWER_OFF == 0 && control & POWER_INDICATOR == POWER_INDICATOR_ON
+    }
+
     fn is_off(control: u16) -> bool {
         control & POWER_OFF != 0 && control & POWER_INDICATOR == POWER_INDICATOR_OFF
     }
@@ -134,11 +144,11 @@ impl Slot {
                 (next.occupied, next.link, next.asked) = (true, true, false);
                 next.status |= PRESENCE | PRESENCE_CHANGED | ATTENTION_BUTTON;
             }
-            Input::AskRemoval if self.occupied => {
-                next.asked = true;
-                next.status |= ATTENTION_BUTTON;
+            Input::AskRemoval { fast } if self.occupied => {
+                (next.asked, next.link) = (true, false);
+                next.status |= ATTENTION_BUTTON | if fast { PRESENCE_CHANGED } else { 0 };
             }
-            Input::Plug | Input::AskRemoval => {}
+            Input::Plug | Input::AskRemoval { .. } => {}
             Input::Control(value) => {
                 next.control = value & CONTROL_WRITABLE;
                 next.status |= COMMAND_COMPLETED;
@@ -146,6 +156,8 @@ impl Slot {
                     effects.detach = true;
                     (next.occupied, next.link, next.asked) = (false, false, false);
                     next.status = next.status & !PRESENCE | PRESENCE_CHANGED;
+                } else if self.occupied && Self::is_on(next.control) {
+                    next.link = true;
                 }
             }
             Input::Status(value) => next.status &= !(value & EVENTS),
@@ -168,6 +180,8 @@ mod tests {
     const ENABLED: u16 = EVENT_ENABLES | INTERRUPT_ENABLE;
     const ON: u16 = ENABLED | ATTENTION_OFF | POWER_INDICATOR_ON;
     const BLINK: u16 = ENABLED | ATTENTION_OFF | POWER_INDICATOR_BLINK;
+
+    const ASK: Input = Input::AskRemoval { fast: false };
 
     fn run(slot: Slot, inputs: &[Input]) -> (Slot, Vec<Effects>) {
         let mut slot = slot;
@@ -197,8 +211,8 @@ mod tests {
         let (slot, _) = run(slot, &[Input::Control(ON), Input::Status(0x10)]);
         assert!(!slot.pending() && slot.occupied);
 
-        let (slot, effects) = run(slot, &[Input::AskRemoval, Input::Status(1), Input::Control(BLINK)]);
-        assert!(effects[0].message && slot.pending() && slot.occupied);
+        let (slot, effects) = run(slot, &[ASK, Input::Status(1), Input::Control(BLINK)]);
+        assert!(effects[0].message && slot.pending() && slot.occupied && !slot.link());
         let power_off = BLINK | POWER_OFF;
         let (slot, effects) =
             run(slot, &[Input::Status(0x10), Input::Control(power_off), Input::Control(off)]);
@@ -211,13 +225,15 @@ mod tests {
 
     #[test]
     fn a_request_that_the_guest_missed_can_be_made_again() {
-        let (slot, _) = run(Slot::new(true), &[Input::AskRemoval]);
+        let (slot, _) = run(Slot::new(true), &[ASK]);
         assert!(slot.pending());
         // A driver that starts clears what it finds.
         let (slot, _) = run(slot, &[Input::Status(0x17)]);
-        assert!(!slot.pending());
-        let (slot, effects) = run(slot, &[Input::Control(ON), Input::Status(0x10), Input::AskRemoval]);
-        assert!(effects[2].message && slot.pending());
+        assert!(!slot.pending() && !slot.link());
+        let (slot, _) = run(slot, &[Input::Control(ON), Input::Status(0x10)]);
+        assert!(slot.link(), "the guest keeps it");
+        let (slot, effects) = run(slot, &[ASK]);
+        assert!(effects[0].message && slot.pending());
     }
 
     #[test]
@@ -231,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_reset_takes_out_what_was_asked_to_leave() {
-        let (slot, effects) = run(Slot::new(true), &[Input::AskRemoval, Input::Reset]);
+        let (slot, effects) = run(Slot::new(true), &[ASK, Input::Reset]);
         assert!(effects[1].detach);
         assert_eq!(slot, Slot::new(false));
         let (slot, effects) = run(Slot::new(true), &[Input::Control(BLINK), Input::Reset]);
@@ -239,10 +255,20 @@ mod tests {
         assert_eq!(slot, Slot::new(true));
     }
 
+    #[test]
+    fn a_fast_request_says_that_the_device_is_gone() {
+        let (slot, effects) = run(
+            Slot::new(true),
+            &[Input::Control(ON), Input::Status(EVENTS), Input::AskRemoval { fast: true }],
+        );
+        assert!(effects[2].message && slot.pending());
+        assert_eq!(slot.status(), PRESENCE | PRESENCE_CHANGED | ATTENTION_BUTTON);
+    }
+
     fn any_input() -> impl Strategy<Value = Input> {
         prop_oneof![
             Just(Input::Plug),
-            Just(Input::AskRemoval),
+            any::<bool>().prop_map(|fast| Input::AskRemoval { fast }),
             any::<u16>().prop_map(Input::Control),
             prop::sample::select(vec![ON, BLINK, BLINK | POWER_OFF, ON | POWER_OFF | POWER_INDICATOR_OFF])
                 .prop_map(Input::Control),
@@ -287,7 +313,15 @@ mod tests {
                 }
                 prop_assert_eq!(next.occupied, device);
                 prop_assert_eq!(next.status() & PRESENCE != 0, device);
-                prop_assert_eq!(next.link(), device);
+                prop_assert!(device || !next.link());
+                match input {
+                    Input::Plug if !slot.occupied => prop_assert!(next.link()),
+                    Input::AskRemoval { .. } => prop_assert!(!next.link()),
+                    Input::Control(value) if device && Slot::is_on(value) => prop_assert!(next.link()),
+                    Input::Reset => prop_assert_eq!(next.link(), device),
+                    _ if device => prop_assert_eq!(next.link(), slot.link()),
+                    _ => {}
+                }
                 prop_assert_eq!(effects.message, next.interrupt() && !slot.interrupt());
                 if let Input::Status(value) = input {
                     prop_assert_eq!(next.status(), slot.status() & !(value & EVENTS));
@@ -297,7 +331,7 @@ mod tests {
                 slot = next;
             }
             // Whatever has happened: a guest by the book can let any device go.
-            let book = [Input::Control(ON), Input::AskRemoval, Input::Status(EVENTS), Input::Control(BLINK),
+            let book = [Input::Control(ON), ASK, Input::Status(EVENTS), Input::Control(BLINK),
                 Input::Control(BLINK | POWER_OFF), Input::Control(ON | POWER_OFF | POWER_INDICATOR_OFF)];
             let (end, _) = run(slot, &book);
             prop_assert!(!end.occupied);

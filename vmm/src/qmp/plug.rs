@@ -26,6 +26,10 @@ const IOPS_MAX: u64 = 1_000_000;
 /// Largest cache of a qcow2 image, in bytes.
 const CACHE_MAX: u64 = 32 << 20;
 const QUEUE_PAIRS_MAX: u64 = 16;
+/// Most queues of a disk.
+const QUEUES_MAX: u16 = 32;
+const DISK_QUEUE_SIZES: (u16, u16) = (4, 1024);
+const NIC_QUEUE_SIZES: (u16, u16) = (256, 4096);
 /// Shortest and longest interface name (IFNAMSIZ counts the final zero).
 const IFNAME_MAX: usize = 15;
 
@@ -285,10 +289,20 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
             bad("argument 'mac' must be six hexadecimal bytes like 52:54:00:12:34:56, not a group address")
         })?),
     };
+    let num_queues = arguments.int("num-queues").map(|n| u16::try_from(n).unwrap_or(u16::MAX));
+    if num_queues.is_some_and(|n| !(1..=QUEUES_MAX).contains(&n)) {
+        return Err(bad(format!("argument 'num-queues' must be 1 to {QUEUES_MAX}")));
+    }
+    let queue_size = arguments.int("queue-size").map(|n| u16::try_from(n).unwrap_or(u16::MAX));
+    let is_nic = arguments.text("driver").is_some_and(|driver| driver.contains("net"));
+    let (least, most) = if is_nic { NIC_QUEUE_SIZES } else { DISK_QUEUE_SIZES };
+    if queue_size.is_some_and(|n| !n.is_power_of_two() || n < least || n > most) {
+        return Err(bad(format!("argument 'queue-size' must be a power of two from {least} to {most}")));
+    }
     let drive = arguments.text("drive");
     // A NIC's back end was called `chardev` by some versions of some clients.
     let netdev = arguments.text("netdev").or_else(|| arguments.text("chardev"));
-    Ok(Command::DeviceAdd(NewDevice {
+    Ok(Command::DeviceAdd(Box::new(NewDevice {
         id: name(arguments, "id")?,
         driver: arguments.text("driver").unwrap_or_default(),
         drive,
@@ -298,8 +312,12 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
         lun: arguments.int("lun"),
         serial,
         mac,
+        num_queues,
+        queue_size,
+        multi_queue: arguments.boolean("mq").unwrap_or(false),
+        cpu_id: arguments.int("cpu-id"),
         iothread: arguments.text("iothread"),
-    }))
+    })))
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

@@ -16,6 +16,7 @@ pub(super) struct EventSpec {
 /// Events that this version can send, by name.
 pub(super) const EVENTS: &[EventSpec] = &[
     EventSpec { name: "BALLOON_CHANGED", data: &[must("actual", Kind::Int)] },
+    EventSpec { name: "CPU_RESIZE", data: &[] },
     EventSpec { name: "DEVICE_DELETED", data: &[must("device", Kind::Text), must("path", Kind::Text)] },
     EventSpec { name: "POWERDOWN", data: &[] },
     EventSpec { name: "RESET", data: &[must("guest", Kind::Bool)] },

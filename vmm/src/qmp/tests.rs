@@ -13,7 +13,9 @@ use crate::config::{ChardevKind, Drive, VmConfig};
 use crate::config::{NetBackend, TapSource};
 use crate::control::{BoxError, End, Vm};
 use crate::event::EventLoop;
-use crate::machine::{BlockDevice, CpuInfo, GuestEvent, Hotplug, HotplugError, NetDevice, Refusal};
+use crate::machine::{
+    BlockDevice, CpuInfo, Departure, GuestEvent, Hotplug, HotplugError, NetDevice, Plugged, Refusal,
+};
 
 mod human;
 
@@ -55,7 +57,7 @@ impl Vm for FakeVm {
         Ok(())
     }
     fn press_power_button(&mut self) {}
-    fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         let words = match request {
             Hotplug::AddDrive { drive, node: None } => format!("{drive:?}"),
             Hotplug::AddDrive { drive, node } => format!("{} {:?} {node:?}", drive.id, drive.backing),
@@ -72,9 +74,9 @@ impl Vm for FakeVm {
             other => format!("{other:?}"),
         };
         self.1.lock().unwrap().push(words);
-        Ok(())
+        Ok(Plugged::Done)
     }
-    fn device_left(&mut self, _: &str) -> Option<String> {
+    fn device_left(&mut self, _: &Departure) -> Option<String> {
         None
     }
     fn block_devices(&self) -> Vec<BlockDevice> {
@@ -425,6 +427,14 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
         (
             r#"{"execute":"device_add","arguments":{"id":"x","driver":"x","mac":"01:00:00:00:00:00"}}"#,
             "argument 'mac'",
+        ),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"x","driver":"virtio-blk-pci","num-queues":33}}"#,
+            "argument 'num-queues' must be 1 to 32",
+        ),
+        (
+            r#"{"execute":"device_add","arguments":{"id":"x","driver":"virtio-net-pci","queue-size":128}}"#,
+            "argument 'queue-size' must be a power of two from 256 to 4096",
         ),
         (
             r#"{"execute":"device_add","arguments":{"id":"x","driver":"x","serial":"123456789012345678901"}}"#,

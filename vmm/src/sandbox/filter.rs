@@ -216,6 +216,11 @@ pub(super) fn compile(kind: Kind, needs: Needs) -> Result<BpfProgram, SandboxErr
         allow(ROTATION);
     }
     if kind == Kind::Main {
+        if needs.plugs_cpus {
+            // Its thread is born with this filter, and takes the narrower one of a vCPU on.
+            let add = libc::SECCOMP_SET_MODE_FILTER;
+            verdicts.push((libc::SYS_seccomp, Verdict::Masked { argument: 0, mask: u32::MAX, value: add }));
+        }
         let open = |(n, flags): &(c_long, u32)| {
             (*n, Verdict::Open { flags: *flags, appends: rotates_log, saves: needs.saves })
         };

@@ -42,6 +42,8 @@ pub struct Needs {
     pub rotates_log: bool,
     /// Remove sockets or the pid file at the end.
     pub removes_names: bool,
+    /// Start vCPUs when a client asks for more.
+    pub plugs_cpus: bool,
     /// Make a snapshot when a client asks for one.
     pub saves: bool,
     /// Remove sockets or the pid file from a directory of another user, as root: keeps CAP_DAC_OVERRIDE.
@@ -116,8 +118,16 @@ pub fn enter_main(needs: Needs) -> Result<(), SandboxError> {
     apply(&filter::compile(Kind::Main, needs)?)
 }
 
+/// The thread has no way to new privileges already: one that the main thread has started after it was confined could not ask for that.
 fn apply(program: &BpfProgram) -> Result<(), SandboxError> {
-    seccompiler::apply_filter(program).map_err(|e| SandboxError::Filter(Box::new(e)))
+    let failed = |e: std::io::Error| SandboxError::Filter(Box::new(e));
+    let len = u16::try_from(program.len()).map_err(|e| failed(std::io::Error::other(e)))?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
+    // SAFETY: the program lives until the call is over, which reads as many instructions as it says; `sock_filter` is the kernel's.
+    let result = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, std::ptr::from_ref(&program))
+    };
+    if result == 0 { Ok(()) } else { Err(failed(std::io::Error::last_os_error())) }
 }
 
 fn catch_violations() -> Result<(), SandboxError> {

@@ -38,8 +38,14 @@ fn confined(needs: Needs) {
     enter_main(needs).unwrap();
 }
 
-const NEEDS: Needs =
-    Needs { seccomp: true, rotates_log: false, removes_names: false, saves: false, foreign_directory: false };
+const NEEDS: Needs = Needs {
+    seccomp: true,
+    rotates_log: false,
+    removes_names: false,
+    plugs_cpus: false,
+    saves: false,
+    foreign_directory: false,
+};
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::queue::{Layout, Position, Queue};
 use super::state::StateError;
-use super::status::{Effect, Status};
+use super::status::{DRIVER_OK, Effect, Status};
 use super::{
     ActivateError, Activation, ActiveQueue, Doorbell, F_VERSION_1, Interrupt, VirtioDevice, complain,
 };
@@ -79,6 +79,8 @@ pub(super) struct Registers {
     pub(super) queues: Vec<QueueSetup>,
     /// A queue has its largest size until the driver says otherwise (virtio 1.2 §4.1.4.3); over MMIO it has none.
     sized: bool,
+    /// The device may read and write guest memory. On PCI the driver says so.
+    pub(super) master: bool,
     running: Option<Running>,
     /// The device has been stopped to be saved, or not been started after it was restored: where its queues stand.
     pub(super) suspended: Option<Vec<(u16, Position)>>,
@@ -95,6 +97,7 @@ impl Registers {
             driver_features: 0,
             queues: Vec::new(),
             sized,
+            master: !sized,
             running: None,
             suspended: None,
         };
@@ -169,14 +172,31 @@ impl Registers {
         match effect {
             Effect::None => {}
             Effect::Reset => self.reset(link.doorbell),
-            Effect::Activate => {
-                if let Err(error) = self.activate(link) {
-                    complain(|| tracing::warn!("virtio device {}: {error}", self.device.device_type()));
-                    link.interrupt.needs_reset();
-                }
-            }
+            // A device that may not master the bus starts when it may.
+            Effect::Activate if self.master => self.activate_or_complain(link),
+            Effect::Activate => {}
         }
         effect
+    }
+
+    fn activate_or_complain(&mut self, link: &Link<'_>) {
+        if let Err(error) = self.activate(link) {
+            complain(|| tracing::warn!("virtio device {}: {error}", self.device.device_type()));
+            link.interrupt.needs_reset();
+        }
+    }
+
+    /// The driver lets the device master the bus, or not any more. One that runs stops, and needs a reset: what it has in flight is lost.
+    /// `broken` is one that needs a reset already.
+    pub(super) fn set_master(&mut self, allowed: bool, broken: bool, link: &Link<'_>) {
+        let before = std::mem::replace(&mut self.master, allowed);
+        if !allowed && let Some(mut running) = self.running.take() {
+            running.detach(link.doorbell);
+            self.device.reset();
+            link.interrupt.needs_reset();
+        } else if allowed && !before && !broken && self.status.has(DRIVER_OK) {
+            self.activate_or_complain(link);
+        }
     }
 
     /// The device stops, and every register is as new.
@@ -251,7 +271,8 @@ impl Registers {
     pub(super) fn resume(&mut self, broken: bool, link: &Link<'_>) -> Result<(), StateError> {
         let Some(positions) = self.suspended.take() else { return Ok(()) };
         let mut before = self.running.take().unwrap_or_default();
-        if broken {
+        // One that may not master the bus has not begun yet, and does when it may.
+        if broken || !self.master {
             before.detach(link.doorbell);
             return Ok(());
         }

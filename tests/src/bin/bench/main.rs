@@ -1,4 +1,4 @@
-//! `bench`: what starting and keeping a VM costs, for flotilla-vmm and any other VMM at hand, beside the floor.
+//! `bench`: what starting and keeping a VM costs, for flotilla-vmm (as a microvm, and as a q35) and any other VMM at hand, beside the floor.
 //!
 //! All programs run interleaved, round by round, in one run on one machine, with the default guest told to halt after its first
 //! byte; so only ratios to the floor carry over to another machine. It judges nothing: no threshold, no pass or fail.
@@ -124,12 +124,11 @@ fn bench() -> Result<()> {
         "--guest",
         &[beside("guest"), "tests/guest/target/release/guest".into(), "/usr/share/flotilla/guest.elf".into()],
     )?;
+    let vmm = find(options.vmm, "--vmm", &[beside("flotilla-vmm"), "/usr/bin/flotilla-vmm".into()])?;
     let mut subjects = vec![
         Subject::named("floor", find(options.floor, "--floor", &[beside("floor")])?)?,
-        Subject::named(
-            "flotilla",
-            find(options.vmm, "--vmm", &[beside("flotilla-vmm"), "/usr/bin/flotilla-vmm".into()])?,
-        )?,
+        Subject::named("flotilla", vmm.clone())?,
+        Subject::named("flotilla-q35", vmm)?,
     ];
     subjects.extend(options.peers);
     let setting = Setting::new(&guest, options.memory)?;

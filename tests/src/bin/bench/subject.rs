@@ -86,6 +86,11 @@ fn template(kind: &str) -> Option<&'static str> {
             "-machine microvm -smp 1 -m {memory}M -kernel {kernel} -append {command} -serial stdio \
              -qmp unix:{dir}/qmp.sock,server,nowait"
         }
+        // The default guest drives no devices on PCI: what it costs to start and to keep.
+        "flotilla-q35" => {
+            "-machine q35 -smp 1 -m {memory}M -kernel {kernel} -append {command} -serial stdio \
+             -qmp unix:{dir}/qmp.sock,server,nowait"
+        }
         // Reads flat kernels and bzImages only.
         "stratovirt" => {
             "-machine microvm -smp 1 -m {memory}m -kernel {flat} -append {command} -serial stdio \
@@ -131,7 +136,8 @@ fn device(kind: &str, command: Command) -> &'static str {
 impl Subject {
     /// A program of a known kind: `name`, or what comes before its first `-` or digit.
     pub(crate) fn named(name: &str, program: PathBuf) -> Result<Self> {
-        let kinds = ["floor", "flotilla", "stratovirt", "firecracker", "cloud-hypervisor", "qemu"];
+        let kinds =
+            ["floor", "flotilla-q35", "flotilla", "stratovirt", "firecracker", "cloud-hypervisor", "qemu"];
         let (kind, arguments) = kinds
             .iter()
             .find(|kind| {

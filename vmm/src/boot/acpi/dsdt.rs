@@ -8,7 +8,7 @@
 //! \_SB.Vxxx        LNRO0005: virtio-mmio device xxx (hexadecimal). _STA writes xxx to the claim port.
 //! ```
 //!
-//! A q35 has the first and COM1, and what `pci` adds; every board what `generation` adds.
+//! A q35 has the first and COM1, and what `pci` and `cpus` add; every board what `generation` adds.
 //!
 //! A kernel with ACPI runs `_STA` of every device before it binds drivers, and so claims it; one without never does.
 //! That is how the machine knows which of the device's two register windows the kernel will use.
@@ -22,12 +22,10 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::generation::Generation;
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, interrupt, pci};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, STA_PRESENT, cpus, interrupt, pci};
 use crate::boot::{Hardware, MmioSlot, Platform, Reduced, SerialPort};
 use crate::device::SLEEP_TYPE_S5;
 
-/// `_STA`: present, enabled, shown, working.
-const STA_PRESENT: u8 = 0x0f;
 const REVISION: u8 = 2;
 const HEADER: u32 = 36;
 
@@ -42,6 +40,9 @@ pub(super) fn table(platform: &Platform<'_>) -> Sdt {
         Hardware::Pcie(pcie) => {
             let host = pci::Host(*pcie);
             let mut children: Vec<&dyn Aml> = vec![&host, &Generation];
+            let more = usize::from(platform.boot_cpus) < platform.processors.len();
+            let processors = more.then_some(cpus::Processors { platform, events: pcie.events });
+            children.extend(processors.iter().map(|p| p as &dyn Aml));
             children.extend(com1.iter().map(|d| d as &dyn Aml));
             Scope::new("_SB_".into(), children).to_aml_bytes(&mut aml);
         }

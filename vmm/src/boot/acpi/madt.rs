@@ -53,10 +53,11 @@ const ALL_PROCESSORS: u8 = 0xff;
 pub(super) fn table(platform: &Platform<'_>) -> MADT {
     let address = LocalInterruptController::Address(LAPIC_BASE);
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, address);
-    for index in 0..platform.cpus {
+    for (index, present) in (0u8..).zip(platform.processors) {
         // The topology has checked that every id fits.
         let id = platform.topology.apic_id(index) as u8;
-        madt.add_structure(ProcessorLocalApic::new(index, id, EnabledStatus::Enabled));
+        let status = if *present { EnabledStatus::Enabled } else { EnabledStatus::DisabledOnlineCapable };
+        madt.add_structure(ProcessorLocalApic::new(index, id, status));
     }
     madt.add_structure(IoApic::new(0, IOAPIC_BASE, 0));
     if let Hardware::Pcie(pcie) = &platform.hardware {

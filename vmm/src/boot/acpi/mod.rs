@@ -4,10 +4,12 @@
 //! One file for each table. The blob is built in host memory and written once: RSDP first, where kernels that are not told its
 //! address look for it.
 
+mod cpus;
 mod dsdt;
 mod fadt;
 mod generation;
 mod madt;
+mod numa;
 mod pci;
 
 use acpi_tables::aml::Interrupt;
@@ -25,6 +27,9 @@ const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
 /// Tables start at multiples of this, the FACS (ACPI 6.4 §5.2.10) as the strictest.
 const ALIGN: usize = 64;
+
+/// `_STA`: present, enabled, shown, working.
+const STA_PRESENT: u8 = 0x0f;
 
 /// A line of ours: edge-triggered, active high, not shared.
 fn interrupt(gsi: u32) -> Interrupt {
@@ -83,6 +88,11 @@ fn tables(at: u64, platform: &Platform<'_>) -> Vec<u8> {
         let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         mcfg.add_ecam(pcie.ecam, 0, 0, u8::MAX);
         xsdt.add_entry(add(&mcfg));
+    }
+    let nodes = platform.standard.map(|standard| &standard.numa[..]).unwrap_or_default();
+    if !nodes.is_empty() {
+        xsdt.add_entry(add(&numa::srat(platform, nodes)));
+        xsdt.add_entry(add(&numa::slit(nodes)));
     }
     let xsdt = add(&xsdt);
     let mut rsdp = Vec::with_capacity(Rsdp::len());

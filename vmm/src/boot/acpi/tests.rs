@@ -1,7 +1,7 @@
 //! Every table is well-formed and says what a kernel needs to know.
 
 use super::*;
-use crate::boot::{AcpiPorts, MmioSlot, Pcie, Reduced, SerialPort};
+use crate::boot::{AcpiPorts, EventRegisters, MmioSlot, NumaNode, Pcie, Reduced, SerialPort, Standard};
 use crate::config::Smp;
 use crate::cpu::Topology;
 
@@ -18,13 +18,15 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
         })
         .collect();
     let platform = Platform {
-        cpus,
+        boot_cpus: cpus,
+        processors: &vec![true; cpus.into()],
         topology: &Topology::new(&smp).unwrap(),
         hardware: Hardware::Reduced(Reduced {
             slots: &slots,
             acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
             button_irq: 3,
         }),
+        standard: None,
         serial: serial.then_some(SerialPort { port: 0x3f8, irq: 4 }),
         generation: crate::device::GenerationId::new(),
         dirty_memory: false,
@@ -32,9 +34,10 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
     tables(AT, &platform)
 }
 
-#[test]
-fn a_q35_has_acpi_hardware_and_a_pcie_root() {
-    let smp = Smp { cpus: 2, max_cpus: 2, sockets: 1, dies: 1, clusters: 1, cores: 2, threads: 1 };
+/// A q35 with two processors, and more if `processors` has more.
+fn q35(processors: &[bool], numa: bool) -> Vec<u8> {
+    let most = processors.len() as u8;
+    let smp = Smp { cpus: 2, max_cpus: most, sockets: 1, dies: 1, clusters: 1, cores: most, threads: 1 };
     let pcie = Pcie {
         pm_base: 0x600,
         sci: 9,
@@ -43,17 +46,58 @@ fn a_q35_has_acpi_hardware_and_a_pcie_root() {
         ecam: 0xb000_0000,
         window32: (0xc000_0000, 0x3000_0000),
         window64: Some((5 << 30, 32 << 30)),
+        events: EventRegisters { events: 0xf000_0000, cpus: 0xf000_0004, gsi: 10 },
         first_pin: 16,
     };
+    let node = |cpus: &[u8], memory: &[(u64, u64)], distances: &[u8]| NumaNode {
+        cpus: cpus.into(),
+        memory: memory.into(),
+        distances: distances.into(),
+    };
+    let numa = if numa {
+        vec![
+            node(&[1], &[(0, 1 << 30)], &[10, 31]),
+            node(&[0], &[(1 << 30, 1 << 30), (4 << 30, 1 << 30)], &[31, 10]),
+        ]
+    } else {
+        Vec::new()
+    };
+    let standard = Standard { numa, ..Standard::default() };
     let platform = Platform {
-        cpus: 2,
+        boot_cpus: 2,
+        processors,
         topology: &Topology::new(&smp).unwrap(),
         hardware: Hardware::Pcie(pcie),
+        standard: Some(&standard),
         serial: None,
         generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
-    let blob = tables(AT, &platform);
+    tables(AT, &platform)
+}
+
+#[test]
+fn processors_that_may_come_are_described() {
+    let mut processors = vec![true; 254];
+    processors[2..].fill(false);
+    let blob = q35(&processors, false);
+    assert!(blob.len() as u64 <= crate::device::GENERATION_ADDRESS - AT, "{:#x}", blob.len());
+    let find = |name: &[u8]| blob.windows(name.len()).filter(|w| w == &name).count();
+    // Each is named where it is described and where it is told.
+    assert_eq!((find(b"C000"), find(b"C253"), find(b"C254")), (2, 2, 0));
+    assert_eq!((find(b"_EJ0"), find(b"ACPI0013"), find(b"ACPI0007")), (252, 2, 254));
+    let xsdt = at(&blob, number(&blob[24..32]));
+    let madt =
+        xsdt[36..].chunks(8).map(|entry| at(&blob, number(entry))).find(|t| &t[..4] == b"APIC").unwrap();
+    let flags: Vec<u8> = (0..254).map(|i| madt[44 + 8 * i + 4]).collect();
+    assert_eq!((&flags[..3], flags[253]), (&[1, 1, 2][..], 2), "enabled, or can be put online");
+    let plain = q35(&[true; 2], false);
+    assert!(!plain.windows(4).any(|w| w == b"PRES"), "nothing of it where none can come");
+}
+
+#[test]
+fn a_q35_has_acpi_hardware_and_a_pcie_root() {
+    let blob = q35(&[true; 2], false);
     assert!(blob.len() as u64 <= crate::device::GENERATION_ADDRESS - AT, "{:#x}", blob.len());
     let xsdt = at(&blob, number(&blob[24..32]));
     let tables: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| at(&blob, number(entry))).collect();
@@ -154,4 +198,24 @@ fn the_generation_id_is_found_by_its_kind_and_where_the_tables_say() {
     memory.read_slice(&mut bytes, GuestAddress(0xe_efff)).unwrap();
     assert_eq!((bytes[0], bytes[17]), (0, 0));
     assert_ne!(bytes, [0; 18]);
+}
+
+#[test]
+fn nodes_say_who_belongs_together_and_how_far_they_are() {
+    let blob = q35(&[true; 2], true);
+    let xsdt = at(&blob, number(&blob[24..32]));
+    let find = |signature: &[u8]| {
+        let tables = xsdt[36..].chunks(8).map(|entry| at(&blob, number(entry)));
+        tables.into_iter().find(|t| &t[..4] == signature).unwrap()
+    };
+    let (srat, slit) = (find(b"SRAT"), find(b"SLIT"));
+    assert_eq!((sum(srat), sum(slit)), (0, 0));
+    assert_eq!((srat.len(), slit.len()), (48 + 2 * 16 + 3 * 40, 36 + 8 + 4));
+    // The first node: processor 1, a GiB from 0.
+    assert_eq!(srat[48..56], [0, 16, 0, 1, 1, 0, 0, 0]);
+    assert_eq!(
+        (&srat[64..70], number(&srat[72..80]), number(&srat[80..88])),
+        (&[1, 40, 0, 0, 0, 0][..], 0, 1 << 30)
+    );
+    assert_eq!((number(&slit[36..44]), &slit[44..]), (2, &[10, 31, 31, 10][..]));
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x500 GDT · 0x7000 boot_params or start_info · 0x9000 page tables · 0x2_0000 command line · 0x9_fc00 MP table
-//! 0xe_0000 ACPI · 0xf_fff0 reset vector · 0x10_0000 bzImage (ELF: where it says) · 0x100_0000 raw kernel · initrd as high as possible
+//! 0xe_0000 ACPI · 0xf_8000 SMBIOS · 0xf_fff0 reset vector · 0x10_0000 bzImage (ELF: where it says) · 0x100_0000 raw kernel · initrd as high as possible
 //! ```
 
 mod bzimage;
@@ -12,6 +12,7 @@ mod linux64;
 mod mptable;
 mod pvh;
 mod raw;
+mod smbios;
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
@@ -22,6 +23,8 @@ use crate::cpu::x86_64::BootState;
 use crate::inherit::Inherited;
 use crate::memory::GuestMemory;
 use crate::memory::layout::{EBDA_START, GAP_END, GAP_START, HIGH_RAM_START};
+
+pub use smbios::Board;
 
 const GDT: u64 = 0x500;
 /// `boot_params` of the Linux protocol, or `start_info` of PVH.
@@ -124,6 +127,9 @@ pub fn load(
     }
     let rsdp = acpi::write(memory, BIOS_AREA, platform)?;
     mptable::write_all(memory, platform)?;
+    if let Some(standard) = platform.standard {
+        smbios::write_all(memory, &standard.board, platform)?;
+    }
     write(memory, RESET_VECTOR, &RESET_CODE, "the reset vector")?;
     let state = match kernel.entry {
         Entry::Linux64(entry) => {

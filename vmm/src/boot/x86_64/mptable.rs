@@ -37,7 +37,8 @@ const EXT_INT: u8 = 3;
 const ALL_LAPICS: u8 = 0xff;
 
 pub(super) fn write_all(memory: &GuestMemory, platform: &Platform<'_>) -> Result<(), BootError> {
-    let ids: Vec<u8> = (0..platform.cpus).map(|i| platform.topology.apic_id(i) as u8).collect();
+    let present = (0u8..).zip(platform.processors).filter(|(_, present)| **present);
+    let ids: Vec<u8> = present.map(|(index, _)| platform.topology.apic_id(index) as u8).collect();
     let table = table(&ids);
     let near = table.len() <= EBDA_ROOM;
     let at = if near { POINTER + POINTER_SIZE as u64 } else { FAR_TABLE };

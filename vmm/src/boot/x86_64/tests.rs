@@ -20,13 +20,15 @@ fn boot(memory: &GuestMemory, config: &BootConfig) -> Result<BootState, BootErro
     let smp = Smp { cpus: 2, max_cpus: 2, sockets: 1, dies: 1, clusters: 1, cores: 2, threads: 1 };
     let slots = [MmioSlot { cmdline_base: 0xf010_0000, acpi_base: 0xf020_0000, size: 512, irq: 5 }];
     let platform = Platform {
-        cpus: 2,
+        boot_cpus: 2,
+        processors: &[true; 2],
         topology: &Topology::new(&smp).unwrap(),
         hardware: Hardware::Reduced(Reduced {
             slots: &slots,
             acpi: AcpiPorts { sleep_control: 0x600, sleep_status: 0x601, reset: 0x602, claim: 0x603 },
             button_irq: 3,
         }),
+        standard: None,
         serial: None,
         generation: crate::device::GenerationId::new(),
         dirty_memory: false,

@@ -1,4 +1,4 @@
-//! `-machine`, `-accel`, `-cpu`, `-smp`, `-m`: what the board is made of.
+//! `-machine`, `-accel`, `-cpu`, `-smp`, `-m`, `-global`: what the board is made of.
 
 use super::props::{Props, size};
 use super::{CmdlineError, Given};
@@ -21,6 +21,9 @@ pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), Cmdli
     }
     if let Some(text) = given.one("-m") {
         config.memory.size = memory(&text)?;
+    }
+    for text in given.many("-global") {
+        config.fast_unplug = global(&text)?.unwrap_or(config.fast_unplug);
     }
     let MemoryConfig { path, prealloc, .. } = &mut config.memory;
     *path = given.path("-mem-path")?;
@@ -50,6 +53,14 @@ fn machine(text: &str) -> Result<MachineConfig, CmdlineError> {
     }
     props.finish()?;
     Ok(MachineConfig { kind, dump_guest_core, mem_share })
+}
+
+/// A property of all devices of a driver; the one that there is.
+fn global(text: &str) -> Result<Option<bool>, CmdlineError> {
+    let mut props = Props::parse("-global", text, None)?;
+    let fast = props.number("pcie-root-port.fast-unplug", 0..=1)?;
+    props.finish()?;
+    Ok(fast.map(|n| n == 1))
 }
 
 fn accel(option: &'static str, text: &str) -> Result<(), CmdlineError> {

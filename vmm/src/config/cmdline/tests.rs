@@ -261,7 +261,38 @@ fn each_bad_line_gets_one_clear_line() {
             "-incoming file:/x -kernel /k -netdev tap,id=n,ifname=t,vhost=on -device virtio-net-device,netdev=n,id=e",
             "-incoming: device \"e\": vhost=on cannot be used with snapshots: leave it out",
         ),
-        ("-numa node,nodeid=0 -kernel /k", "-numa is not supported in this version"),
+        ("-numa node,nodeid=0 -kernel /k", "-numa: 'cpus' is missing: add cpus=VALUE"),
+        ("-numa dist,src=0,dst=1,val=9 -kernel /k", "-numa: val=9: write a whole number from 10 to 254"),
+        (
+            "-numa node,nodeid=0,cpus=3-1,memdev=m -kernel /k",
+            "-numa: cpus=3-1: write numbers and ranges such as 0-3:8, up to 253",
+        ),
+        (
+            "-numa dist,src=0,dst=1,val=20 -kernel /k",
+            "-numa dist: there are no nodes: add -numa node,nodeid=0,cpus=…,memdev=…",
+        ),
+        (
+            "-machine q35 -kernel /k -smp 2 -numa node,nodeid=0,cpus=0,memdev=m",
+            "-numa: vCPU 1 is in 0 nodes: each of the 2 vCPUs must be in exactly one",
+        ),
+        (
+            "-machine q35 -kernel /k -numa node,nodeid=0,cpus=0,memdev=m",
+            "-numa node 0: memdev \"m\" not found: add -object memory-backend-ram,id=m,size=…",
+        ),
+        (
+            "-machine q35 -kernel /k -object memory-backend-ram,id=m,size=128M -numa node,nodeid=0,cpus=0,memdev=m",
+            "-numa: the nodes have 134217728 bytes together, and guest memory (-m) 268435456: make them equal",
+        ),
+        ("-smbios type=5,x=y -kernel /k", "-smbios: write type=N with N one of 0, 1, 2, 3, 4 and 17"),
+        ("-smbios type=1,uuid=7 -kernel /k", "-smbios: uuid=7 is not a UUID"),
+        (
+            "-global pcie-root-port.fast-unplug=2 -kernel /k",
+            "-global: pcie-root-port.fast-unplug=2: write a whole number from 0 to 1",
+        ),
+        (
+            "-global pcie-root-port.slow=1 -kernel /k",
+            "-global: unknown key 'pcie-root-port.slow' (known: pcie-root-port.fast-unplug)",
+        ),
         (
             "-kernel /k -device virtio-rng-device,rng=r",
             "device \"virtio-rng-device.0\": rng \"r\" not found: add -object rng-random,id=r,filename=/dev/urandom",

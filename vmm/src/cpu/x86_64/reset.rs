@@ -82,8 +82,8 @@ mod lapic {
     pub(super) const EXTINT: u32 = 7 << 8;
 }
 
-/// Resets `vcpu`, which must not run; `boot` is what the first one then starts with. Call on the vCPU's own thread.
-pub fn reset(vcpu: &Vcpu, apic_id: u8, boot: &BootState) -> Result<(), CpuError> {
+/// Resets `vcpu`, which must not run; `boot` is what the first one then starts with. Call on the vCPU's own thread, if it has one.
+pub fn reset(vcpu: &Vcpu, apic_id: u8, boot: Option<&BootState>) -> Result<(), CpuError> {
     let fd = vcpu.fd();
     let first = vcpu.index() == 0;
     for (index, data) in MSRS {
@@ -109,7 +109,7 @@ pub fn reset(vcpu: &Vcpu, apic_id: u8, boot: &BootState) -> Result<(), CpuError>
     fd.set_debug_regs(&debug).map_err(CpuError::kvm("set the debug registers"))?;
     let mp_state = if first { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
     fd.set_mp_state(kvm_mp_state { mp_state }).map_err(CpuError::kvm("set the run state"))?;
-    if first { boot.apply(fd) } else { Ok(()) }
+    if first { boot.map_or(Ok(()), |boot| boot.apply(fd)) } else { Ok(()) }
 }
 
 /// Nothing is pending.

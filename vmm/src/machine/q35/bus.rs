@@ -5,15 +5,15 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use super::map;
-use crate::config::{Device, DeviceDriver, PciAddr, PciPlace, VmConfig};
+use crate::config::{Device, DeviceDriver, PciAddr, PciPlace, Smp, VmConfig};
 use crate::inherit::Inherited;
 use crate::irq::{KvmMessages, Level, Messages, SharedLine};
 use crate::machine::doorbell::KvmPciDoorbell;
 use crate::machine::others::Others;
 use crate::machine::slots::{Workers, no_such};
-use crate::machine::{MachineError, OnLeft, devices};
+use crate::machine::{Departure, MachineError, OnLeft, devices};
 use crate::memory::GuestMemory;
-use crate::pci::{Address, Function, PortEvents, Root, RootPort, host_bridge, lpc};
+use crate::pci::{Address, Function, PortEvents, PortOptions, Root, RootPort, host_bridge, lpc};
 use crate::virtio::pci::{PciTransport, Place, Wires};
 use crate::virtio::{Doorbell, VirtioDevice, blk, net};
 
@@ -36,7 +36,7 @@ struct Model {
 
 /// What will be on the buses, in command-line order.
 pub(super) struct Plan {
-    ports: Vec<(String, PciAddr, bool, u8)>,
+    ports: Vec<(String, PciAddr, PortOptions)>,
     devices: Vec<(String, PciPlace, bool, Model)>,
 }
 
@@ -114,8 +114,14 @@ impl PortEvents for Left {
     fn left(&self, device: Arc<dyn Function>) {
         // The machine has it too, and ends it.
         drop(device);
-        (self.tell)(self.port.clone());
+        (self.tell)(Departure::Port(self.port.clone()));
     }
+}
+
+/// Queues of a disk that does not say how many: each vCPU has one, and its interrupt.
+pub(super) fn disk_queues(smp: &Smp) -> u16 {
+    const MOST: u8 = 32;
+    smp.cpus.min(MOST).into()
 }
 
 /// Opens the host ends of all devices.
@@ -131,15 +137,17 @@ pub(super) fn open(
         let Device { id, driver, multifunction, .. } = device;
         let Some(place) = place else { continue };
         if let (DeviceDriver::PcieRootPort { port }, PciPlace::Root(addr)) = (driver, &place) {
-            plan.ports.push((id.clone(), *addr, *multifunction, *port));
+            let (number, multifunction, fast_unplug) = (*port, *multifunction, config.fast_unplug);
+            plan.ports.push((id.clone(), *addr, PortOptions { number, multifunction, fast_unplug }));
             continue;
         }
         let model = match driver {
-            DeviceDriver::VirtioBlk { drive, .. } => devices::disk(id, driver, config, inherited, workers)?
-                .map(|disk| {
+            DeviceDriver::VirtioBlk { drive, .. } => {
+                devices::disk(id, driver, disk_queues(&config.smp), config, inherited, workers)?.map(|disk| {
                     let end = End::Disk(drive.clone(), disk.port());
                     Model { driver: driver.pci_name(), device: Box::new(disk), end }
-                }),
+                })
+            }
             DeviceDriver::VirtioNet { netdev, .. } => {
                 nics += 1;
                 devices::nic(id, driver, nics - 1, config, inherited, workers)?.map(|nic| {
@@ -168,10 +176,10 @@ pub(super) fn populate(
     root.add(Address { device: 0, function: 0 }, host_bridge(map::ECAM))?;
     root.add(Address { device: 31, function: 0 }, lpc(map::PM_BASE))?;
     let mut slots = Vec::with_capacity(plan.ports.len());
-    for (id, addr, multifunction, number) in plan.ports {
+    for (id, addr, options) in plan.ports {
         let events = Left { port: id.clone(), tell: Arc::clone(&fixtures.on_left) };
         let messages = Arc::clone(&fixtures.messages);
-        let port = RootPort::new(number, multifunction, messages, fixtures.line(addr.slot), Arc::new(events));
+        let port = RootPort::new(options, messages, fixtures.line(addr.slot), Arc::new(events));
         root.add_port(address(addr), &port)?;
         slots.push(Slot { id, port, addr });
     }

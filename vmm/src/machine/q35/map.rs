@@ -1,6 +1,6 @@
 //! The addresses of a q35, and where BARs may lie.
 
-use crate::boot::Pcie;
+use crate::boot::{EventRegisters, Pcie};
 use crate::memory::layout::{GAP_END, Q35_GAP_START};
 use crate::pci::Window;
 
@@ -18,6 +18,8 @@ pub(super) const SLEEP: u16 = 0xce9;
 pub(super) const PM_BASE: u16 = 0x600;
 /// ACPI's interrupt.
 pub(super) const SCI: u32 = 9;
+/// Registers and interrupt of processors that come and go.
+pub(super) const EVENTS: EventRegisters = EventRegisters { events: 0xf000_0000, cpus: 0xf000_0004, gsi: 10 };
 /// GSI of pin A of slot 0.
 pub(super) const FIRST_PIN: u32 = 16;
 /// Lines that the pins of all slots share.
@@ -38,6 +40,7 @@ pub(super) fn windows(ram: u64) -> (Vec<Window>, Pcie) {
         ecam: ECAM,
         window32: (WINDOW32.base, WINDOW32.size),
         window64: high.map(|w| (w.base, w.size)),
+        events: EVENTS,
         first_pin: FIRST_PIN,
     };
     (windows, pcie)
@@ -69,6 +72,7 @@ mod tests {
             assert!(high.base.is_multiple_of(WINDOW64_ALIGN));
             assert_eq!(pcie.window64, Some((high.base, high.size)));
         }
+        const { assert!(WINDOW32.base + WINDOW32.size <= EVENTS.events) }
         const { assert!(ECAM >= Q35_GAP_START && ECAM + ECAM_SIZE <= WINDOW32.base) }
     }
 }

@@ -8,6 +8,7 @@
 //! 0x3f8..400  serial, GSI 4                     0xfec0_0000  IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
 //! 0x600..60c  ACPI registers, GSI 9             4 GiB        the rest of RAM
 //! 0xce9, 0xcea  sleep                           behind it    64-bit BARs, 32 GiB
+//!                                               0xf000_0000  with maxcpus: events, processors; GSI 10
 //! 0xcf8..d00  configuration space, reset
 //!
 //! pcie.0: 00.0 host bridge · 1f.0 LPC · devices and root ports where bus= and addr= put them · INTx on GSI 16 to 19
@@ -16,6 +17,7 @@
 //! [`Q35::build`] is in the order that KVM makes cheap, as on a microvm.
 
 mod bus;
+mod cpus;
 mod map;
 mod plug;
 mod saved;
@@ -29,21 +31,23 @@ use super::others::Others;
 use super::replaceable::{BlockDevice, NetDevice};
 use super::slots::Workers;
 use super::snapshot::{Identity, Source, wake};
-use super::{CpuInfo, Environment, GuestEvent, MachineError, guest};
-use crate::boot::{self, BootFiles, Hardware, Pcie, Platform, SerialPort};
+use super::{CpuInfo, Departure, Environment, GuestEvent, MachineError, guest};
+use crate::boot::{self, Board, BootFiles, Hardware, NumaNode, Pcie, Platform, SerialPort, Standard};
 use crate::bus::{Bus, BusDevice};
-use crate::config::VmConfig;
+use crate::config::{self, VmConfig};
+use crate::cpu::x86_64::VcpuMaker;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{
     GENERATION_IRQ, GenerationId, I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister,
 };
 use crate::inherit::Inherited;
 use crate::irq::{self, KvmLine, Line as _, SharedLine};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, GuestMemory, layout};
 use crate::pci::Root;
 use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use bus::{Fixtures, Seat, Slot};
+use cpus::HotCpus;
 pub use plug::PlugError;
 use plug::Shelves;
 
@@ -52,7 +56,11 @@ const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 /// What a guest is told about the machine each time it starts.
 struct Wiring {
     cpus: u8,
+    max_cpus: u8,
+    /// Whether each vCPU is there, by its number, when the guest starts.
+    processors: Vec<bool>,
     topology: Topology,
+    standard: Standard,
     pcie: Pcie,
     has_serial: bool,
     append: String,
@@ -64,9 +72,11 @@ struct Wiring {
 impl Wiring {
     fn platform(&self, dirty_memory: bool) -> Platform<'_> {
         Platform {
-            cpus: self.cpus,
+            boot_cpus: self.cpus,
+            processors: &self.processors,
             topology: &self.topology,
             hardware: Hardware::Pcie(self.pcie),
+            standard: Some(&self.standard),
             serial: self.has_serial.then_some(SERIAL),
             generation: self.generation,
             dirty_memory,
@@ -78,6 +88,7 @@ impl Wiring {
 pub(in crate::machine) struct Q35 {
     pub(in crate::machine) vcpus: Vcpus,
     workers: Workers,
+    hot_cpus: Option<HotCpus>,
     root: Arc<Root>,
     slots: Vec<Slot>,
     seats: Vec<Seat>,
@@ -129,12 +140,17 @@ impl Q35 {
         });
         memory::register(&vm, &memory)?;
         irq::create_controllers(&vm)?;
-        let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
+        let mut maker = VcpuMaker::new(&kvm, &topology)?;
+        let vcpus = maker.make_first(&kvm, &vm, &topology, config.smp.cpus)?;
         let vm = Arc::new(vm);
 
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         let (windows, pcie) = map::windows(config.memory.size);
         let root = Root::new(Arc::clone(&buses.mmio), windows);
+        let can_grow = config.smp.max_cpus > config.smp.cpus;
+        let hot_cpus = can_grow
+            .then(|| HotCpus::new(&config.smp, maker, &vm, Arc::clone(&device_left), &buses.mmio))
+            .transpose()?;
         let fixtures = Fixtures::new(&vm, &memory, device_left);
         let (slots, seats) = bus::populate(&root, plan, &fixtures)?;
 
@@ -160,7 +176,12 @@ impl Q35 {
 
         let wiring = Wiring {
             cpus: config.smp.cpus,
+            max_cpus: config.smp.max_cpus,
+            processors: hot_cpus
+                .as_ref()
+                .map_or_else(|| vec![true; config.smp.cpus.into()], HotCpus::present),
             topology,
+            standard: standard(config),
             pcie,
             has_serial: serial.is_some(),
             append: config.boot.append.clone(),
@@ -190,6 +211,7 @@ impl Q35 {
         Ok(Self {
             vcpus,
             workers,
+            hot_cpus,
             root,
             slots,
             seats,
@@ -238,6 +260,10 @@ impl Q35 {
         if let Some(serial) = &self.serial {
             serial.reset();
         }
+        if let Some(cpus) = &self.hot_cpus {
+            cpus.reset();
+            self.wiring.processors = cpus.present();
+        }
         irq::reset_controllers(&self.vm)?;
         if std::mem::take(&mut self.from_snapshot) {
             memory::renew(&self.memory, self.dump_guest_core)?;
@@ -246,7 +272,7 @@ impl Q35 {
         }
         let platform = self.wiring.platform(true);
         let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
-        guest::reset_vcpus(&self.vcpus, &self.wiring.topology, self.wiring.cpus, state)?;
+        guest::reset_vcpus(&self.vcpus, &self.wiring.topology, self.wiring.max_cpus, state)?;
         self.resetting.store(false, Ordering::Release);
         Ok(())
     }
@@ -284,6 +310,23 @@ impl Q35 {
         }
         result
     }
+}
+
+/// What the tables say beyond the devices.
+fn standard(config: &VmConfig) -> Standard {
+    let mut free = layout::ram(config.memory.size, layout::Q35_GAP_START);
+    let memory = free.iter().map(|range| (range.base, range.size)).collect();
+    let texts = config.smbios.iter().map(|t| (t.table, t.key, t.value.clone())).collect();
+    let board = Board { texts, uuid: config.uuid.unwrap_or_default(), memory };
+    let numa = &config.numa;
+    let size = |memdev: &str| config.memory.backends.iter().find(|b| b.id == memdev).map_or(0, |b| b.size);
+    let node = |node: &config::NumaNode| NumaNode {
+        cpus: node.cpus.clone(),
+        memory: layout::take(&mut free, size(&node.memdev)).iter().map(|r| (r.base, r.size)).collect(),
+        distances: numa.nodes.iter().map(|to| numa.distance(node.id, to.id)).collect(),
+    };
+    let numa = numa.nodes.iter().map(node).collect();
+    Standard { numa, board }
 }
 
 /// Passes a request for a reset on once until it has been carried out: a guest that asks runs on for a moment, and asks again by another way.

@@ -12,14 +12,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::Q35;
-use super::bus::{End, Seat};
+use super::bus::{End, Seat, disk_queues};
+use super::cpus::{self, HotCpus};
+use super::{Departure, Q35};
 use crate::block::Disk;
 use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::inherit::Inherited;
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
 use crate::machine::replaceable::{
-    BlockDevice, Hotplug, HotplugError, NetDevice, forget_descriptors, is_spent, open_netdev,
+    BlockDevice, Hotplug, HotplugError, NetDevice, Plugged, forget_descriptors, is_spent, open_netdev,
 };
 use crate::net::{self, Backend};
 use crate::pci::Pending;
@@ -74,6 +75,27 @@ pub enum PlugError {
     /// The guest has not finished with the slot.
     #[error(transparent)]
     Pending(#[from] Pending),
+    /// The name of a vCPU is taken.
+    #[error("Device id {0} already existed.")]
+    CpuDeviceExists(String),
+    /// All vCPUs are there from the start.
+    #[error("There is no hotpluggable cpu-id for this VM.")]
+    NoCpuSlots,
+    /// The tables of a guest with NUMA nodes say who belongs where for good.
+    #[error("Not support to hotplug/hotunplug cpu in numa architecture now.")]
+    Numa,
+    /// No number.
+    #[error("Argument cpu-id is required.")]
+    NoCpuId,
+    /// A number beyond the last.
+    #[error("Max cpu-id is {0}")]
+    CpuIdMax(u8),
+    /// The number of a vCPU that has been there from the start.
+    #[error("Cpu-id {0} already exist.")]
+    CpuIdExists(u8),
+    /// The number of a vCPU that has been plugged.
+    #[error("Cpu-id {0} is running, device id is {1}.")]
+    CpuIdRuns(u8, String),
 }
 
 struct Named<C> {
@@ -145,6 +167,8 @@ pub(super) struct Shelves {
     backends: HashMap<String, Backend>,
     /// NICs so far: their addresses count on.
     nics: u8,
+    /// Of a disk that does not say how many.
+    disk_queues: u16,
 }
 
 impl Shelves {
@@ -165,7 +189,8 @@ impl Shelves {
                 End::Other => {}
             }
         }
-        Self { drives, nets, disks: HashMap::new(), backends: HashMap::new(), nics }
+        let disk_queues = disk_queues(&config.smp);
+        Self { drives, nets, disks: HashMap::new(), backends: HashMap::new(), nics, disk_queues }
     }
 
     /// The images of a node that no device uses, nearest first. It is only read from now on, so it gives its own hold of the image up.
@@ -218,7 +243,7 @@ impl Shelves {
 
 impl Q35 {
     /// Adds, removes, plugs or unplugs. After an error everything is as before.
-    pub(in crate::machine) fn hotplug(&mut self, request: Hotplug) -> Result<(), HotplugError> {
+    pub(in crate::machine) fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         let shelves = &mut self.shelves;
         match request {
             Hotplug::AddDrive { mut drive, node } => {
@@ -244,16 +269,46 @@ impl Q35 {
                 shelves.nets.remove(&name, Refusal::NoNetdev(name.clone()))?;
                 shelves.backends.remove(&name);
             }
+            Hotplug::Plug(device) if device.driver == cpus::DRIVER => {
+                self.plug_cpu(&device)?;
+                return Ok(Plugged::CpusResized);
+            }
             Hotplug::Plug(device) => self.plug(&device)?,
-            Hotplug::Unplug(id) => self.ask_removal(&id)?,
+            Hotplug::Unplug(id) => {
+                let cpu = self.hot_cpus.as_ref().map_or(Ok(false), |cpus| cpus.ask_removal(&id))?;
+                if cpu {
+                    return Ok(Plugged::CpusResized);
+                }
+                self.ask_removal(&id)?;
+            }
         }
-        Ok(())
+        Ok(Plugged::Done)
+    }
+
+    fn plug_cpu(&mut self, new: &NewDevice) -> Result<(), HotplugError> {
+        if self.is_taken(&new.id) {
+            return Err(PlugError::CpuDeviceExists(new.id.clone()).into());
+        }
+        if !self.wiring.standard.numa.is_empty() {
+            return Err(PlugError::Numa.into());
+        }
+        let cpus = self.hot_cpus.as_mut().ok_or(PlugError::NoCpuSlots)?;
+        cpus.plug(new, &self.vm, &self.wiring.topology, &mut self.vcpus)
+    }
+
+    /// Whether a device has this name.
+    fn is_taken(&self, id: &str) -> bool {
+        self.seats.iter().any(|s| s.id == id)
+            || self.slots.iter().any(|s| s.id == id)
+            || self.hot_cpus.iter().flat_map(HotCpus::ids).any(|known| known == id)
     }
 
     /// Devices by id with their drivers, root ports first.
     pub(in crate::machine) fn devices(&self) -> Vec<(String, &'static str)> {
         let ports = self.slots.iter().map(|slot| (slot.id.clone(), "pcie-root-port"));
-        ports.chain(self.seats.iter().map(|seat| (seat.id.clone(), seat.driver))).collect()
+        let seats = self.seats.iter().map(|seat| (seat.id.clone(), seat.driver));
+        let cpus = self.hot_cpus.iter().flat_map(HotCpus::ids);
+        ports.chain(seats).chain(cpus.map(|id| (id.to_owned(), cpus::DRIVER))).collect()
     }
 
     fn plug(&mut self, new: &NewDevice) -> Result<(), HotplugError> {
@@ -262,7 +317,7 @@ impl Q35 {
             "virtio-net-pci" => ("net", "virtio-net-pci"),
             other => return Err(PlugError::Driver(other.to_owned()).into()),
         };
-        if self.seats.iter().any(|s| s.id == new.id) || self.slots.iter().any(|s| s.id == new.id) {
+        if self.is_taken(&new.id) {
             return Err(PlugError::DeviceExists(new.id.clone()).into());
         }
         let wrong = |why: String| PlugError::Place { kind, why };
@@ -308,9 +363,15 @@ impl Q35 {
         Ok(slot.port.ask_removal()?)
     }
 
-    /// The guest has let the device in this root port's slot go: ends it, and returns its name.
-    pub(in crate::machine) fn device_left(&mut self, port: &str) -> Option<String> {
-        let slot = self.slots.iter().find(|slot| slot.id == port)?;
+    /// The guest has let this go: ends it, and returns its name.
+    pub(in crate::machine) fn device_left(&mut self, departure: &Departure) -> Option<String> {
+        let port = match departure {
+            Departure::Cpu(index) => {
+                return self.hot_cpus.as_mut()?.left(*index, &self.wiring.topology, &mut self.vcpus);
+            }
+            Departure::Port(port) => port,
+        };
+        let slot = self.slots.iter().find(|slot| slot.id == *port)?;
         if slot.port.device().is_some() {
             return None;
         }
@@ -349,7 +410,8 @@ impl Shelves {
                 None => Disk::open(drive, inherited)?,
             };
             let (backend, serial, read_only) = (Some(disk), new.serial.clone(), drive.readonly);
-            let (queue_size, queues) = (QUEUE_SIZE, 1);
+            let queues = new.num_queues.unwrap_or(self.disk_queues);
+            let queue_size = new.queue_size.unwrap_or(QUEUE_SIZE);
             let blk = Blk::new(BlkOptions { backend, serial, read_only, queue_size, queues, worker });
             let end = End::Disk(node, blk.port());
             return Ok((Box::new(blk), end));
@@ -367,8 +429,8 @@ impl Shelves {
         };
         let mac = new.mac.unwrap_or_else(|| net::default_mac(self.nics));
         self.nics = self.nics.wrapping_add(1);
-        let options =
-            NetOptions { backend: Some(backend), mac, multi_queue: false, queue_size: QUEUE_SIZE, worker };
+        let (multi_queue, queue_size) = (new.multi_queue, new.queue_size.unwrap_or(QUEUE_SIZE));
+        let options = NetOptions { backend: Some(backend), mac, multi_queue, queue_size, worker };
         let nic = Net::new(options);
         let end = End::Nic(name, nic.port());
         Ok((Box::new(nic), end))

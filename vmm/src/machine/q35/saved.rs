@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::Q35;
 use super::bus::{Seat, Slot};
+use super::cpus::HotCpus;
 use crate::config::PciAddr;
 use crate::device::{PmRegisters, SavedPm};
 use crate::machine::MachineError;
@@ -92,6 +93,10 @@ impl Q35 {
                 let device = format!("device \"{}\"", seat.id);
                 return Err(MachineError::State { device, source: StateError::Leaving });
             }
+        }
+        if let Some(id) = self.hot_cpus.iter().flat_map(HotCpus::ids).next() {
+            let source = StateError::Excluded("a vCPU that was plugged");
+            return Err(MachineError::State { device: format!("device \"{id}\""), source });
         }
         let chipset = Chipset { pm: self.pm.saved(), selected: self.root.selected() };
         let mut own: Vec<Section> = vec![(CHIPSET, 0, json(&chipset)?)];

@@ -8,7 +8,7 @@ use super::*;
 use crate::pci::config::{BarKind, COMMAND, ConfigSpace, Identity};
 use crate::pci::intx::tests::Wire;
 use crate::pci::msix::tests::Sent;
-use crate::pci::{PortEvents, host_bridge, lpc};
+use crate::pci::{PortEvents, PortOptions, host_bridge, lpc};
 
 const WINDOWS: [Window; 2] =
     [Window { base: 0xc000_0000, size: 0x3000_0000 }, Window { base: 4 << 30, size: 1 << 30 }];
@@ -106,8 +106,8 @@ fn rig() -> Rig {
     root.add(at(3), Arc::clone(&cards[1]) as _).unwrap();
     let (left, sent, wire) =
         (Arc::new(Left::default()), Arc::new(Sent::default()), Arc::new(Wire::default()));
-    let port =
-        RootPort::new(5, false, Arc::clone(&sent) as _, Arc::clone(&wire) as _, Arc::clone(&left) as _);
+    let options = PortOptions { number: 5, ..PortOptions::default() };
+    let port = RootPort::new(options, Arc::clone(&sent) as _, Arc::clone(&wire) as _, Arc::clone(&left) as _);
     root.add_port(at(5), &port).unwrap();
     assert_eq!(root.add(at(5), Card::new(0)), Err(RootError(at(5))));
     let ecam = root.ecam();
@@ -135,7 +135,7 @@ impl Rig {
     fn open_port(&self) {
         self.put(0, 5, 0x18, 0x00_01_01_00);
         self.put(0, 5, 0x20, 0xd010_d000);
-        self.put(0, 5, 0x04, 2);
+        self.put(0, 5, 0x04, 6);
     }
 }
 
@@ -227,7 +227,7 @@ fn a_device_in_a_slot_comes_goes_and_is_reached_through_the_bridge_only() {
     assert_eq!((rig.byte(0xd000_0000), rig.byte(0xc000_0000)), (30, 0xff), "the bridge lets one through");
     rig.put(0, 5, 4, 0);
     assert_eq!(rig.byte(0xd000_0000), 0xff, "closed");
-    rig.put(0, 5, 4, 2);
+    rig.put(0, 5, 4, 6);
     assert_eq!(rig.byte(0xd000_0000), 30);
 
     rig.put16(0, 5, express + 0x1a, 0x1f);

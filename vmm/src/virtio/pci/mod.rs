@@ -9,7 +9,11 @@
 //! A driver without MSI-X hears of everything through the interrupt pin and the ISR status. The capability for access through configuration space
 //! (§4.1.4.9) leads into the same two BARs.
 //!
-//! Locks: `registers`, as in `mmio`; then nothing. `config` is held for the time of one copy. Interrupts take neither.
+//! A device touches guest memory only while its driver lets it master the bus. A function-level reset (PCIe 5.0 §6.6.2) is one of the whole
+//! function, its registers in configuration space included.
+//!
+//! Locks: `registers`, as in `mmio`; then `config`, which is held for the time of one copy; then those of the interrupts, which take neither
+//! of the two.
 
 mod common;
 mod signals;
@@ -57,6 +61,10 @@ const CFG_DEVICE: u8 = 4;
 const CFG_PCI: u8 = 5;
 /// Bytes of `struct virtio_pci_cap`.
 const CAP_SIZE: u16 = 16;
+
+/// In the PCI Express capability (PCIe 5.0 §7.5.3.4); of its upper byte, the bit that resets the function.
+const DEVICE_CONTROL: u16 = 8;
+const RESET: u8 = 0x80;
 
 /// BAR 4 is mapped nowhere.
 const UNMAPPED: u64 = u64::MAX;
@@ -117,6 +125,7 @@ impl Shared {
     fn reset(&self) {
         let mut registers = self.lock();
         registers.reset(&*self.doorbell);
+        self.with_link(|link| registers.set_master(false, false, link));
         self.signals.reset();
     }
 
@@ -173,6 +182,7 @@ impl BusDevice for Shared {
 struct Capabilities {
     msix: u16,
     pci: u16,
+    express: u16,
 }
 
 /// One virtio device as a PCI function.
@@ -232,6 +242,11 @@ impl PciTransport {
     }
 }
 
+/// What a write of `data` at `offset` puts into the byte at `at`.
+fn written(offset: u16, data: &[u8], at: u16) -> Option<u8> {
+    data.get(usize::from(at.checked_sub(offset)?)).copied()
+}
+
 /// Class, subclass and interface of a device type.
 fn class(device_type: u32) -> u32 {
     match device_type {
@@ -266,8 +281,8 @@ fn describe(device_type: u32, place: Place, msix: &Msix) -> (ConfigSpace, Capabi
         .with_bar(MSIX_BAR, TABLE_SIZE, BarKind::Memory32)
         .with_bar(MODERN_BAR, MODERN_SIZE, BarKind::Memory64)
         .with_pin(1);
-    let mut at =
-        Capabilities { msix: msix.add_capability(&mut config, MSIX_BAR).unwrap_or_default(), pci: 0 };
+    let msix = msix.add_capability(&mut config, MSIX_BAR).unwrap_or_default();
+    let mut at = Capabilities { msix, ..Capabilities::default() };
     for (kind, offset, length) in
         [(CFG_COMMON, COMMON, common::SIZE), (CFG_ISR, ISR, 1), (CFG_DEVICE, DEVICE, PART)]
     {
@@ -279,7 +294,8 @@ fn describe(device_type: u32, place: Place, msix: &Msix) -> (ConfigSpace, Capabi
     // BAR, offset and length are the driver's.
     let writable = [0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
     at.pci = config.add_capability(CAP_VENDOR, &window, &writable).unwrap_or_default();
-    config.add_capability(CAP_EXPRESS, &express(place), &[0, 0, 0, 0, 0, 0, 0xff, 0x7f]);
+    let writable = [0, 0, 0, 0, 0, 0, 0xff, 0x7f];
+    at.express = config.add_capability(CAP_EXPRESS, &express(place), &writable).unwrap_or_default();
     (config, at)
 }
 
@@ -289,8 +305,8 @@ fn express(place: Place) -> Vec<u8> {
     let link: u8 = 1 | 1 << 4;
     let kind = if place.behind_port { 0 } else { 9 };
     body[0] = 2 | kind << 4;
-    // Role-based error reporting.
-    body[3] = 0x80;
+    // Role-based error reporting; function-level reset.
+    (body[3], body[5]) = (0x80, 0x10);
     if place.behind_port {
         // Capability, status, and speeds: 2.5 GT/s, x1.
         (body[0xa], body[0x10], body[0x2a]) = (link, link, 1 << 1);
@@ -323,15 +339,23 @@ impl Function for PciTransport {
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) -> bool {
+        if written(offset, data, self.at.express + DEVICE_CONTROL + 1).is_some_and(|byte| byte & RESET != 0) {
+            self.reset();
+            return true;
+        }
         let mut config = self.config();
         config.write(offset, data);
-        let command = config.u16(COMMAND);
-        let control = config.u16(self.at.msix + 2);
-        drop(config);
-        self.shared.signals.allow_pin(command & COMMAND_INTX_DISABLE == 0);
-        if touches(offset, data.len(), self.at.msix + 2, 2) {
-            self.msix.set_control(control);
+        let is_command = touches(offset, data.len(), COMMAND, 2);
+        if is_command || touches(offset, data.len(), self.at.msix + 2, 2) {
+            self.shared.signals.allow_pin(config.u16(COMMAND) & COMMAND_INTX_DISABLE == 0);
+            self.msix.set_control(config.u16(self.at.msix + 2), config.is_master());
             self.shared.signals.update();
+        }
+        drop(config);
+        if is_command {
+            let mut registers = self.shared.lock();
+            let (master, broken) = (self.config().is_master(), self.shared.signals.is_broken());
+            self.shared.with_link(|link| registers.set_master(master, broken, link));
         }
         // Accesses through the window are those of the length that the driver has announced, and start at its start.
         if offset == self.at.pci + CAP_SIZE
@@ -359,9 +383,9 @@ impl Function for PciTransport {
     }
 
     fn reset(&self) {
+        self.config().reset();
         self.shared.reset();
         self.msix.reset();
-        self.config().reset();
         self.shared.signals.allow_pin(true);
     }
 }

@@ -26,7 +26,9 @@ impl Suspend for PciTransport {
         let mut config = self.config();
         config.restore(&pci.config).ok_or(StateError::Malformed("configuration space"))?;
         let (command, control) = (config.u16(COMMAND), config.u16(self.at.msix + 2));
+        let master = config.is_master();
         drop(config);
+        self.shared.lock().master = master;
         let signals = &self.shared.signals;
         signals
             .restore(state.interrupt_status, state.needs_reset, state.config_generation)
@@ -34,7 +36,7 @@ impl Suspend for PciTransport {
             .ok_or(StateError::Malformed("interrupt of a function"))?;
         self.msix.restore(&pci.msix).ok_or(StateError::Malformed("table of MSI-X"))?;
         // Now what was pending may come: the processors have their state.
-        self.msix.set_control(control);
+        self.msix.set_control(control, master);
         signals.allow_pin(command & COMMAND_INTX_DISABLE == 0);
         signals.update();
         Ok(())

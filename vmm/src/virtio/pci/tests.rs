@@ -116,6 +116,9 @@ impl Rig {
             }
         }
     }
+    fn msix_is_on(&self) -> bool {
+        self.card.msix.enabled()
+    }
     fn negotiate(&self) {
         for status in [0, 1, 3] {
             self.set(0x14, 1, status);
@@ -332,6 +335,50 @@ fn nothing_changes_behind_a_running_device_and_bad_queues_need_a_reset() {
     assert!(rig.is_active());
 }
 
+#[test]
+fn a_device_touches_memory_only_while_it_may_master_the_bus() {
+    let rig = rig();
+    rig.msix_on();
+    rig.card.write_config(4, &[2]);
+    rig.start();
+    assert_eq!((rig.get(0x14, 1), rig.is_active()), (0xf, false), "it waits");
+    rig.set(0x3000, 2, 0);
+    rig.card.write_config(4, &[6]);
+    assert!(rig.is_active());
+    rig.card.write_config(4, &[6]);
+    assert_eq!(rig.seen.resets.load(Ordering::Relaxed), 0, "nothing new");
+    rig.interrupt().queue(0);
+    // Taken away while it runs: it stops, and its driver hears of it when it may be told.
+    rig.card.write_config(4, &[2]);
+    assert_eq!((rig.seen.resets.load(Ordering::Relaxed), rig.is_active()), (1, false));
+    assert!(rig.doorbell.attached.lock().unwrap().is_empty());
+    rig.card.write_config(4, &[6]);
+    assert_eq!((rig.get(0x14, 1), rig.is_active()), (0x4f, false));
+    rig.start();
+    assert!(rig.is_active());
+}
+
+#[test]
+fn a_function_level_reset_is_one_of_everything() {
+    let rig = rig();
+    rig.msix_on();
+    rig.start();
+    let at = rig.card.at.express;
+    assert_eq!(rig.config(at + 4) >> 28 & 1, 1, "it says that it can");
+    assert!(rig.card.write_config(at + 8, &0x8000u16.to_le_bytes()));
+    assert_eq!((rig.seen.resets.load(Ordering::Relaxed), rig.is_active(), rig.get(0x14, 1)), (1, false, 0));
+    assert_eq!((rig.config(4) & 0xffff, rig.config(0x14), rig.config(at + 8) & 0x8000), (0, 0, 0));
+    assert!(!rig.msix_is_on() && rig.card.mappings().is_empty());
+    // By its byte alone; and other bits of the register reset nothing.
+    assert!(rig.card.write_config(at + 9, &[0x80]));
+    rig.card.write_config(at + 8, &[0xff]);
+    rig.card.write_config(at + 8, &[0xff, 0x7f]);
+    assert_eq!(rig.config(at + 8) & 0xffff, 0x7fff);
+    rig.card.write_config(4, &[6]);
+    rig.start();
+    assert!(rig.is_active());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Any accesses, of any width, to the BARs and to configuration space: no panic, and the function can be used afterwards.
@@ -363,6 +410,7 @@ proptest! {
             prop_assert_eq!(&data[width..], &[0xaa; 8][width..]);
         }
         rig.card.reset();
+        rig.card.write_config(4, &[6]);
         rig.start();
         prop_assert!(rig.is_active());
     }

@@ -20,9 +20,16 @@ use tests::scenario::{BOOT, Guest, Outcome, SOON, Vmm, check, host_with_vmm, ste
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Conversation {
+    /// The board.
+    #[serde(default = "microvm")]
+    machine: String,
     /// Further arguments of the VMM.
     options: String,
     steps: Vec<Step>,
+}
+
+fn microvm() -> String {
+    "microvm".to_owned()
 }
 
 /// One step; exactly one kind.
@@ -87,14 +94,19 @@ fn fits(want: &Value, got: &Value) -> bool {
 }
 
 fn play(file: &str, number: u8) -> Outcome {
-    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("conversations/microvm").join(file);
+    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("conversations").join(file);
     let conversation: Conversation = serde_json::from_str(&std::fs::read_to_string(&path)?)?;
     let host = host()?;
     let name = format!("talk{number}");
     let guest = Guest::new(host, &name, number)?;
+    let machine = &conversation.machine;
+    let disk = match machine.as_str() {
+        "q35" => "virtio-blk-pci,bus=pcie.0,addr=0x1",
+        _ => "virtio-blk-device",
+    };
     let arguments = format!(
-        "-machine microvm -m 256M -kernel /srv/guest/vmlinuz -initrd /srv/guest/initrd.gz \
-         -append '{}' -drive file={},id=rootfs,readonly=off,direct=off -device virtio-blk-device,drive=rootfs,id=rootfs \
+        "-machine {machine} -m 256M -kernel /srv/guest/vmlinuz -initrd /srv/guest/initrd.gz \
+         -append '{}' -drive file={},id=rootfs,readonly=off,direct=off -device {disk},drive=rootfs,id=rootfs \
          -serial socket,path={{dir}}/console.sock,server,nowait {}",
         guest.append().replace(&format!("guest.ip={}/24", guest.address), ""),
         guest.disk,
@@ -167,38 +179,44 @@ fn play(file: &str, number: u8) -> Outcome {
 
 #[test]
 fn queries() -> Outcome {
-    play("1-query.json", 1)
+    play("microvm/1-query.json", 1)
 }
 
 #[test]
 fn lifecycle() -> Outcome {
-    play("2-lifecycle.json", 2)
+    play("microvm/2-lifecycle.json", 2)
 }
 
 #[test]
 fn disk_hot_plug() -> Outcome {
-    play("3-disk.json", 3)
+    play("microvm/3-disk.json", 3)
 }
 
 #[test]
 fn nic_hot_plug() -> Outcome {
-    play("4-nic.json", 4)
+    play("microvm/4-nic.json", 4)
 }
 
 /// The button reaches the guest's ACPI code; what follows is up to the guest, which here has nobody to act on it.
 #[test]
 fn power_button() -> Outcome {
-    play("5-powerdown.json", 5)
+    play("microvm/5-powerdown.json", 5)
 }
 
 /// The guest's `free`, the memory that the host gives the VMM, and a target above what the guest booted with.
 #[test]
 fn balloon() -> Outcome {
-    play("6-balloon.json", 6)
+    play("microvm/6-balloon.json", 6)
+}
+
+/// The standard machine: its nodes and its name, a disk and a NIC that come, and go when the guest lets them, a balloon, and its life.
+#[test]
+fn standard_machine() -> Outcome {
+    play("standard/1-devices.json", 8)
 }
 
 /// What the guest does goes on in another process, with the disk that was plugged before; what it did after the snapshot was never done.
 #[test]
 fn snapshot() -> Outcome {
-    play("7-snapshot.json", 7)
+    play("microvm/7-snapshot.json", 7)
 }

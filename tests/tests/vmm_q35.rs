@@ -182,6 +182,14 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
         gone(&mut qmp, round)?;
         until(&mut console, "ls /sys/class/block | grep -c vdb", "0")?;
     }
+    // One that the guest throws out by itself is told of as well, and the slot can be used again.
+    let disk =
+        json!({ "id": "hot3", "driver": "virtio-blk-pci", "drive": "hot", "bus": "pcie.5", "addr": "0x0" });
+    add(&mut qmp, "device_add", disk)?;
+    until(&mut console, "cat /sys/class/block/vdb/size 2>&1", "8192")?;
+    console.shell("echo 0 > /sys/bus/pci/slots/5/power", SOON)?;
+    gone(&mut qmp, "hot3")?;
+    check(add(&mut qmp, "device_del", json!({ "id": "hot3" })).is_err(), || "it has left".into())?;
     add(&mut qmp, "blockdev-del", json!({ "node-name": "hot" }))?;
 
     step("a NIC");

@@ -227,6 +227,10 @@ fn check_path(field: &str, path: &Path) -> Result<(), FleetError> {
     if text.len() > 4095 || text.contains(|c: char| c.is_control()) {
         return Err(wrong(format!("{field}: the path is too long or holds control characters")));
     }
+    // NAME_MAX of Linux: no file system has longer ones.
+    if text.split('/').any(|name| name.len() > 255) {
+        return Err(wrong(format!("{field}: a name in the path is longer than 255 bytes: {text}")));
+    }
     Ok(())
 }
 

@@ -11,7 +11,8 @@ use dbus_api::error::Error;
 use dbus_api::spec::{Limits, Machine, Restart, VmSpec};
 use zbus::Variant;
 
-use crate::args::{DefineArgs, SpecArgs};
+use crate::args::DefineArgs;
+use crate::args::spec::SpecArgs;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
 use crate::output;

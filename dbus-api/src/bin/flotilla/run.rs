@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use dbus_api::spec::VmSpec;
 
-use crate::args::{RunArgs, SpecArgs};
+use crate::args::RunArgs;
+use crate::args::spec::SpecArgs;
 use crate::client::Client;
 use crate::console::{self, Ended};
 use crate::define;

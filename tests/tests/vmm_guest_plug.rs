@@ -78,5 +78,25 @@ fn qmp_works_on_a_character_device_too() -> Outcome {
     second.ask("stop")?;
     first.wait(Duration::from_secs(10), |name, _| name == "STOP")?;
     first.ask("quit")?;
-    check(vmm.exit(SOON)? == 0, || "not 0".into())
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    drop(vmm);
+
+    // Without nowait there is no machine before the first client.
+    let waits =
+        |vmm: &Vmm<'_>| host.eventually(SOON, &format!("grep 'waiting for a client' {}", vmm.path("out")));
+    let arguments = arguments.replace(",server,nowait -mon", ",server -mon");
+    let vmm = Vmm::start_as(&host, &program, &format!("mon-{}", std::process::id()), &arguments)?;
+    waits(&vmm)?;
+    let mut second = Qmp::new(host.dial(&vmm.path("more.sock"))?, SOON)?;
+    second.ask("query-status")?;
+    vmm.qmp()?.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    drop(vmm);
+
+    let vmm = Vmm::start_as(&host, &program, &format!("mon-{}", std::process::id()), &arguments)?;
+    waits(&vmm)?;
+    host.ok(&format!("kill -TERM $(cat {})", vmm.path("pid")))?;
+    check(vmm.exit(SOON)? == 0, || "a signal is no failure".into())?;
+    host.ok(&format!("test ! -e {}", vmm.path("more.sock")))?;
+    Ok(())
 }

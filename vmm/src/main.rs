@@ -15,7 +15,7 @@ use std::ffi::c_int;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -104,7 +104,17 @@ fn run(config: &VmConfig) -> u8 {
         FAILURE
     };
     let running = match Running::set_up(config) {
-        Ok(running) => running,
+        Ok(SetUp::Up(running)) => running,
+        Ok(SetUp::Ended(number)) => {
+            tracing::info!("Received kill signal, signal number: {number}");
+            return match daemon {
+                Some(daemon) => {
+                    daemon.failed(&format!("ended by signal {number} before the first client came"));
+                    FAILURE
+                }
+                None => SUCCESS,
+            };
+        }
         Err(e) => return fail(&e, daemon),
     };
     if let Some(daemon) = daemon
@@ -129,6 +139,13 @@ fn one_line(error: &(dyn Error + 'static)) -> String {
     text.replace('\n', " ")
 }
 
+/// What came of setting a VM up.
+enum SetUp {
+    Up(Box<Running>),
+    /// A signal of this number came while it waited for clients.
+    Ended(i32),
+}
+
 /// A VM that is up. Fields are dropped in this order: sockets and terminal first, the pid file last.
 struct Running {
     qmp: Arc<Qmp>,
@@ -140,7 +157,7 @@ struct Running {
 
 impl Running {
     /// Builds everything; an error leaves nothing behind. What needs only names (pid file, sockets) comes before what costs time.
-    fn set_up(config: &VmConfig) -> Result<Self, BoxError> {
+    fn set_up(config: &VmConfig) -> Result<SetUp, BoxError> {
         log::init(config.process.log_file.as_deref())?;
         match &config.process.trace {
             None => {}
@@ -154,7 +171,13 @@ impl Running {
         // The machine's threads and signals talk to `qmp`, which is made after the machine.
         let hub: Arc<OnceLock<Weak<Qmp>>> = Arc::default();
         let told = Arc::clone(&hub);
-        signals::watch(&mut event_loop.ops(), move |number| happened(&told, &Input::Signal(number)))?;
+        // Until there is somebody to be told.
+        let early = Arc::new(AtomicI32::new(0));
+        let first = Arc::clone(&early);
+        signals::watch(&mut event_loop.ops(), move |number| {
+            first.store(number, Ordering::Release);
+            happened(&told, &Input::Signal(number));
+        })?;
 
         let mut host_ends = open_chardevs(config, &mut event_loop.ops())?;
         let serial = match &config.serial {
@@ -178,6 +201,20 @@ impl Running {
                 Monitor::Tcp(addr) => ChardevKind::TcpSocket { addr: *addr, server: true, nowait: true },
             };
             monitors.push(host_ends.open(&kind, Traffic::Messages, &mut event_loop.ops())?);
+        }
+
+        for (socket, end) in host_ends.awaited.drain(..) {
+            if end.had_client() {
+                continue;
+            }
+            tracing::info!("waiting for a client of {socket} before the VM is made");
+            while !end.had_client() {
+                event_loop.turn(None)?;
+                match early.load(Ordering::Acquire) {
+                    0 => {}
+                    number => return Ok(SetUp::Ended(number)),
+                }
+            }
         }
 
         let (told, main_loop) = (Arc::clone(&hub), event_loop.handle());
@@ -214,7 +251,8 @@ impl Running {
         for monitor in &monitors {
             qmp.add_monitor(monitor);
         }
-        Ok(Self { qmp, chardevs: host_ends.all, event_loop, needs, _pid_file: pid_file })
+        let running = Self { qmp, chardevs: host_ends.all, event_loop, needs, _pid_file: pid_file };
+        Ok(SetUp::Up(Box::new(running)))
     }
 
     /// Runs until the VM ends, and takes it down.
@@ -303,6 +341,8 @@ struct HostEnds {
     /// Of a serial port that has one of its own.
     serial: Option<Arc<dyn CharBackend>>,
     all: Vec<Arc<dyn CharBackend>>,
+    /// Sockets whose first client the VM waits for, each with what it is called.
+    awaited: Vec<(String, Arc<dyn CharBackend>)>,
 }
 
 impl HostEnds {
@@ -326,6 +366,14 @@ impl HostEnds {
     ) -> Result<Arc<dyn CharBackend>, ChardevError> {
         let backend = chardev::open(kind, traffic, ops)?;
         self.all.push(Arc::clone(&backend));
+        if kind.awaits_client() {
+            let name = match kind {
+                ChardevKind::UnixSocket { path, .. } => path.display().to_string(),
+                ChardevKind::TcpSocket { addr, .. } => addr.to_string(),
+                _ => String::new(),
+            };
+            self.awaited.push((name, Arc::clone(&backend)));
+        }
         Ok(backend)
     }
 }

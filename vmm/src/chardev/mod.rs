@@ -55,6 +55,10 @@ pub trait CharBackend: Send + Sync {
     fn attach(&self, front_end: Arc<dyn FrontEnd>);
     /// The front end, full before, has room again.
     fn front_end_ready(&self);
+    /// Whether a client has come yet; always so where there are none to come and go.
+    fn had_client(&self) -> bool {
+        true
+    }
     /// The name of the terminal that was made for it, if one was.
     fn terminal(&self) -> Option<&str> {
         None

@@ -414,6 +414,10 @@ impl Port {
 }
 
 impl CharBackend for Port {
+    fn had_client(&self) -> bool {
+        self.state().generation > 0
+    }
+
     fn terminal(&self) -> Option<&str> {
         self.terminal.get().map(String::as_str)
     }

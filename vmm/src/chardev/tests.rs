@@ -264,6 +264,23 @@ fn input_that_cannot_be_watched_is_read_to_its_end() {
 }
 
 #[test]
+fn knows_that_a_client_has_come_even_if_it_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut event_loop = EventLoop::new().unwrap();
+    let kind = ChardevKind::UnixSocket { path: path.clone(), server: true, nowait: false };
+    assert!(kind.awaits_client() && !unix(&path).awaits_client());
+    let backend = open(&kind, Traffic::Line, &mut event_loop.ops()).unwrap();
+    assert!(!backend.had_client());
+    drop(UnixStream::connect(&path).unwrap());
+    run_until(&mut event_loop, || backend.had_client());
+    event_loop.turn(Some(Duration::from_millis(1))).unwrap();
+    assert!(backend.had_client());
+    let file = ChardevKind::File(dir.path().join("f"));
+    assert!(open(&file, Traffic::Line, &mut event_loop.ops()).unwrap().had_client());
+}
+
+#[test]
 fn connects_once_as_a_client() {
     use std::os::unix::net::UnixListener;
 

@@ -16,6 +16,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use incoming::Incoming;
 pub use memory_backend::{MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy};
@@ -404,6 +405,17 @@ pub enum ChardevKind {
     Ref(String),
 }
 
+impl ChardevKind {
+    /// Whether the VM waits for the first client before it is made.
+    pub fn awaits_client(&self) -> bool {
+        matches!(
+            self,
+            Self::UnixSocket { server: true, nowait: false, .. }
+                | Self::TcpSocket { server: true, nowait: false, .. }
+        )
+    }
+}
+
 /// Where QMP clients connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Monitor {
@@ -496,6 +508,8 @@ pub enum DeviceDriver {
         deflate_on_oom: bool,
         /// `free-page-reporting=on`: the guest tells which pages it does not use.
         free_page_reporting: bool,
+        /// `auto-balloon=on`: what the balloon holds follows what the guest could spare.
+        auto: Option<AutoBalloon>,
     },
     /// `virtio-rng-*`.
     VirtioRng {
@@ -548,6 +562,15 @@ impl DeviceDriver {
             Self::VirtConsole { .. } | Self::VirtSerialPort { .. } | Self::PcieRootPort { .. } => self.name(),
         }
     }
+}
+
+/// `auto-balloon=on`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AutoBalloon {
+    /// `membuf-percent=`, 20 to 80: what the guest keeps of the memory that it could spare.
+    pub percent: u8,
+    /// `monitor-interval=`, 5 to 300 seconds: how often the guest is asked what it could spare.
+    pub interval: Duration,
 }
 
 /// How fast a guest may draw random bytes: from 64 bytes to 10^9 bytes a second.

@@ -231,15 +231,6 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     if all().filter(|kind| **kind == ChardevKind::Stdio).count() > 1 {
         return bad("stdio can be used by one chardev or serial port only");
     }
-    for kind in all() {
-        if let ChardevKind::UnixSocket { server: true, nowait: false, .. }
-        | ChardevKind::TcpSocket { server: true, nowait: false, .. } = kind
-        {
-            return bad(
-                "socket chardev: waiting for the first client is not supported in this version: add nowait",
-            );
-        }
-    }
     let mut paths: Vec<_> = all()
         .filter_map(|kind| match kind {
             ChardevKind::UnixSocket { path, server: true, .. } => Some(path),

@@ -41,11 +41,12 @@ impl Others {
                 let source = Source::open(rng, inherited)?;
                 Ok(Box::new(Rng::new(RngOptions { source, limit: *limit, worker })))
             }
-            DeviceDriver::VirtioBalloon { deflate_on_oom, free_page_reporting } => {
+            DeviceDriver::VirtioBalloon { deflate_on_oom, free_page_reporting, auto } => {
                 let device = Balloon::new(BalloonOptions {
                     memory: config.memory.size,
                     deflate_on_oom: *deflate_on_oom,
                     free_page_reporting: *free_page_reporting,
+                    auto: *auto,
                     worker,
                 });
                 self.balloon = Some(device.port());

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::memory::GuestMemory;
 use queue::Position;
@@ -100,6 +101,12 @@ pub struct Activation {
 pub(crate) fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd keeps it open as long as the borrow lasts.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+/// The descriptor of `timer`, to watch it.
+pub(crate) fn fd_of_timer(timer: &TimerFd) -> BorrowedFd<'_> {
+    // SAFETY: the timer keeps it open as long as the borrow lasts.
+    unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
 /// Why a device could not be activated; the transport answers with DEVICE_NEEDS_RESET.

@@ -99,7 +99,7 @@ pub(super) const OPTIONS: &[Spec] = &[
         "virtio-blk-device,drive=ID[,id=ID][,serial=TEXT][,iothread=ID]\n\
          virtio-net-device,netdev=ID[,id=ID][,mac=MAC][,mq=on|off][,iothread=ID]\n\
          virtio-serial-device[,max_ports=N], then virtconsole|virtserialport,chardev=ID[,nr=N][,name=TEXT]\n\
-         virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on]\n\
+         virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on][,auto-balloon=on[,membuf-percent=N][,monitor-interval=SECONDS]]\n\
          virtio-rng-device,rng=ID[,max-bytes=N,period=MILLISECONDS]\n\
          vhost-vsock-device,guest-cid=N[,vhostfd=N]\ta device of the guest",
     ),
@@ -107,7 +107,7 @@ pub(super) const OPTIONS: &[Spec] = &[
         "-chardev",
         Arity::Many,
         "stdio|pty|file|socket|redirect-to-log,id=ID[,path=PATH][,host=IP,port=N][,server][,nowait]\t\
-         a character back end",
+         a character back end; a server without nowait makes the VM wait for its first client",
     ),
     used(
         "-serial",

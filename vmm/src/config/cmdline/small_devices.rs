@@ -1,12 +1,13 @@
 //! `-device` for what is neither disk nor NIC: serial ports, balloon, random numbers, vsock; and the objects behind them.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::CmdlineError;
 use super::props::{Props, size};
 use crate::config::{
-    DeviceDriver, MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy, RngLimit, RngSource,
-    SERIAL_PORTS_MAX, VmConfig,
+    AutoBalloon, DeviceDriver, MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy, RngLimit,
+    RngSource, SERIAL_PORTS_MAX, VmConfig,
 };
 
 /// Bytes per second that a limit of virtio-rng may come to.
@@ -52,13 +53,12 @@ fn port(props: &mut Props) -> Result<(String, Option<u8>), CmdlineError> {
 fn balloon(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
     let deflate_on_oom = props.boolean("deflate-on-oom")?.unwrap_or(false);
     let free_page_reporting = props.boolean("free-page-reporting")?.unwrap_or(false);
-    if props.boolean("auto-balloon")? == Some(true) {
-        return Err(props.unsupported("auto-balloon=on"));
-    }
-    // They say how the automatic balloon works, and have no effect without it.
-    props.number("membuf-percent", 20..=80)?;
-    props.number("monitor-interval", 5..=300)?;
-    Ok(DeviceDriver::VirtioBalloon { deflate_on_oom, free_page_reporting })
+    let on = props.boolean("auto-balloon")?.unwrap_or(false);
+    // They say how the automatic works, and have no effect without it.
+    let percent = props.number("membuf-percent", 20..=80)?.and_then(|n| u8::try_from(n).ok());
+    let seconds = props.number("monitor-interval", 5..=300)?.unwrap_or(10);
+    let auto = AutoBalloon { percent: percent.unwrap_or(50), interval: Duration::from_secs(seconds) };
+    Ok(DeviceDriver::VirtioBalloon { deflate_on_oom, free_page_reporting, auto: on.then_some(auto) })
 }
 
 fn rng(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {

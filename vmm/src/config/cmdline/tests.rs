@@ -370,10 +370,6 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -qmp unix:/s,server,nowait -serial socket,path=/s,server,nowait",
             "two sockets have the path /s: each needs its own",
         ),
-        (
-            "-kernel /k -chardev socket,id=x,path=/s,server",
-            "socket chardev: waiting for the first client is not supported in this version: add nowait",
-        ),
         ("-kernel /k -trace type=all,file=/f", "-trace: write either type=all or file=FILE"),
         ("-kernel /k -trace type=none", "-trace: type=none: use all"),
         (
@@ -475,7 +471,11 @@ fn small_devices_that_make_no_sense() {
             "is 63 bytes per second: it must be from 64",
         ),
         ("-device virtio-rng-device,rng=r,max-bytes=1000001,period=1", "is 1000001000 bytes per second"),
-        ("-device virtio-balloon-device,auto-balloon=on", "auto-balloon=on is not supported"),
+        ("-device virtio-balloon-device,auto-balloon=on,membuf-percent=19", "a whole number from 20 to 80"),
+        (
+            "-device virtio-balloon-device,auto-balloon=on,monitor-interval=301",
+            "a whole number from 5 to 300",
+        ),
         ("-device virtio-balloon-device -device virtio-balloon-device", "a VM has one balloon only"),
         ("-device virtio-serial-device -device virtio-serial-device", "one virtio-serial device only"),
         ("-device virtio-serial-device,max_ports=32", "max-ports=32: write a whole number from 1 to 31"),

@@ -25,7 +25,7 @@ fn the_whole_lines_of_a_test_client_and_of_kata() {
                 limit: Some(crate::config::RngLimit { max_bytes: 1234, period_ms: 1000 })
             },
             &DeviceDriver::VhostVsock { guest_cid: 5, vhost_fd: None },
-            &DeviceDriver::VirtioBalloon { deflate_on_oom: true, free_page_reporting: true },
+            &DeviceDriver::VirtioBalloon { deflate_on_oom: true, free_page_reporting: true, auto: None },
         ]
     );
     assert_eq!(config.rngs[0].filename, std::path::Path::new("/dev/urandom"));

@@ -1,12 +1,14 @@
 //! For the fuzz targets only: page numbers and statistics that the guest tells, and a session on any rings.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::pages::Pages;
 use super::port::Port;
-use super::serve::{Parts, Server};
+use super::serve::{Follower, Parts, Server};
 use super::stats::Stats;
 use super::{PAGE, role};
 use crate::memory::GuestMemory;
@@ -40,9 +42,12 @@ pub fn stats(bytes: &[u8]) {
 }
 
 /// A session on `queues` with the numbers from 0 on, `features` negotiated. Each byte of `turns` is the queue that has its turn next, or
-/// somebody who wants statistics. Whether the device needs a reset then.
+/// the automatic, which wants statistics. Whether the device needs a reset then.
 pub fn session(memory: Arc<GuestMemory>, queues: Vec<Queue>, features: u64, turns: &[u8]) -> bool {
-    let (Some(queues), Ok(refresh)) = (active(queues), EventFd::new(EFD_NONBLOCK)) else { return false };
+    let (Some(queues), Ok(refresh), Ok(timer)) = (active(queues), EventFd::new(EFD_NONBLOCK), TimerFd::new())
+    else {
+        return false;
+    };
     let interrupt = Arc::new(Flag::default());
     let queues: Vec<_> = queues.into_iter().filter_map(|q| Some((role(q.index, features)?, q))).collect();
     let count = queues.len();
@@ -51,12 +56,13 @@ pub fn session(memory: Arc<GuestMemory>, queues: Vec<Queue>, features: u64, turn
         queues,
         port: Port::new(1 << 20),
         refresh: Arc::new(refresh),
+        follower: Some(Follower { timer, interval: Duration::from_secs(300), percent: 50, waits: false }),
         interrupt: Arc::clone(&interrupt) as _,
     });
     for turn in turns {
         match usize::from(*turn) % (count + 1) {
             number if number < count => server.run(number),
-            _ => server.refresh_stats(),
+            _ => server.look(),
         }
     }
     interrupt.is_set()

@@ -2,22 +2,25 @@
 //!
 //! The host says in the configuration how many pages it wants (`num_pages`); the guest takes them out of use, names them on the
 //! inflate queue, and says how many it has given up (`actual`). `port` is how the rest of the process sees that; `serve` gives the
-//! pages to the host, on the I/O thread; `pages` knows which of them can go.
+//! pages to the host, on the I/O thread; `pages` knows which of them can go; `follow` decides for the automatic.
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
-    read_config_bytes,
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice,
+    complain, fd_of, fd_of_timer, read_config_bytes,
 };
+use crate::config::AutoBalloon;
 use crate::event::{EventFlags, Ops};
 use crate::memory::discard::Discarder;
 
+mod follow;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod pages;
@@ -29,7 +32,7 @@ mod stats;
 mod tests;
 
 pub use port::Port;
-use serve::{Role, Server};
+use serve::{Follower, Role, Server};
 pub use stats::Stats;
 
 const DEVICE_TYPE: u32 = 5;
@@ -62,6 +65,8 @@ pub struct BalloonOptions {
     pub deflate_on_oom: bool,
     /// Let the guest tell which pages it does not use.
     pub free_page_reporting: bool,
+    /// Let the balloon follow what the guest could spare.
+    pub auto: Option<AutoBalloon>,
     /// The thread that serves it.
     pub worker: Worker,
 }
@@ -71,6 +76,7 @@ pub struct Balloon {
     port: Arc<Port>,
     features: u64,
     queue_sizes: Vec<u16>,
+    auto: Option<AutoBalloon>,
     worker: Worker,
     session: Option<Session<Server>>,
 }
@@ -78,7 +84,7 @@ pub struct Balloon {
 impl Balloon {
     /// A device that nobody drives yet: starts no thread.
     pub fn new(options: BalloonOptions) -> Self {
-        let BalloonOptions { memory, deflate_on_oom, free_page_reporting, worker } = options;
+        let BalloonOptions { memory, deflate_on_oom, free_page_reporting, auto, worker } = options;
         // MUST_TELL_HOST: a huge page goes to the host when all its parts are in the balloon, so it must be known of each
         // part when it has left.
         let mut features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
@@ -97,6 +103,7 @@ impl Balloon {
             port: Port::new(memory),
             features,
             queue_sizes: vec![QUEUE_SIZE; queues],
+            auto,
             worker,
             session: None,
         }
@@ -164,6 +171,19 @@ impl VirtioDevice for Balloon {
         let queues: Vec<(Role, ActiveQueue)> =
             queues.into_iter().filter_map(|q| Some((role(q.index, features)?, q))).collect();
         let refresh = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Host)?);
+        let follower = match self.auto {
+            Some(auto) => {
+                if features & feature::STATS_VQ == 0 {
+                    complain(|| {
+                        tracing::warn!("the guest tells nothing of its memory: auto-balloon=on has no effect")
+                    });
+                }
+                let mut timer = TimerFd::new().map_err(|e| ActivateError::Host(e.into()))?;
+                timer.reset(auto.interval, None).map_err(|e| ActivateError::Host(e.into()))?;
+                Some(Follower { timer, interval: auto.interval, percent: auto.percent, waits: false })
+            }
+            None => None,
+        };
         let io_thread = self.worker.start().map_err(ActivateError::Host)?;
         self.port.connect(Arc::clone(&interrupt), Arc::clone(&refresh));
         let server = Server::new(serve::Parts {
@@ -171,6 +191,7 @@ impl VirtioDevice for Balloon {
             queues,
             port: Arc::clone(&self.port),
             refresh,
+            follower,
             interrupt: Arc::clone(&interrupt),
         });
         self.session = Some(Session::start(io_thread, server, "virtio-balloon", interrupt, start));
@@ -214,5 +235,11 @@ fn start(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io
     gate.watch(ops, fd_of(&server.refresh()), edge, move |_, _: &mut Ops<'_>| {
         asked.enter(Server::refresh_stats);
     })?;
+    if let Some(follower) = server.follower() {
+        let timed = Arc::clone(gate);
+        gate.watch(ops, fd_of_timer(&follower.timer), edge, move |_, _: &mut Ops<'_>| {
+            timed.enter(Server::look);
+        })?;
+    }
     Ok(())
 }

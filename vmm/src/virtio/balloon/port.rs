@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PAGE;
+use super::follow::{self, View};
 use super::stats::Stats;
 use crate::virtio::Interrupt;
 
@@ -21,6 +22,8 @@ pub struct Port {
     memory: u64,
     /// Pages that the host wants.
     wanted: AtomicU32,
+    /// Those that a client wants; the automatic may want more.
+    asked: AtomicU32,
     /// Pages that the guest says it has given.
     actual: AtomicU32,
     on_change: OnceLock<OnChange>,
@@ -44,6 +47,7 @@ impl Port {
         Arc::new(Self {
             memory,
             wanted: AtomicU32::new(0),
+            asked: AtomicU32::new(0),
             actual: AtomicU32::new(0),
             on_change: OnceLock::new(),
             live: Mutex::new(None),
@@ -60,8 +64,25 @@ impl Port {
     /// Asks the guest to keep `bytes` of memory and give up the rest. More than it had at boot is that; parts of a page are rounded
     /// in the guest's favour. A guest without a driver hears of it when it has one.
     pub fn set_target(&self, bytes: u64) {
-        let pages = self.memory.saturating_sub(bytes) / PAGE;
-        self.wanted.store(u32::try_from(pages).unwrap_or(u32::MAX), Ordering::Release);
+        let pages = u32::try_from(self.memory.saturating_sub(bytes) / PAGE).unwrap_or(u32::MAX);
+        self.asked.store(pages, Ordering::Release);
+        self.wanted.store(pages, Ordering::Release);
+        self.tell_wanted();
+    }
+
+    /// What the automatic makes of the newest statistics: the balloon holds more than a client has asked for, or as much.
+    pub(super) fn follow(&self, percent: u8) {
+        let Some(available) = self.stats().and_then(|stats| stats.available()) else { return };
+        let given = u64::from(self.actual_pages()) * PAGE;
+        let bytes = follow::target(View { memory: self.memory, given, available }, percent);
+        let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
+        let pages = pages.max(self.asked.load(Ordering::Acquire));
+        if self.wanted.swap(pages, Ordering::AcqRel) != pages {
+            self.tell_wanted();
+        }
+    }
+
+    fn tell_wanted(&self) {
         let interrupt = lock(&self.live).as_ref().map(|live| Arc::clone(&live.interrupt));
         if let Some(interrupt) = interrupt {
             interrupt.config();

@@ -1,9 +1,12 @@
 //! One session of the device: owns its rings, and gives pages to the host.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::pages::Pages;
 use super::port::Port;
@@ -35,7 +38,19 @@ pub(super) struct Parts {
     pub(super) port: Arc<Port>,
     /// Signalled when somebody wants new statistics.
     pub(super) refresh: Arc<EventFd>,
+    pub(super) follower: Option<Follower>,
     pub(super) interrupt: Arc<dyn Interrupt>,
+}
+
+/// The automatic.
+pub(super) struct Follower {
+    /// Says that it is time to look. Set again each time, so that nobody has to read it.
+    pub(super) timer: TimerFd,
+    pub(super) interval: Duration,
+    /// What the guest keeps of what it could spare.
+    pub(super) percent: u8,
+    /// The next statistics are those that it has asked for.
+    pub(super) waits: bool,
 }
 
 struct Line {
@@ -52,6 +67,7 @@ pub(super) struct Server {
     lines: Vec<Line>,
     port: Arc<Port>,
     refresh: Arc<EventFd>,
+    follower: Option<Follower>,
     interrupt: Arc<dyn Interrupt>,
     numbers: Vec<u32>,
     broken: bool,
@@ -62,7 +78,7 @@ type More = bool;
 
 impl Server {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { discarder, queues, port, refresh, interrupt } = parts;
+        let Parts { discarder, queues, port, refresh, follower, interrupt } = parts;
         let line = |(role, queue)| Line { role, queue, chain: Chain::default(), held: false };
         Self {
             pages: Pages::from(&discarder),
@@ -70,6 +86,7 @@ impl Server {
             lines: queues.into_iter().map(line).collect(),
             port,
             refresh,
+            follower,
             interrupt,
             numbers: Vec::new(),
             broken: false,
@@ -83,6 +100,21 @@ impl Server {
 
     pub(super) fn refresh(&self) -> Arc<EventFd> {
         Arc::clone(&self.refresh)
+    }
+
+    pub(super) fn follower(&self) -> Option<&Follower> {
+        self.follower.as_ref()
+    }
+
+    /// Time has come for the automatic to look at the guest.
+    pub(super) fn look(&mut self) {
+        if let Some(follower) = &mut self.follower {
+            follower.waits = true;
+            if let Err(error) = follower.timer.reset(follower.interval, None) {
+                tracing::error!("the automatic balloon stops: {}", io::Error::from(error));
+            }
+        }
+        self.refresh_stats();
     }
 
     /// Takes a turn at one queue.
@@ -199,6 +231,11 @@ impl Server {
             let mut bytes = [0; Stats::MAX_BYTES];
             let count = line.chain.readable.take(&mut bytes);
             self.port.set_stats(Stats::parse(bytes.get(..count).unwrap_or_default()));
+            if let Some(follower) = &mut self.follower
+                && std::mem::take(&mut follower.waits)
+            {
+                self.port.follow(follower.percent);
+            }
         }
         Ok(true)
     }

@@ -39,6 +39,13 @@ impl Stats {
         stats
     }
 
+    /// Bytes that the guest could use without swapping; from a kernel that does not say, those that nobody uses.
+    pub(super) fn available(&self) -> Option<u64> {
+        const FREE: usize = 4;
+        const AVAILABLE: usize = 6;
+        self.values[AVAILABLE].or(self.values[FREE])
+    }
+
     /// What the guest has told: QMP's names and numbers, sizes in bytes.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
         NAMES.iter().zip(self.values).filter_map(|(name, value)| Some((*name, value?)))

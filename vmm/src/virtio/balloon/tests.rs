@@ -22,10 +22,15 @@ struct Bench {
 }
 
 fn bench_with(features: u64, reporting: bool, queues: u16) -> Bench {
+    bench_of(features, reporting, queues, None)
+}
+
+fn bench_of(features: u64, reporting: bool, queues: u16, auto: Option<AutoBalloon>) -> Bench {
     let balloon = Balloon::new(BalloonOptions {
         memory: MEMORY,
         deflate_on_oom: true,
         free_page_reporting: reporting,
+        auto,
         worker: Worker::new("t"),
     });
     let port = balloon.port();
@@ -128,6 +133,7 @@ fn writes_beside_the_number_of_pages_change_nothing_else() {
         memory: MEMORY,
         deflate_on_oom: false,
         free_page_reporting: false,
+        auto: None,
         worker: Worker::new("t"),
     });
     for (offset, bytes, want) in [
@@ -185,6 +191,42 @@ fn statistics_are_kept_and_refreshed_on_demand() {
     b.rig.used(&mut b.rings[2]);
     b.port.refresh_stats();
     assert_eq!(b.rig.used(&mut b.rings[2]).0, u32::from(second));
+}
+
+#[test]
+fn the_automatic_follows_what_the_guest_can_spare_below_what_a_client_asks_for() {
+    let port = Port::new(1 << 30);
+    let says = |port: &Port, tag: u16, mib: u64| {
+        let entry = [tag.to_le_bytes().to_vec(), (mib << 20).to_le_bytes().to_vec()].concat();
+        port.set_stats(Stats::parse(&entry));
+        port.follow(50);
+        port.wanted_pages() / 256
+    };
+    // Nothing is known yet.
+    port.follow(50);
+    assert_eq!(port.wanted_pages(), 0);
+    for (available, given) in [(800, 128), (672, 256), (544, 384), (416, 400), (400, 400), (100, 250)] {
+        assert_eq!(says(&port, 6, available), given, "{available}");
+        port.set_actual_pages(given * 256);
+    }
+    // A kernel that says only what is free.
+    assert_eq!(says(&port, 4, 550), 378);
+    // No less than a client wants, and no more often than that changes.
+    port.set_target(1 << 29);
+    assert_eq!(says(&port, 6, 10), 512);
+    port.set_target(1 << 30);
+    assert_eq!(says(&port, 6, 0), 125);
+}
+
+#[test]
+fn the_automatic_asks_the_guest_for_its_statistics() {
+    let auto = AutoBalloon { percent: 50, interval: Duration::from_millis(5) };
+    let mut b = bench_of(!0, false, 3, Some(auto));
+    b.rig.memory.write_slice(&stats(MEMORY / 2), GuestAddress(TEXT)).unwrap();
+    let head = b.rings[2].add(&[(TEXT, 10, false)]);
+    b.rig.kick(&b.rings[2]);
+    // Nobody else asks: this is the timer.
+    assert_eq!(b.rig.used(&mut b.rings[2]), (u32::from(head), 0));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::state::{DeviceState, SUSPEND_DEADLINE, StateError};
 use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, fd_of,
-    read_config_bytes,
+    fd_of_timer, read_config_bytes,
 };
 use crate::config::RngLimit;
 use crate::event::{EventFlags, Ops};
@@ -145,7 +145,7 @@ fn start(server: &mut Server, gate: &Arc<Gate<Server>>, ops: &mut Ops<'_>) -> io
     };
     watch(fd_of(&server.notify))?;
     if let Some(timer) = &server.timer {
-        watch(serve::fd_of_timer(timer))?;
+        watch(fd_of_timer(timer))?;
     }
     match watch(server.source.as_fd()) {
         // A device that cannot be waited for never has to be.

@@ -8,7 +8,6 @@
 //!             └───────────── yes ───────────────────────────────────▶ yes: fill, give back, next
 //! ```
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
@@ -50,12 +49,6 @@ pub(super) struct Server {
     held: bool,
     buffer: Box<[u8]>,
     broken: bool,
-}
-
-/// The descriptor of `timer`, to watch it.
-pub(super) fn fd_of_timer(timer: &TimerFd) -> BorrowedFd<'_> {
-    // SAFETY: the timer keeps it open as long as the borrow lasts.
-    unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
 /// Why a turn ended.

@@ -1,7 +1,7 @@
 //! One running VMM: starting it, waiting for its guest's first byte, and what it has used by then.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -56,7 +56,9 @@ impl Vm {
         let arguments = subject.arguments(setting, index, then)?;
         let errors = subject.errors(setting, index);
         let mut command = Command::new(&subject.program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        let typed = then.typed();
+        command.args(arguments).stdin(if typed.is_empty() { Stdio::null() } else { Stdio::piped() });
+        command.stdout(Stdio::piped()).stderr(File::create(&errors)?);
         if traced {
             // SAFETY: ptrace(2) is async-signal-safe; it takes no arguments for this request.
             unsafe {
@@ -66,7 +68,10 @@ impl Vm {
                 });
             }
         }
-        let child = command.spawn().map_err(|e| format!("{}: {e}", subject.program.display()))?;
+        let mut child = command.spawn().map_err(|e| format!("{}: {e}", subject.program.display()))?;
+        if let Some(input) = &mut child.stdin {
+            input.write_all(typed)?;
+        }
         let first_byte = then.first_byte();
         Ok(Self { child, label: subject.name.clone(), first_byte, errors, text: Vec::new() })
     }

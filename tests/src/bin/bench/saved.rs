@@ -23,7 +23,7 @@ pub(crate) struct Saved {
     pub(crate) save: [f64; 2],
     /// What the files of each take on disk, in MiB.
     pub(crate) size: [f64; 2],
-    /// From before the fork to the restored guest's first byte, in seconds: the same two.
+    /// From before the fork to the restored guest's answer to a byte that waits for it, in seconds: the same two.
     pub(crate) restore: [f64; 2],
     /// The restored guest's first write to each page of what it had used, in microseconds a page.
     pub(crate) touch: f64,
@@ -47,7 +47,7 @@ pub(crate) fn measure(subject: &Subject, setting: &Setting) -> Result<Option<Sav
 /// Clones of what [`measure`] has left, all alive at once.
 pub(crate) fn clones(subject: &Subject, setting: &Setting, count: usize) -> Result<Option<Fleet>> {
     let template = subject.has(Command::Restored) && setting.saved(subject).exists();
-    template.then(|| fleet::start_with(subject, setting, count, Command::Restored)).transpose()
+    template.then(|| fleet::start_with(subject, setting, count, Command::Clone)).transpose()
 }
 
 fn one(subject: &Subject, setting: &Setting, used: Command) -> Result<(f64, f64, f64, f64)> {
@@ -72,7 +72,7 @@ fn one(subject: &Subject, setting: &Setting, used: Command) -> Result<(f64, f64,
     let mut vm = Vm::start(subject, setting, 0, Command::Restored, false)?;
     vm.wait_for_first_byte()?;
     let restore = begin.elapsed().as_secs_f64();
-    // What its guest does next is to write to the same pages again: "touch: N pages in T us".
+    // What was typed says: write to the same pages again. "touch: N pages in T us".
     let line = vm.line("touch: ", LIMIT)?;
     let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     let [pages, microseconds] = numbers[..] else { return Err(line.into()) };

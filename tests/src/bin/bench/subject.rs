@@ -46,12 +46,14 @@ pub(crate) enum Command {
     Send,
     /// It counts frames, twice.
     Receive,
-    /// It writes to 64 MiB, prints dots for a while, and writes to them again.
+    /// It writes to 64 MiB and waits for what is typed.
     Used64,
     /// The same with 900 MiB.
     Used900,
-    /// It goes on from the snapshot of one of those.
+    /// It goes on from the snapshot of one of those, and is told to write to 64 MiB again.
     Restored,
+    /// It goes on from the snapshot too, and answers an empty line.
+    Clone,
 }
 
 impl Command {
@@ -67,14 +69,24 @@ impl Command {
             Self::Send => "quiet cmd=load,net,send,64,1000;load,net,send,1514,1000",
             Self::Receive => "quiet cmd=load,net,receive,1000;load,net,receive,1000",
             // What is restored needs the same line.
-            Self::Used64 | Self::Restored => "quiet cmd=touch,64;tick,3000;touch,64;halt",
-            Self::Used900 => "quiet cmd=touch,900;tick,3000;touch,64;halt",
+            Self::Used64 | Self::Restored | Self::Clone => "quiet cmd=touch,64",
+            Self::Used900 => "quiet cmd=touch,900",
         }
     }
 
-    /// A byte that the guest prints before all others.
+    /// What its guest is told on the serial line before it runs. Others find no input there at all: a guest that is saved waits for it,
+    /// one that is restored answers at once, whenever it was stopped and however long it lay.
+    pub(crate) fn typed(self) -> &'static [u8] {
+        match self {
+            Self::Restored => b"touch 64\r",
+            Self::Clone => b"\r",
+            _ => b"",
+        }
+    }
+
+    /// A byte that the guest prints before all others: of one that is restored, the echo of the first that was typed.
     pub(crate) fn first_byte(self) -> u8 {
-        if self == Self::Restored { b'.' } else { b'\r' }
+        self.typed().first().copied().unwrap_or(b'\r')
     }
 }
 
@@ -113,8 +125,16 @@ fn template(kind: &str) -> Option<&'static str> {
 /// What gives a VMM that we know the disk or the tap; its name and its defaults are the host's to choose, aio and queues its own.
 fn device(kind: &str, command: Command) -> &'static str {
     match (kind, command) {
-        ("flotilla" | "stratovirt", Command::Restored) => "-incoming file:{saved}",
-        (_, Command::Hold | Command::Spin | Command::Used64 | Command::Used900 | Command::Restored) => "",
+        ("flotilla" | "stratovirt", Command::Restored | Command::Clone) => "-incoming file:{saved}",
+        (
+            _,
+            Command::Hold
+            | Command::Spin
+            | Command::Used64
+            | Command::Used900
+            | Command::Restored
+            | Command::Clone,
+        ) => "",
         ("flotilla" | "stratovirt", Command::Disk) => {
             "-drive id=disk,file={disk},direct=off -device virtio-blk-device,drive=disk,id=blk"
         }
@@ -212,7 +232,7 @@ impl Subject {
     /// Whether it can be given what `command` needs.
     pub(crate) fn has(&self, command: Command) -> bool {
         match self.kind {
-            Some("firecracker") => !matches!(command, Command::Restored),
+            Some("firecracker") => !matches!(command, Command::Restored | Command::Clone),
             Some(kind) => !device(kind, command).is_empty(),
             None => false,
         }

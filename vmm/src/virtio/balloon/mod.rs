@@ -175,7 +175,9 @@ impl VirtioDevice for Balloon {
             Some(auto) => {
                 if features & feature::STATS_VQ == 0 {
                     complain(|| {
-                        tracing::warn!("the guest tells nothing of its memory: auto-balloon=on has no effect")
+                        tracing::warn!(
+                            "the guest tells nothing of its memory: auto-balloon=on has no effect"
+                        );
                     });
                 }
                 let mut timer = TimerFd::new().map_err(|e| ActivateError::Host(e.into()))?;

@@ -139,6 +139,40 @@ fn a_computation_goes_on_in_clones_and_in_the_original() -> Outcome {
     check(vmm.exit(SOON)? == 0, || "not 0".into())
 }
 
+/// The guest has filled all that it can see of its processor, and polls for a key while it is saved. It compares by itself.
+#[test]
+fn everything_of_a_processor_comes_back() -> Outcome {
+    let place = place()?;
+    let folder = Folder::new(&place.host, "processor")?;
+    for machine in ["microvm", "q35"] {
+        let dir = format!("{}/{machine}", folder.1);
+        let line = |more: &str| place.arguments(more).replacen("microvm", machine, 1);
+        let start = |name: &str, more: &str| -> Outcome<(Vmm<'_>, Console, Qmp)> {
+            let name = format!("snap-{}-{name}-{machine}", std::process::id());
+            let vmm = Vmm::start_as(&place.host, &place.vmm, &name, &line(more))?;
+            let (console, qmp) = (vmm.console()?, vmm.qmp()?);
+            Ok((vmm, console, qmp))
+        };
+        let (vmm, mut console, mut qmp) = start("full", "-smp 2")?;
+        console.expect("is up.", SOON)?;
+        console.enter("vcpu")?;
+        let line = console.expect("others set", SOON)?;
+        check(line.contains("14 general registers"), || line.clone())?;
+        qmp.ask("stop")?;
+        migrate(&mut qmp, &dir)?;
+        let (restored, mut other, _qmp) = start("again", &format!("-smp 2 -incoming file:{dir}"))?;
+        qmp.ask("cont")?;
+        for console in [&mut other, &mut console] {
+            console.enter("")?;
+            let said = console.expect(" changed", SOON)?;
+            check(said.contains("vcpu: 0 changed"), || format!("{machine}: {said}"))?;
+            console.enter("poweroff")?;
+        }
+        check(restored.exit(SOON)? == 0 && vmm.exit(SOON)? == 0, || "not 0".into())?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_disk_in_use_goes_on_and_time_does_too() -> Outcome {
     let place = place()?;

@@ -80,14 +80,21 @@ enum Gate {
     Flush,
     Hold,
     Fault,
+    Rdmsr,
+    Xcr0,
+    ReadSpecial,
+    WriteSpecial,
 }
 
-fn enter(gate: Gate, a: u32, b: u32, c: u32) {
+/// What the gate left in rax, rcx and rdx: meaningful for gates that answer.
+fn enter(gate: Gate, a: u32, b: u32, c: u32) -> [u64; 3] {
+    let (rax, rcx, rdx);
     // SAFETY: the gate changes no register but these; memory may have changed by DMA meanwhile.
     unsafe {
-        asm!("call enter_gate", inout("rax") gate as u64 => _, out("rcx") _, out("rdx") _, in("r8") u64::from(a),
+        asm!("call enter_gate", inout("rax") gate as u64 => rax, out("rcx") rcx, out("rdx") rdx, in("r8") u64::from(a),
             in("r9") u64::from(b), in("r10") u64::from(c));
     }
+    [rax, rcx, rdx]
 }
 
 /// Halts until an interrupt; interrupts are only ever delivered in here. Returns at once when one is pending.
@@ -95,9 +102,38 @@ pub fn idle() {
     enter(Gate::Idle, 0, 0, 0);
 }
 
-/// Writes a model-specific register. Callers write those whose effect is on memory that they own.
-pub fn wrmsr(register: u32, value: u64) {
-    enter(Gate::Wrmsr, register, value as u32, (value >> 32) as u32);
+/// Writes a model-specific register; says whether the processor took it. Callers write those whose effect is on memory that they own.
+pub fn wrmsr(register: u32, value: u64) -> bool {
+    enter(Gate::Wrmsr, register, value as u32, (value >> 32) as u32)[1] == 0
+}
+
+/// Reads a model-specific register; `None` if the processor has none of this number.
+pub fn rdmsr(register: u32) -> Option<u64> {
+    let [low, refused, high] = enter(Gate::Rdmsr, register, 0, 0);
+    (refused == 0).then_some(low & 0xffff_ffff | high << 32)
+}
+
+/// Lets XSAVE and its kin work, for the components of `mask`, which CPUID offers.
+pub fn open_xsave(mask: u32) {
+    enter(Gate::Xcr0, mask, 0, 0);
+}
+
+unsafe extern "C" {
+    static mut special: [u64; 11];
+}
+
+/// CR0, CR2, CR3, CR4, CR8, DR0 to DR3, DR6 and DR7.
+pub fn special_registers() -> [u64; 11] {
+    enter(Gate::ReadSpecial, 0, 0, 0);
+    // SAFETY: written by the gate, which nothing runs beside.
+    unsafe { core::ptr::addr_of!(special).read() }
+}
+
+/// Sets CR2 and the debug registers from what has the order of [`special_registers`].
+pub fn set_special_registers(values: [u64; 11]) {
+    // SAFETY: as there; CR2 and breakpoints that never match have no effect on anybody.
+    unsafe { core::ptr::addr_of_mut!(special).write(values) };
+    enter(Gate::WriteSpecial, 0, 0, 0);
 }
 
 /// Forgets cached translations.

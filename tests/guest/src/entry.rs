@@ -8,6 +8,7 @@
 //! entry32 (PVH) -- long mode -------------+                                                    |  ^
 //!                                     IDLE gate: sti; hlt -- interrupt: EOI ---------------iretq--+
 //!                                     exception: saves the facts ----------iretq to `report_fault`
+//!                                     (of an MSR that is not there: back to whoever asked)
 //! ```
 //!
 //! Interrupts can only arrive inside the IDLE gate, which is why the interrupt handler may drop its frame and return for it.
@@ -126,11 +127,74 @@ gate_idle:
     hlt
     cli
     iretq
+/* Both answer in rcx whether the processor refused. */
 gate_wrmsr:
     mov ecx, r8d
     mov eax, r9d
     mov edx, r10d
+wrmsr_here:
     wrmsr
+    xor ecx, ecx
+    iretq
+gate_rdmsr:
+    mov ecx, r8d
+rdmsr_here:
+    rdmsr
+    xor ecx, ecx
+    iretq
+refused:
+    /* The frame that the exception pushed has the stack pointer of before: that of the gate's frame. */
+    mov rsp, [rsp + 40]
+    mov ecx, 1
+    iretq
+gate_xcr0:
+    mov rax, cr4
+    or eax, 0x40000
+    mov cr4, rax
+    xor ecx, ecx
+    xor edx, edx
+    mov eax, r8d
+    xsetbv
+    iretq
+gate_read_special:
+    mov rax, cr0
+    mov [special], rax
+    mov rax, cr2
+    mov [special + 8], rax
+    mov rax, cr3
+    mov [special + 16], rax
+    mov rax, cr4
+    mov [special + 24], rax
+    mov rax, cr8
+    mov [special + 32], rax
+    mov rax, dr0
+    mov [special + 40], rax
+    mov rax, dr1
+    mov [special + 48], rax
+    mov rax, dr2
+    mov [special + 56], rax
+    mov rax, dr3
+    mov [special + 64], rax
+    mov rax, dr6
+    mov [special + 72], rax
+    mov rax, dr7
+    mov [special + 80], rax
+    iretq
+gate_write_special:
+    mov rax, [special + 8]
+    mov cr2, rax
+    mov rax, [special + 40]
+    mov dr0, rax
+    mov rax, [special + 48]
+    mov dr1, rax
+    mov rax, [special + 56]
+    mov dr2, rax
+    mov rax, [special + 64]
+    mov dr3, rax
+    mov rax, [special + 72]
+    mov dr6, rax
+    mov rax, [special + 80]
+    mov dr7, rax
     iretq
 gate_flush:
     mov rax, cr3
@@ -168,6 +232,10 @@ exceptions:
     .set vector, vector + 1
 .endr
 exception:
+    cmp qword ptr [rsp + 16], offset wrmsr_here
+    je refused
+    cmp qword ptr [rsp + 16], offset rdmsr_here
+    je refused
     pop qword ptr [fault_facts]
     pop qword ptr [fault_facts + 8]
     pop qword ptr [fault_facts + 16]
@@ -185,6 +253,7 @@ exception:
 .balign 8
 gates:
     .quad gate_idle, gate_wrmsr, gate_flush, hold, gate_fault
+    .quad gate_rdmsr, gate_xcr0, gate_read_special, gate_write_special
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff
@@ -214,7 +283,7 @@ empty_pointer:
 boot_pml4: .skip 4096
 boot_pdpt: .skip 4096
 boot_pd: .skip 4096
-.globl idt, boot_pdpt, fault_facts
+.globl idt, boot_pdpt, fault_facts, special
 idt: .skip 256 * 16
 ring0_stack: .skip {STACK}
 ring3_stack: .skip {STACK}
@@ -223,6 +292,7 @@ tss: .skip {TSS_SIZE}
 boot_argument: .skip 8
 boot_by_pvh: .skip 8
 fault_facts: .skip 32
+special: .skip 88
 .section .text
 "#,
     STACK = const STACK,

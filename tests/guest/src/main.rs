@@ -30,6 +30,7 @@ mod power;
 mod runtime;
 mod shell;
 mod text;
+mod vcpu;
 mod virtio;
 mod work;
 

@@ -7,7 +7,7 @@ use crate::net::{self, Card};
 use crate::text::{Interface, Ipv4, Size, number};
 use crate::virtio::{self, Window};
 use crate::work::{self, Crc32};
-use crate::{acpi, clock, console, cpu, hostile, irq, memory, power, put, say};
+use crate::{acpi, clock, console, cpu, hostile, irq, memory, power, put, say, vcpu};
 
 const MAX_DISKS: usize = 16;
 const HELP: &str = "\
@@ -32,6 +32,7 @@ net ping ADDR [COUNT]      ping
 load disk read|write|scan DEPTH KIB MS  keep the disk busy, polling, and count; takes it over
 load net send BYTES MS                 send frames, likewise
 load net receive MS                    count frames
+vcpu                       fill the processor's registers, wait for a key, say which changed
 hostile [PREFIX]           misuse the devices, case by case; takes them over for good
 halt                       stop the processor for good
 poweroff, reboot, fault    end the VM: ACPI, keyboard controller, triple fault";
@@ -229,6 +230,7 @@ impl Shell {
             "disk" => shell.disk(arguments),
             "net" => shell.net(arguments),
             "load" => shell.load(arguments),
+            "vcpu" => Ok(vcpu::run(|| while console::key().is_some() {})?),
             "hostile" => Ok(hostile::run(shell.boot, arguments.first().copied().unwrap_or(""))?),
             "halt" => {
                 say!("halted");

@@ -254,6 +254,12 @@ impl Disk {
         }
     }
 
+    /// Writes what this process alone knows of the image, so that a copy of its file is a whole image. Blocks. Nothing may be in flight.
+    pub(crate) fn settle(&self) -> io::Result<()> {
+        // What was written to a raw image, the kernel shows to everybody.
+        if self.stack.is_some() { self.flush() } else { Ok(()) }
+    }
+
     /// A new engine for at most `depth` requests in flight. Costs a few system calls: call it when the disk is really used.
     pub(crate) fn engine(&self, depth: u16) -> Box<dyn Engine> {
         let mover = self.mover(depth);

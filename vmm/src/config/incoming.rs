@@ -14,6 +14,9 @@ pub struct Incoming {
     pub mapped: bool,
     /// `verify`: compare all of guest memory with its checksum before the start (default off).
     pub verify: bool,
+    /// `identity=new`: this VM is another one than the one that was saved. Its NICs have the addresses of the command line, and a read-only disk may
+    /// be another one, or lie in a slot that was empty; the guest is told of both (default: it is the same VM).
+    pub fresh: bool,
 }
 
 /// Why a netdev cannot be part of a snapshot.

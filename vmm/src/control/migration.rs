@@ -11,11 +11,14 @@
 //! A snapshot is made while the client waits: nobody ever reads *active*. A VM that ran is paused afterwards; if it could not be saved it
 //! runs on.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use serde_json::json;
 
 use crate::process::trace;
+use crate::snapshot::Target;
 
 use super::{CommandError, Control, Event, Outcome, Refusal, State, reply};
 
@@ -37,6 +40,9 @@ pub enum MigrationError {
     /// Not `SCHEME:PLACE` with a known scheme.
     #[error("Invalid uri: {0}: use file:/absolute/path")]
     Uri(String),
+    /// Not two.
+    #[error("Invalid uri: name two descriptors of empty files: fd:STATE:MEMORY")]
+    Descriptors,
     /// Not from this state.
     #[error("Failed to transfer migration status from {0} to {1}.")]
     Transition(&'static str, &'static str),
@@ -66,10 +72,15 @@ impl Status {
     }
 }
 
-/// The directory that a URI names.
-fn place(uri: &str) -> Result<&Path, MigrationError> {
+/// The place that a URI names.
+fn place(uri: &str, descriptors: Vec<OwnedFd>) -> Result<Target, MigrationError> {
     match uri.split_once(':') {
-        Some(("file", path)) if path.starts_with('/') => Ok(Path::new(path)),
+        Some(("file", path)) if path.starts_with('/') => Ok(Target::Directory(PathBuf::from(path))),
+        Some(("fd", _)) => {
+            let files = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| MigrationError::Descriptors)?;
+            let [state, memory] = files.map(File::from);
+            Ok(Target::Files { state, memory })
+        }
         Some(("tcp" | "unix", _)) => Err(MigrationError::NoLiveMigration),
         _ => Err(MigrationError::Uri(uri.to_owned())),
     }
@@ -77,8 +88,8 @@ fn place(uri: &str) -> Result<&Path, MigrationError> {
 
 impl Control {
     /// Makes a snapshot.
-    pub(super) fn migrate(&mut self, uri: &str) -> Vec<Outcome> {
-        match self.try_migrate(uri) {
+    pub(super) fn migrate(&mut self, uri: &str, descriptors: Vec<OwnedFd>) -> Vec<Outcome> {
+        match self.try_migrate(uri, descriptors) {
             Ok(paused) => {
                 let stopped = paused.then(|| Outcome::Event(Event { name: "STOP", data: json!({}) }));
                 stopped.into_iter().chain(reply(json!({}))).collect()
@@ -88,24 +99,24 @@ impl Control {
     }
 
     /// Returns whether the VM ran before.
-    fn try_migrate(&mut self, uri: &str) -> Result<bool, CommandError> {
-        let dir = place(uri)?;
+    fn try_migrate(&mut self, uri: &str, descriptors: Vec<OwnedFd>) -> Result<bool, CommandError> {
+        let target = place(uri, descriptors)?;
         if self.state == State::Shutdown {
             return Err(Refusal::Ended.into());
         }
         self.migration = self.migration.to(Status::Active)?;
         let ran = self.state == State::Running;
-        let result = self.save(dir, ran);
+        let result = self.save(&target, ran);
         self.migration =
             self.migration.to(if result.is_ok() { Status::Completed } else { Status::Failed })?;
         result.map(|()| ran)
     }
 
-    fn save(&mut self, dir: &Path, ran: bool) -> Result<(), CommandError> {
+    fn save(&mut self, target: &Target, ran: bool) -> Result<(), CommandError> {
         if ran {
             self.machine("cannot pause the VM", |vm| vm.pause())?;
         }
-        let saved = self.machine("cannot make a snapshot", |vm| vm.save(dir));
+        let saved = self.machine("cannot make a snapshot", |vm| vm.save(target));
         match saved {
             Ok(()) if ran => self.state = State::Paused,
             Err(_) if ran => self.machine("cannot resume the VM", |vm| vm.resume())?,
@@ -134,14 +145,18 @@ mod tests {
 
     #[test]
     fn places() {
-        assert_eq!(place("file:/a/b").unwrap(), Path::new("/a/b"));
+        let path = place("file:/a/b", Vec::new()).unwrap();
+        assert!(matches!(path, Target::Directory(path) if path.ends_with("a/b")));
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+        assert!(matches!(place("fd:a:b", vec![null(), null()]), Ok(Target::Files { .. })));
         for (uri, text) in [
             ("file:a", "Invalid uri: file:a"),
             ("", "Invalid uri: "),
+            ("fd:a", "Invalid uri: name two descriptors"),
             ("exec:cat", "Invalid uri: exec:cat"),
             ("tcp:127.0.0.1:4", "MicroVM does not support migration"),
         ] {
-            let error = place(uri).unwrap_err().to_string();
+            let error = place(uri, Vec::new()).unwrap_err().to_string();
             assert!(error.starts_with(text), "{error}");
         }
     }

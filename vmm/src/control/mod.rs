@@ -9,7 +9,6 @@ mod qom;
 mod query;
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -20,6 +19,7 @@ use crate::machine::{
     Plugged, Refusal as SlotRefusal,
 };
 use crate::process::trace;
+use crate::snapshot::Target;
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
@@ -102,8 +102,13 @@ pub enum Command {
     Cont,
     /// `quit`.
     Quit,
-    /// `migrate`: to this URI.
-    Migrate(String),
+    /// `migrate`: to this URI, with the descriptors that it names.
+    Migrate {
+        /// As the client wrote it.
+        uri: String,
+        /// In the order of their names.
+        descriptors: Vec<OwnedFd>,
+    },
     /// `query-migrate`.
     QueryMigrate,
 }
@@ -190,8 +195,8 @@ pub trait Vm: Send {
     fn devices(&self) -> Vec<(String, &'static str)>;
     /// Named I/O threads with the host's thread, 0 while there is none.
     fn iothreads(&self) -> Vec<(String, i32)>;
-    /// Saves a paused machine to a directory, and leaves it as it was.
-    fn save(&mut self, dir: &Path) -> Result<(), BoxError>;
+    /// Saves a paused machine, and leaves it as it was.
+    fn save(&mut self, target: &Target) -> Result<(), BoxError>;
     /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
     fn shut_down(self: Box<Self>) -> Result<(), BoxError>;
 }
@@ -239,8 +244,8 @@ impl Vm for Machine {
     fn iothreads(&self) -> Vec<(String, i32)> {
         Self::iothreads(self)
     }
-    fn save(&mut self, dir: &Path) -> Result<(), BoxError> {
-        Ok(Self::save(self, dir)?)
+    fn save(&mut self, target: &Target) -> Result<(), BoxError> {
+        Ok(Self::save(self, target)?)
     }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
         Ok(Self::shut_down(*self)?)
@@ -377,7 +382,7 @@ impl Control {
                 return reply(self.name.as_ref().map_or_else(|| json!({}), |name| json!({ "name": name })));
             }
             Command::QueryUuid => return reply(json!({ "UUID": self.uuid.unwrap_or_default().to_string() })),
-            Command::Migrate(uri) => return self.migrate(&uri),
+            Command::Migrate { uri, descriptors } => return self.migrate(&uri, descriptors),
             Command::QueryMigrate => return reply(json!({ "status": self.migration.name() })),
             Command::SystemPowerdown => Input::Powerdown,
             Command::SystemReset => Input::Reset,

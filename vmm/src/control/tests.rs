@@ -50,7 +50,7 @@ impl Vm for FakeVm {
     fn iothreads(&self) -> Vec<(String, i32)> {
         vec![("io1".into(), 43)]
     }
-    fn save(&mut self, _: &Path) -> Result<(), BoxError> {
+    fn save(&mut self, _: &Target) -> Result<(), BoxError> {
         if self.unsaveable { Err("the disk is full".into()) } else { Ok(()) }
     }
     fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
@@ -192,7 +192,7 @@ fn hotpluggable_cpus_lists_those_that_are_offline_without_a_path() {
 #[test]
 fn a_snapshot_pauses_a_vm_that_runs_and_one_that_fails_does_not() {
     let event_loop = EventLoop::new().unwrap();
-    let migrate = || Command::Migrate("file:/snapshot".into());
+    let migrate = || Command::Migrate { uri: "file:/snapshot".into(), descriptors: Vec::new() };
     let status = |control: &mut Control| names(&control.execute(Command::QueryMigrate)).remove(0);
     let machine = |unsaveable| Box::new(FakeVm { fails: false, unsaveable });
     let mut works = Control::new(machine(false), &VmConfig::default(), event_loop.handle());

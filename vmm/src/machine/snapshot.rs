@@ -11,7 +11,6 @@
 //! Devices go on last, because they write to memory and interrupt. They are started from a vCPU's thread, so that their I/O threads are
 //! born with the sandbox of one.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::VmFd;
@@ -23,9 +22,10 @@ use crate::config::{Incoming, Smp, VmConfig};
 use crate::cpu::x86_64::state::{self, Part, VcpuState};
 use crate::cpu::{CpuError, Vcpu, Vcpus};
 use crate::device::{SavedSerial, SerialDevice};
+use crate::inherit::Inherited;
 use crate::irq::saved;
 use crate::memory::{self, GuestMemory};
-use crate::snapshot::{Draft, Format, Opened, Pages, SnapshotError, StateWriter};
+use crate::snapshot::{Draft, Format, Opened, Pages, SnapshotError, StateWriter, Target};
 use crate::virtio::state::{StateError, Suspend, TransportState};
 
 /// Of every section that this version writes.
@@ -122,12 +122,18 @@ pub(super) struct Source {
     identity: Identity,
     occupants: Vec<Option<String>>,
     mapped: bool,
+    /// This is another VM than the one that was saved.
+    fresh: bool,
 }
 
 impl Source {
     /// Opens the snapshot, and refuses one of another machine.
-    pub(super) fn open(incoming: &Incoming, config: &VmConfig) -> Result<Self, MachineError> {
-        let mut opened = Opened::open(&incoming.dir)?;
+    pub(super) fn open(
+        incoming: &Incoming,
+        config: &VmConfig,
+        inherited: &Inherited,
+    ) -> Result<Self, MachineError> {
+        let mut opened = Opened::open(&incoming.dir, inherited)?;
         let saved: SavedMachine = take_json(&mut opened, MACHINE, 0)?;
         saved.identity.check(config)?;
         let pages = Pages { size: config.memory.size, count: saved.pages, checksum: saved.checksum };
@@ -135,7 +141,7 @@ impl Source {
             opened.verify(&pages)?;
         }
         let SavedMachine { identity, occupants, .. } = saved;
-        Ok(Self { opened, pages, identity, occupants, mapped: incoming.mapped })
+        Ok(Self { opened, pages, identity, occupants, mapped: incoming.mapped, fresh: incoming.fresh })
     }
 
     /// The device that was in each replaceable slot.
@@ -185,8 +191,15 @@ impl Source {
     pub(super) fn apply_devices(mut self, here: &Identity, devices: &[Stand]) -> Result<(), MachineError> {
         self.check_devices(here)?;
         for Stand { name, instance, transport } in devices {
-            let saved: TransportState = self.take(SLOT, *instance)?;
-            let result = transport.restore(&saved);
+            let mut saved: TransportState = self.take(SLOT, *instance)?;
+            let result = if self.fresh {
+                transport.save().and_then(|here| {
+                    saved.device.take_identity(&here.device);
+                    transport.restore(&saved)
+                })
+            } else {
+                transport.restore(&saved)
+            };
             result.map_err(|source| MachineError::State { device: name.clone(), source })?;
         }
         let sections = std::mem::take(&mut self.opened.sections);
@@ -272,9 +285,8 @@ pub(super) struct Parts<'a> {
 }
 
 impl Machine {
-    /// Saves the machine, which must be paused, to the directory `dir`, and leaves it as it was. After an error what was in `dir` is
-    /// still there.
-    pub fn save(&mut self, dir: &Path) -> Result<(), MachineError> {
+    /// Saves the machine, which must be paused, and leaves it as it was. After an error what was in a directory before is still there.
+    pub fn save(&mut self, target: &Target) -> Result<(), MachineError> {
         let parts = match &self.board {
             Board::Microvm(board) => board.parts(),
             Board::Q35(board) => board.parts()?,
@@ -282,7 +294,7 @@ impl Machine {
         };
         parts.check_exclusions()?;
         // Before the devices stand still: what is most likely to fail.
-        let draft = Draft::create(dir)?;
+        let draft = Draft::create(target)?;
         let result = parts.suspend().and_then(|()| parts.write(&draft));
         let resumed = go_on(&parts.devices);
         draft.finish(result?)?;

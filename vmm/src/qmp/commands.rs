@@ -179,7 +179,7 @@ pub(super) const COMMANDS: &[Spec] = &[
         "migrate",
         &[must("uri", Text), may("blk", Any), may("inc", Any), may("detach", Any)],
         NOTHING,
-        |a, _| Ok(Action::Control(Command::Migrate(plug::name(a, "uri")?))),
+        |a, d| plug::migrate(a, d).map(Action::Control),
     ),
     answer!("migrate_cancel", &[], NOTHING, json!({})),
     command("netdev_add", plug::NETDEV, NOTHING, |a, d| plug::netdev(a, d).map(Action::Control)),

@@ -233,6 +233,19 @@ pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
     Ok(Command::BlockdevAdd { drive, node })
 }
 
+/// `migrate`. Descriptors that its URI names (`fd:STATE:MEMORY`) are taken, whatever becomes of the request.
+pub(super) fn migrate(arguments: &Arguments, descriptors: &Descriptors) -> Result<Command, QmpError> {
+    let uri = name(arguments, "uri")?;
+    let named =
+        uri.strip_prefix("fd:").map(|names| names.split(':').map(|name| take(descriptors, name)).collect());
+    Ok(Command::Migrate { descriptors: named.transpose()?.unwrap_or_default(), uri })
+}
+
+fn take(descriptors: &Descriptors, name: &str) -> Result<OwnedFd, QmpError> {
+    let missing = || bad(format!("no descriptor is called '{}': send it with getfd first", quote(name)));
+    descriptors.take(name).ok_or_else(missing)
+}
+
 /// `netdev_add`. Descriptors that it names are taken, whatever becomes of the request.
 pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result<Command, QmpError> {
     let id = name(arguments, "id")?;
@@ -247,12 +260,7 @@ pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result
             (Some(text), None) | (None, Some(text)) => text,
             (None, None) => return Ok(Vec::new()),
         };
-        let take = |name: &str| {
-            descriptors.take(name).ok_or_else(|| {
-                bad(format!("no descriptor is called '{}': send it with getfd first", quote(name)))
-            })
-        };
-        text.split(':').map(take).collect()
+        text.split(':').map(|name| take(descriptors, name)).collect()
     };
     let (fds, vhost_fds) = (named("fd", "fds")?, named("vhostfd", "vhostfds")?);
     let vhost = arguments.boolean("vhost").unwrap_or(false);

@@ -16,6 +16,7 @@ use crate::event::EventLoop;
 use crate::machine::{
     BlockDevice, CpuInfo, Departure, GuestEvent, Hotplug, HotplugError, NetDevice, Plugged, Refusal,
 };
+use crate::snapshot::Target;
 
 mod human;
 
@@ -52,8 +53,14 @@ impl Vm for FakeVm {
     fn reset(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
-    fn save(&mut self, dir: &std::path::Path) -> Result<(), BoxError> {
-        self.1.lock().unwrap().push(format!("save {}", dir.display()));
+    fn save(&mut self, target: &Target) -> Result<(), BoxError> {
+        self.1.lock().unwrap().push(match target {
+            Target::Directory(dir) => format!("save {}", dir.display()),
+            Target::Files { state, memory } => {
+                let twin = |file: &std::fs::File| said(file.try_clone().unwrap().into());
+                format!("save {} {}", twin(state), twin(memory))
+            }
+        });
         Ok(())
     }
     fn press_power_button(&mut self) {}
@@ -523,6 +530,16 @@ fn descriptors_come_with_getfd_and_go_to_the_netdev_that_names_them() {
         EMPTY
     );
     assert_eq!(*world.asked.lock().unwrap(), ["n second+first 2 false"]);
+    // Those of a snapshot likewise.
+    let pair =
+        r#"{"execute":"getfd","arguments":{"fdname":"s"}}{"execute":"getfd","arguments":{"fdname":"m"}}"#;
+    send_with(&client, pair, &["state", "memory"]);
+    assert_eq!((world.line(&mut client).as_str(), world.line(&mut client).as_str()), (EMPTY, EMPTY));
+    let migrate = r#"{"execute":"migrate","arguments":{"uri":"fd:s:m"}}"#;
+    assert!(world.ask(&mut client, migrate).contains("\"STOP\""));
+    assert_eq!(world.line(&mut client), EMPTY);
+    assert_eq!(world.asked.lock().unwrap().last().unwrap(), "save state memory");
+    assert!(world.ask(&mut client, migrate).contains("no descriptor is called 's'"));
     // A name is good once, and for the client that gave it.
     let gone = world.ask(&mut client, r#"{"execute":"netdev_add","arguments":{"id":"m","fd":7}}"#);
     assert!(gone.contains("no descriptor is called '7'"), "{gone}");

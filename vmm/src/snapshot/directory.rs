@@ -7,9 +7,13 @@
 //!
 //! A kill leaves the directory of a draft. Its file `memory` was locked by the one who wrote it, so the next one can tell. Two that begin
 //! at the same time may take each other's drafts for such ones while they are being made: whoever finds that its own has gone makes another.
+//!
+//! A client that may reach places that this process may not gives two open files instead of a directory: then it is the client that gives them
+//! their names when both are complete, and removes them when they are not.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +21,7 @@ use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 
 use super::sections::{FILE_MAX, Format, Sections, StateWriter};
 use super::{Pages, SnapshotError, pages};
+use crate::inherit::Inherited;
 use crate::memory::GuestMemory;
 
 const STATE: &str = "state";
@@ -35,19 +40,64 @@ fn place(path: &Path, problem: &'static str) -> SnapshotError {
     SnapshotError::Place { path: path.into(), problem }
 }
 
+/// Where a snapshot is to be.
+#[derive(Debug)]
+pub enum Target {
+    /// In this directory.
+    Directory(PathBuf),
+    /// In two files that are open for writing, and empty.
+    Files {
+        /// What will be the file `state`.
+        state: File,
+        /// What will be the file `memory`.
+        memory: File,
+    },
+}
+
 /// A snapshot in the making.
 pub struct Draft {
     target: PathBuf,
-    /// The directory beside it.
-    partial: PathBuf,
+    home: Home,
     memory: File,
     placed: bool,
+}
+
+/// Where a snapshot is made.
+enum Home {
+    /// In a directory beside its place.
+    Beside(PathBuf),
+    /// In files that were given: this is that of the state.
+    Given(File),
 }
 
 impl Draft {
     /// Begins a snapshot that is to be `target`: a path that does not exist, an empty directory, or a snapshot, which stays as it is
     /// until the new one is complete.
-    pub fn create(target: &Path) -> Result<Self, SnapshotError> {
+    pub fn create(target: &Target) -> Result<Self, SnapshotError> {
+        match target {
+            Target::Directory(path) => Self::beside(path),
+            Target::Files { state, memory } => Self::given(state, memory),
+        }
+    }
+
+    /// In files whose names are somebody else's business.
+    fn given(state: &File, memory: &File) -> Result<Self, SnapshotError> {
+        // For messages only.
+        let target = PathBuf::from("fd");
+        let take = |file: &File, name: &str| {
+            let path = target.join(name);
+            let data = file.metadata().map_err(host(&path, "look at it"))?;
+            let flags = rustix::fs::fcntl_getfl(file).map_err(|e| host(&path, "look at it")(e.into()))?;
+            if !data.is_file() || data.len() != 0 || flags & OFlags::RWMODE == OFlags::RDONLY {
+                return Err(place(&path, "is no empty plain file that is open for writing"));
+            }
+            file.try_clone().map_err(host(&path, "duplicate its descriptor"))
+        };
+        let (state, memory) = (take(state, STATE)?, take(memory, MEMORY)?);
+        Ok(Self { target, home: Home::Given(state), memory, placed: false })
+    }
+
+    fn beside(target: &Path) -> Result<Self, SnapshotError> {
         let target = match std::fs::symlink_metadata(target) {
             // The directory itself is what will be replaced.
             Ok(data) if data.is_symlink() => {
@@ -87,7 +137,7 @@ impl Draft {
                 return if lost { Ok(None) } else { Err(host(&path, "make it")(e)) };
             }
         };
-        let draft = Self { target: target.to_owned(), partial, memory, placed: false };
+        let draft = Self { target: target.to_owned(), home: Home::Beside(partial), memory, placed: false };
         match rustix::fs::flock(&draft.memory, FlockOperation::NonBlockingLockExclusive) {
             // Whoever holds it is about to remove it.
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
@@ -113,27 +163,36 @@ impl Draft {
     /// Writes the state, and puts the snapshot in its place.
     pub fn finish(mut self, state: StateWriter) -> Result<(), SnapshotError> {
         let path = self.target.join(STATE);
-        let mut file = create(&self.partial.join(STATE)).map_err(host(&path, "make it"))?;
-        file.write_all(&state.finish()).and_then(|()| file.sync_data()).map_err(host(&path, "write it"))?;
+        let write = |mut file: &File| {
+            file.write_all(&state.finish()).and_then(|()| file.sync_data()).map_err(host(&path, "write it"))
+        };
+        let partial = match &self.home {
+            Home::Given(file) => {
+                write(file)?;
+                self.placed = true;
+                return Ok(());
+            }
+            Home::Beside(partial) => partial.clone(),
+        };
+        write(&create(&partial.join(STATE)).map_err(host(&path, "make it"))?)?;
         let sync =
             |path: &Path| File::open(path).and_then(|dir| dir.sync_all()).map_err(host(path, "sync it"));
-        sync(&self.partial)?;
+        sync(&partial)?;
         let parent = || self.target.parent().map_or(Ok(()), sync);
         loop {
             // Again: it may have been filled meanwhile, and may be at any time.
             if check_target(&self.target)? {
-                match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::EXCHANGE)
-                {
+                match rustix::fs::renameat_with(CWD, &partial, CWD, &self.target, RenameFlags::EXCHANGE) {
                     Err(rustix::io::Errno::NOENT) if !self.target.exists() => continue,
                     done => done.map_err(|e| host(&self.target, "exchange it for the new one")(e.into()))?,
                 }
                 self.placed = true;
                 let synced = parent();
                 // Now the name of the old one.
-                remove(&self.partial);
+                remove(&partial);
                 return synced;
             }
-            match std::fs::rename(&self.partial, &self.target) {
+            match std::fs::rename(&partial, &self.target) {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
                 done => {
                     done.map_err(host(&self.target, "give it its name"))?;
@@ -147,8 +206,8 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.placed {
-            remove(&self.partial);
+        if let (false, Home::Beside(partial)) = (self.placed, &self.home) {
+            remove(partial);
         }
     }
 }
@@ -225,13 +284,14 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the snapshot `dir` and reads its state.
-    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
-        if !dir.is_dir() {
+    /// Opens the snapshot `dir`, or takes the descriptors that were inherited for its files, and reads its state.
+    pub fn open(dir: &Path, inherited: &Inherited) -> Result<Self, SnapshotError> {
+        let path = dir.join(STATE);
+        let given = inherited.take_path(&path);
+        if given.is_none() && !dir.is_dir() {
             return Err(place(dir, "no such directory, or none that this process may read"));
         }
-        let path = dir.join(STATE);
-        let (file, length) = open_plain(&path)?;
+        let (file, length) = open_plain(&path, given)?;
         let damaged = |path: PathBuf, format| SnapshotError::Damaged { path, format };
         if length > FILE_MAX as u64 {
             return Err(damaged(path, Format::TooLarge(length)));
@@ -240,7 +300,9 @@ impl Opened {
         // Not more than it was long, if it grows meanwhile.
         file.take(FILE_MAX as u64 + 1).read_to_end(&mut bytes).map_err(host(&path, "read it"))?;
         let sections = Sections::parse(&bytes).map_err(|format| damaged(path, format))?;
-        let (memory, length) = open_plain(&dir.join(MEMORY))?;
+        let path = dir.join(MEMORY);
+        let given = inherited.take_path(&path);
+        let (memory, length) = open_plain(&path, given)?;
         Ok(Self { dir: dir.into(), sections, memory, length })
     }
 
@@ -289,11 +351,12 @@ impl Opened {
     }
 }
 
-/// Opens a plain file for reading; returns its length.
-fn open_plain(path: &Path) -> Result<(File, u64), SnapshotError> {
+/// Opens a plain file for reading, unless it is `given`; returns its length.
+fn open_plain(path: &Path, given: Option<OwnedFd>) -> Result<(File, u64), SnapshotError> {
     // A pipe without a writer would block here.
     let flags = OFlags::NONBLOCK.bits() as i32;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(host(path, "open it"))?;
+    let open = || OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = given.map_or_else(open, |fd| Ok(fd.into())).map_err(host(path, "open it"))?;
     let data = file.metadata().map_err(host(path, "look at it"))?;
     if data.is_file() { Ok((file, data.len())) } else { Err(place(path, "is no plain file")) }
 }
@@ -311,7 +374,7 @@ mod tests {
     }
 
     fn save(dir: &Path, byte: u8) -> Result<Pages, SnapshotError> {
-        let draft = Draft::create(dir)?;
+        let draft = Draft::create(&Target::Directory(dir.into()))?;
         let pages = draft.write_memory(&ram(byte))?;
         let mut state = StateWriter::default();
         state.add("byte", 0, 1, &[byte]).unwrap();
@@ -327,7 +390,7 @@ mod tests {
     }
 
     fn saved(dir: &Path) -> u8 {
-        Opened::open(dir).unwrap().sections.need("byte", 0, 1).unwrap().bytes[0]
+        Opened::open(dir, &Inherited::default()).unwrap().sections.need("byte", 0, 1).unwrap().bytes[0]
     }
 
     #[test]
@@ -341,7 +404,7 @@ mod tests {
                 (vec!["template".into()], vec![MEMORY.into(), STATE.into()])
             );
             assert_eq!(saved(&dir), byte);
-            let opened = Opened::open(&dir).unwrap();
+            let opened = Opened::open(&dir, &Inherited::default()).unwrap();
             opened.verify(&pages).unwrap();
             let copy = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
             opened.read_into(&copy, &pages).unwrap();
@@ -363,7 +426,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("template");
         save(&dir, 1).unwrap();
-        let draft = Draft::create(&dir).unwrap();
+        let draft = Draft::create(&Target::Directory(dir.clone())).unwrap();
         draft.write_memory(&ram(2)).unwrap();
         assert_eq!(names(home.path()).len(), 2);
         drop(draft);
@@ -404,7 +467,7 @@ mod tests {
                 });
             }
         });
-        Opened::open(&dir).unwrap();
+        Opened::open(&dir, &Inherited::default()).unwrap();
         assert_eq!(names(home.path()), ["template"]);
     }
 
@@ -432,15 +495,17 @@ mod tests {
     fn damaged_snapshots_are_named() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("s");
-        let text = |dir: &Path| Opened::open(dir).unwrap_err().to_string();
+        let text = |dir: &Path| Opened::open(dir, &Inherited::default()).unwrap_err().to_string();
         assert!(text(&dir).contains("no such directory"), "{}", text(&dir));
         let pages = save(&dir, 1).unwrap();
         let memory = OpenOptions::new().write(true).open(dir.join(MEMORY)).unwrap();
         memory.write_all_at(&[9], 4096).unwrap();
-        let error = Opened::open(&dir).unwrap().verify(&pages).unwrap_err().to_string();
+        let error =
+            Opened::open(&dir, &Inherited::default()).unwrap().verify(&pages).unwrap_err().to_string();
         assert!(error.contains("memory: guest memory: the checksum does not match"), "{error}");
         memory.set_len(4096).unwrap();
-        let error = Opened::open(&dir).unwrap().memory(&pages).unwrap_err().to_string();
+        let error =
+            Opened::open(&dir, &Inherited::default()).unwrap().memory(&pages).unwrap_err().to_string();
         assert!(error.contains("is 4096 bytes long and should be 1048576"), "{error}");
         std::fs::remove_file(dir.join(MEMORY)).unwrap();
         assert!(text(&dir).contains("memory: cannot open it"), "{}", text(&dir));
@@ -451,5 +516,35 @@ mod tests {
         std::fs::remove_file(dir.join(STATE)).unwrap();
         rustix::fs::mknodat(CWD, dir.join(STATE), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         assert!(text(&dir).contains("no plain file"), "{}", text(&dir));
+    }
+
+    #[test]
+    fn a_snapshot_in_files_that_were_given() {
+        let home = tempfile::tempdir().unwrap();
+        let make = |name: &str| create(&home.path().join(name)).unwrap();
+        let target = Target::Files { state: make(STATE), memory: make(MEMORY) };
+        let draft = Draft::create(&target).unwrap();
+        let pages = draft.write_memory(&ram(7)).unwrap();
+        let mut state = StateWriter::default();
+        state.add("byte", 0, 1, &[7]).unwrap();
+        draft.finish(state).unwrap();
+        assert_eq!((names(home.path()), saved(home.path())), (vec![MEMORY.into(), STATE.into()], 7));
+        // As they are now, they are not empty; and one that is open for reading alone is none.
+        let refused = Draft::create(&target).err().unwrap().to_string();
+        assert!(refused.contains("fd/state: is no empty plain file"), "{refused}");
+        drop(make("empty"));
+        let reading = || File::open(home.path().join("empty")).unwrap();
+        assert!(Draft::create(&Target::Files { state: reading(), memory: reading() }).is_err());
+        // The one who reads may have them as descriptors only, under names that lead nowhere.
+        let nowhere = Path::new("/nowhere");
+        let open =
+            |name: &str| std::os::fd::IntoRawFd::into_raw_fd(File::open(home.path().join(name)).unwrap());
+        let table = format!(
+            r#"[{{"fd":{},"path":"/nowhere/state"}},{{"fd":{},"path":"/nowhere/memory"}}]"#,
+            open(STATE),
+            open(MEMORY)
+        );
+        let inherited = Inherited::parse(&table).unwrap();
+        Opened::open(nowhere, &inherited).unwrap().verify(&pages).unwrap();
     }
 }

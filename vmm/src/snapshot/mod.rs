@@ -21,7 +21,7 @@ mod sections;
 use std::io;
 use std::path::PathBuf;
 
-pub use directory::{Draft, Opened};
+pub use directory::{Draft, Opened, Target};
 pub use pages::Pages;
 pub use sections::{Format, Section, Sections, StateWriter};
 

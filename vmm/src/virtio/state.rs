@@ -44,6 +44,9 @@ pub enum StateError {
     /// Bytes that no device has written.
     #[error("the saved {0} makes no sense")]
     Malformed(&'static str),
+    /// A copy of its image made now would not be whole.
+    #[error("cannot write the tables of its image: {0}")]
+    Image(#[source] std::io::Error),
     /// It does not go on.
     #[error(transparent)]
     Activate(#[from] ActivateError),
@@ -144,4 +147,16 @@ pub enum DeviceState {
     Console(console::Saved),
     /// A source of random bytes, which has no state.
     Rng,
+}
+
+impl DeviceState {
+    /// Before it is given to another VM, which `here` is a device of: what tells VMs apart becomes that one's. Its guest is told when it goes on.
+    pub(crate) fn take_identity(&mut self, here: &Self) {
+        match (self, here) {
+            (Self::Blk(saved), Self::Blk(here)) => saved.take_identity(here),
+            (Self::Net(saved), Self::Net(here)) => saved.take_identity(here),
+            // Others have none; what does not fit is refused when it is restored.
+            _ => {}
+        }
+    }
 }

@@ -26,6 +26,11 @@ pub(super) fn read(given: &mut Given) -> Result<Option<Incoming>, CmdlineError> 
     }
     let mapped = props.boolean("mapped")?.unwrap_or(true);
     let verify = props.boolean("verify")?.unwrap_or(false);
+    let fresh = match props.text("identity")?.as_deref() {
+        None | Some("same") => false,
+        Some("new") => true,
+        Some(other) => return Err(props.bad(format!("identity={other}: write new or same"))),
+    };
     props.finish()?;
-    Ok(Some(Incoming { dir, mapped, verify }))
+    Ok(Some(Incoming { dir, mapped, verify, fresh }))
 }

@@ -127,7 +127,7 @@ pub(super) const OPTIONS: &[Spec] = &[
     used(
         "-incoming",
         Arity::One,
-        "file:DIR[,mapped=on|off][,verify=on|off]\tgo on from the snapshot in DIR; the other options as when it was made",
+        "file:DIR[,mapped=on|off][,verify=on|off][,identity=same|new]\tgo on from the snapshot in DIR; the other options as when it was made (identity=new: but for addresses of NICs and read-only disks)",
     ),
     used("-S", Arity::Flag, "\tcreate the VM paused; `cont` over QMP starts it (also -freeze)"),
     used("-D", Arity::Optional, "[FILE]\tlog to FILE (default: standard error)"),

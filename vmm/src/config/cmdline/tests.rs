@@ -240,10 +240,11 @@ fn each_bad_line_gets_one_clear_line() {
             "-incoming file:x -kernel /k",
             "-incoming: 'x' is no absolute path: write file:/absolute/path/of/a/snapshot",
         ),
+        ("-incoming file:/x,identity=old -kernel /k", "-incoming: identity=old: write new or same"),
         ("-incoming file:/x,mapped=maybe -kernel /k", "-incoming: mapped=maybe: write on or off"),
         (
             "-incoming file:/x,compress=on -kernel /k",
-            "-incoming: unknown key 'compress' (known: mapped, verify)",
+            "-incoming: unknown key 'compress' (known: identity, mapped, verify)",
         ),
         (
             "-incoming file:/x -kernel /k -mem-path /y",

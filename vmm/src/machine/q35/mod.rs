@@ -125,7 +125,7 @@ impl Q35 {
         let topology = Topology::new(&config.smp)?;
         // What a user is most likely to have got wrong comes first, while failing is cheap.
         let source = match &config.incoming {
-            Some(incoming) => Some(Source::open(incoming, config)?),
+            Some(incoming) => Some(Source::open(incoming, config, &inherited)?),
             None => None,
         };
         let workers = Workers::new(config);

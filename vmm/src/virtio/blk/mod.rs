@@ -84,6 +84,8 @@ pub struct BlkOptions {
 pub struct Blk {
     port: Arc<Port>,
     queue_sizes: Vec<u16>,
+    /// The disk is not as the driver knows it: it is told when the device goes on.
+    changed: bool,
 }
 
 impl Blk {
@@ -92,7 +94,7 @@ impl Blk {
         let BlkOptions { backend, serial, read_only, queue_size, queues, worker } = options;
         let medium = backend.map(|disk| Medium::new(disk, serial, read_only));
         let queue_sizes = vec![queue_size; usize::from(queues.max(1))];
-        Self { port: Port::new(medium, queue_size, queues.max(1), worker), queue_sizes }
+        Self { port: Port::new(medium, queue_size, queues.max(1), worker), queue_sizes, changed: false }
     }
 
     /// The slot as the thread that owns the machine reaches it, once the device is behind its transport.
@@ -156,11 +158,16 @@ impl VirtioDevice for Blk {
         let gate = Gate::new(server);
         let (on_thread, medium, signal) = (Arc::clone(&gate), state.medium(), Arc::clone(&interrupt));
         io_thread.post(move |ops: &mut Ops<'_>| serve::start(&on_thread, ops, &medium, &*signal));
+        let signal = Arc::clone(&interrupt);
         state.session = Some(Session { gate, io_thread, interrupt });
+        if std::mem::take(&mut self.changed) {
+            signal.config();
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.changed = false;
         if !self.port.stop(RESET_DEADLINE) {
             let drive = self.port.name();
             tracing::error!(drive, "requests do not finish; the device stays down until they do");
@@ -182,7 +189,10 @@ impl VirtioDevice for Blk {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
         match state {
-            DeviceState::Blk(saved) => self.port.restore(saved),
+            DeviceState::Blk(saved) => {
+                self.changed = self.port.restore(saved)?;
+                Ok(())
+            }
             _ => Err(StateError::Malformed("device")),
         }
     }

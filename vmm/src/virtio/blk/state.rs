@@ -28,6 +28,21 @@ pub struct Saved {
     features: u64,
     /// `None`: an empty slot.
     disk: Option<SavedDisk>,
+    /// The guest is to be told that something has changed.
+    #[serde(skip)]
+    renewed: bool,
+}
+
+impl Saved {
+    /// A disk that is read-only here is what it is here: it may come to an empty slot, or be in the place of another read-only one. One that is
+    /// written must be the one that was saved.
+    pub(in crate::virtio) fn take_identity(&mut self, here: &Self) {
+        let replaceable = self.disk.as_ref().is_none_or(|disk| disk.read_only);
+        if replaceable && here.disk.as_ref().is_some_and(|disk| disk.read_only) && self.disk != here.disk {
+            self.disk.clone_from(&here.disk);
+            self.renewed = true;
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,14 +56,18 @@ impl Port {
     /// Ends the session with nothing in flight; says where each ring stands. After an error the session goes on.
     pub(super) fn suspend(&self) -> Result<Vec<(u16, Position)>, StateError> {
         let deadline = Instant::now() + SUSPEND_DEADLINE;
-        let Some(session) = self.lock().session.clone() else { return Ok(Vec::new()) };
+        let Some(session) = self.lock().session.clone() else {
+            self.settle()?;
+            return Ok(Vec::new());
+        };
         let (quiet, is_quiet) = channel();
         let gate = Arc::clone(&session.gate);
         session.io_thread.post(move |ops: &mut Ops<'_>| serve::quiesce(&gate, ops, quiet));
-        if is_quiet.recv_timeout(SUSPEND_DEADLINE).is_err() {
+        let is_quiet = is_quiet.recv_timeout(SUSPEND_DEADLINE).map_err(|_| StateError::Busy);
+        if let Err(error) = is_quiet.and_then(|()| self.settle()) {
             let gate = Arc::clone(&session.gate);
             session.io_thread.post(move |ops: &mut Ops<'_>| serve::go_on(&gate, ops));
-            return Err(StateError::Busy);
+            return Err(error);
         }
         let mut positions = Vec::new();
         let closed = session.gate.close(&session.io_thread, deadline, |server| {
@@ -62,6 +81,13 @@ impl Port {
         Ok(positions)
     }
 
+    /// Nothing is in flight: the image is made whole, because it may be copied while the VM stands still.
+    fn settle(&self) -> Result<(), StateError> {
+        let medium = self.lock().medium.clone();
+        let writable = medium.filter(|medium| !medium.read_only);
+        writable.map_or(Ok(()), |medium| medium.disk.settle()).map_err(StateError::Image)
+    }
+
     pub(super) fn save(&self) -> Saved {
         let state = self.lock();
         let disk = state.medium.as_ref().map(|medium| SavedDisk {
@@ -69,10 +95,11 @@ impl Port {
             serial: text(&medium.serial),
             read_only: medium.read_only,
         });
-        Saved { features: state.features, disk }
+        Saved { features: state.features, disk, renewed: false }
     }
 
-    pub(super) fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+    /// Says whether the guest is to be told when it goes on.
+    pub(super) fn restore(&self, saved: &Saved) -> Result<bool, StateError> {
         let here = self.save();
         let there = |disk: &Option<SavedDisk>| if disk.is_some() { "a disk" } else { "an empty slot" };
         same("what is in the slot", &there(&saved.disk), &there(&here.disk))?;
@@ -81,7 +108,8 @@ impl Port {
             same("readonly", &saved.read_only, &here.read_only)?;
             same("the size of the disk in sectors", &saved.sectors, &here.sectors)?;
         }
-        self.lock().offer_again(saved.features).ok_or(StateError::Malformed("set of features"))
+        self.lock().offer_again(saved.features).ok_or(StateError::Malformed("set of features"))?;
+        Ok(saved.renewed)
     }
 }
 

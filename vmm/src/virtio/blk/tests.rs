@@ -575,3 +575,35 @@ fn another_disk_than_the_one_that_was_saved_is_refused() {
         assert!(error.starts_with(words), "{error}");
     }
 }
+
+#[test]
+fn another_vm_may_have_another_read_only_disk_and_its_guest_is_told() {
+    let d = start(|_| (), !0);
+    d.rig.transport.suspend().unwrap();
+    let here = d.rig.transport.save().unwrap();
+    let text = serde_json::to_string(&here).unwrap();
+    let read_only = |text: &str| text.replace("\"read_only\":false", "\"read_only\":true");
+    let parse = |text: &str| serde_json::from_str::<crate::virtio::state::TransportState>(text).unwrap();
+    for (saved, here, changes) in [
+        // The disk that is written is the one that was saved, or none at all.
+        (text.replace("\"sectors\":64", "\"sectors\":65"), text.clone(), None),
+        (text.replace("\"sectors\":64", "\"sectors\":65"), read_only(&text), None),
+        (read_only(&text), text.clone(), None),
+        (text.clone(), text.clone(), Some(false)),
+    ] {
+        let mut saved = parse(&saved);
+        saved.device.take_identity(&parse(&here).device);
+        d.rig.transport.reset();
+        assert_eq!(d.rig.transport.restore(&saved).is_ok(), changes.is_some());
+    }
+    for saved in [
+        text.replace("\"SERIAL\"", "\"OTHER\"").replace("\"read_only\":false", "\"read_only\":true"),
+        text.replace("\"disk\":{", "\"disk\":null,\"x\":{"),
+    ] {
+        let mut saved = parse(&saved);
+        saved.device.take_identity(&parse(&read_only(&text)).device);
+        assert_ne!(saved.device, parse(&read_only(&text)).device, "it says that it has changed");
+        let said = serde_json::to_string(&saved.device).unwrap();
+        assert_eq!(said, serde_json::to_string(&parse(&read_only(&text)).device).unwrap());
+    }
+}

@@ -29,6 +29,19 @@ pub struct Saved {
     link: bool,
     /// Of a running device.
     carried: Option<Carried>,
+    /// The guest is to be told that something has changed.
+    #[serde(skip)]
+    renewed: bool,
+}
+
+impl Saved {
+    /// The address becomes that of `here`: the one that the driver has given the NIC was of the VM that was saved.
+    pub(in crate::virtio) fn take_identity(&mut self, here: &Self) {
+        if self.present && here.present {
+            (self.mac, self.face) = (here.mac, here.mac);
+            self.renewed = true;
+        }
+    }
 }
 
 /// Of a NIC whose state does not say.
@@ -39,7 +52,7 @@ fn up() -> bool {
 /// What a NIC that is restored goes on with.
 pub(super) struct Restored {
     pub(super) carried: Option<Carried>,
-    /// The link is not as the driver knows it: its tap was gone, and is there again.
+    /// The NIC is not as the driver knows it: its tap was gone and is there again, or it has another address.
     pub(super) link_changed: bool,
 }
 
@@ -66,7 +79,15 @@ impl Port {
             return Err(StateError::Excluded(VHOST));
         }
         let (present, pairs) = (state.backend.is_some(), self.pairs() as u16);
-        Ok(Saved { present, mac: state.mac, face: self.face.mac(), pairs, link: self.face.link(), carried })
+        Ok(Saved {
+            present,
+            mac: state.mac,
+            face: self.face.mac(),
+            pairs,
+            link: self.face.link(),
+            carried,
+            renewed: false,
+        })
     }
 
     pub(super) fn restore(&self, saved: &Saved) -> Result<Restored, StateError> {
@@ -79,7 +100,7 @@ impl Port {
         same("the number of queue pairs", &saved.pairs, &here.pairs)?;
         self.lock().mac = saved.mac;
         self.face.set_mac(saved.face);
-        let link_changed = saved.present && saved.link != here.link;
+        let link_changed = saved.present && (saved.link != here.link || saved.renewed);
         Ok(Restored { carried: saved.carried, link_changed })
     }
 }

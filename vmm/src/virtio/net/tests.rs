@@ -396,3 +396,22 @@ fn another_nic_than_the_one_that_was_saved_is_refused() {
         assert!(error.starts_with(words), "{error}");
     }
 }
+
+#[test]
+fn a_nic_of_another_vm_has_the_address_of_that_one_and_its_guest_is_told() {
+    let nic = start(!0);
+    nic.rig.transport.suspend().unwrap();
+    let here = nic.rig.transport.save().unwrap();
+    // The driver had given it an address of its own.
+    let text = serde_json::to_string(&here).unwrap();
+    let text = text.replace("\"mac\":[82", "\"mac\":[86").replace("\"face\":[82", "\"face\":[90");
+    let mut saved: TransportState = serde_json::from_str(&text).unwrap();
+    saved.device.take_identity(&here.device);
+    nic.rig.transport.reset();
+    nic.rig.transport.restore(&saved).unwrap();
+    nic.rig.transport.resume().unwrap();
+    nic.rig.transport.suspend().unwrap();
+    let again = nic.rig.transport.save().unwrap();
+    assert_eq!(again.device, here.device);
+    assert_eq!((again.interrupt_status & 2, again.config_generation), (2, here.config_generation + 1));
+}

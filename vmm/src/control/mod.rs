@@ -9,6 +9,7 @@ mod qom;
 mod query;
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -37,6 +38,8 @@ pub enum Command {
         drive: Box<Drive>,
         /// The block node that lies under it, or under the last image that it names itself.
         node: Option<String>,
+        /// Descriptors that stand for files of the two.
+        files: Vec<(PathBuf, OwnedFd)>,
     },
     /// `blockdev-del`.
     BlockdevDel(String),
@@ -328,8 +331,8 @@ impl Control {
     /// Carries out a command.
     pub fn execute(&mut self, command: Command) -> Vec<Outcome> {
         let input = match command {
-            Command::BlockdevAdd { drive, node } => {
-                return self.hotplug(Hotplug::AddDrive { drive, node }, None);
+            Command::BlockdevAdd { drive, node, files } => {
+                return self.hotplug(Hotplug::AddDrive { drive, node, files }, None);
             }
             Command::BlockdevDel(name) => return self.hotplug(Hotplug::RemoveDrive(name), None),
             Command::NetdevAdd { netdev, fds, vhost_fds } => {

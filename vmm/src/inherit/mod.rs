@@ -81,6 +81,12 @@ impl Inherited {
         Ok(Self { descriptors: Mutex::new(descriptors) })
     }
 
+    /// A table of descriptors that stand for paths.
+    pub(crate) fn of(files: Vec<(PathBuf, OwnedFd)>) -> Self {
+        let descriptors = files.into_iter().map(|(path, fd)| Descriptor { fd, path: Some(path), tap: None });
+        Self { descriptors: Mutex::new(descriptors.collect()) }
+    }
+
     /// The descriptor that stands for `path`, if one was passed and not taken yet.
     pub fn take_path(&self, path: &Path) -> Option<OwnedFd> {
         self.take(|d| d.path.as_deref() == Some(path))

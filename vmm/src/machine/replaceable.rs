@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{IntoRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
@@ -32,6 +33,8 @@ pub enum Hotplug {
         drive: Box<Drive>,
         /// The block node that lies under the last of its images.
         node: Option<String>,
+        /// Descriptors that stand for files of these images.
+        files: Vec<(PathBuf, OwnedFd)>,
     },
     /// `blockdev-del`.
     RemoveDrive(String),
@@ -162,12 +165,12 @@ impl Replaceable {
 
     pub(super) fn apply(&mut self, request: Hotplug) -> Result<(), HotplugError> {
         match request {
-            Hotplug::AddDrive { mut drive, node } => {
+            Hotplug::AddDrive { mut drive, node, files } => {
                 self.table.blocks.check_new(&drive.id)?;
                 if let Some(node) = node {
                     drive.backing.extend(self.lay_under(&node)?);
                 }
-                let disk = Disk::open(&drive, &self.inherited)?;
+                let disk = open_disk(&drive, files, &self.inherited)?;
                 let id = drive.id.clone();
                 self.table.blocks.add(&id, *drive)?;
                 self.disks.insert(id, disk);
@@ -337,6 +340,15 @@ impl Replaceable {
         }
         list
     }
+}
+
+/// Opens an image; where descriptors were sent for it, they stand for its files, as inherited ones do for those of the command line.
+pub(super) fn open_disk(
+    drive: &Drive,
+    files: Vec<(PathBuf, OwnedFd)>,
+    inherited: &Inherited,
+) -> Result<Disk, BlockError> {
+    if files.is_empty() { Disk::open(drive, inherited) } else { Disk::open(drive, &Inherited::of(files)) }
 }
 
 pub(super) fn open_netdev(

@@ -315,7 +315,7 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
     let drive = || {
         let drive = crate::config::Drive::new("d", image.path());
         let drive = crate::config::Drive { direct: false, aio: Some(crate::config::Aio::Off), ..drive };
-        Hotplug::AddDrive { drive: Box::new(drive), node: None }
+        Hotplug::AddDrive { drive: Box::new(drive), node: None, files: Vec::new() }
     };
     let plug = |id: &str, driver: &str, bus: &str, addr: Option<&str>| {
         Hotplug::Plug(NewDevice {

@@ -156,7 +156,7 @@ pub(super) const COMMANDS: &[Spec] = &[
     command("balloon", &[must("value", Int)], NOTHING, |a, _| {
         Ok(Action::Control(Command::Balloon(a.int("value").unwrap_or(u64::MAX))))
     }),
-    command("blockdev-add", plug::BLOCKDEV, NOTHING, |a, _| plug::blockdev(a).map(Action::Control)),
+    command("blockdev-add", plug::BLOCKDEV, NOTHING, |a, d| plug::blockdev(a, d).map(Action::Control)),
     command("blockdev-del", plug::NODE_NAME, NOTHING, |a, _| {
         Ok(Action::Control(Command::BlockdevDel(plug::name(a, "node-name")?)))
     }),

@@ -206,7 +206,7 @@ fn drive_add(rest: &str) -> Result<Step, QmpError> {
     })?;
     let drive = cmdline::drive(options.trim()).map_err(|e| QmpError::generic(e.to_string()))?;
     plug::check_name("id", &drive.id)?;
-    Ok(Step::Tell(Command::BlockdevAdd { drive: Box::new(drive), node: None }, text::ok))
+    Ok(Step::Tell(Command::BlockdevAdd { drive: Box::new(drive), node: None, files: Vec::new() }, text::ok))
 }
 
 fn trace(rest: &str) -> Result<Step, QmpError> {

@@ -4,6 +4,7 @@
 //! matter on other machines, or only to the client's own bookkeeping, are taken and have no effect.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use serde_json::Value;
 
@@ -54,6 +55,8 @@ const FILE: &[Member] = &[
     must("driver", Word(&["file", "host_device"])),
     must("filename", Text),
     may("aio", Word(&["off", "threads", "native", "iouring", "io_uring"])),
+    // Of Flotilla: a descriptor that came with getfd stands for the file, which this process may not open itself.
+    may("fd", Text),
 ];
 
 /// What lies under a qcow2 image: nothing, a node that was added before, or an image that is described here.
@@ -151,6 +154,15 @@ fn filename(arguments: &Arguments) -> Result<String, QmpError> {
     Ok(path)
 }
 
+/// The descriptor that stands for the file of an image, if the client says that one does.
+fn sent_file(
+    arguments: &Arguments,
+    descriptors: &Descriptors,
+) -> Result<Option<(PathBuf, OwnedFd)>, QmpError> {
+    let Some(name) = arguments.object("file").and_then(|f| f.text("fd")) else { return Ok(None) };
+    Ok(Some((filename(arguments)?.into(), take(descriptors, &name)?)))
+}
+
 fn format(arguments: &Arguments) -> ImageFormat {
     match arguments.text("driver").as_deref() {
         Some("qcow2") => ImageFormat::Qcow2,
@@ -159,7 +171,11 @@ fn format(arguments: &Arguments) -> ImageFormat {
 }
 
 /// What `backing` describes: images, nearest first, and the node under the last of them.
-fn backing(arguments: &Arguments) -> Result<(Vec<BackingImage>, Option<String>), QmpError> {
+fn backing(
+    arguments: &Arguments,
+    descriptors: &Descriptors,
+    files: &mut Vec<(PathBuf, OwnedFd)>,
+) -> Result<(Vec<BackingImage>, Option<String>), QmpError> {
     let (mut images, mut level) = (Vec::new(), arguments);
     loop {
         let under = match level.get("backing") {
@@ -178,16 +194,18 @@ fn backing(arguments: &Arguments) -> Result<(Vec<BackingImage>, Option<String>),
         };
         check("blockdev-add", UNDER, under)?;
         images.push(BackingImage { file: filename(under)?.into(), format: format(under) });
+        files.extend(sent_file(under, descriptors)?);
         level = under;
     }
 }
 
-/// `blockdev-add`.
-pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
+/// `blockdev-add`. Descriptors that it names are taken, whatever becomes of the request.
+pub(super) fn blockdev(arguments: &Arguments, descriptors: &Descriptors) -> Result<Command, QmpError> {
     let id = name(arguments, "node-name")?;
     let file = arguments.object("file");
     let path = filename(arguments)?;
-    let (backing, node) = backing(arguments)?;
+    let mut files: Vec<_> = sent_file(arguments, descriptors)?.into_iter().collect();
+    let (backing, node) = backing(arguments, descriptors, &mut files)?;
     let aio = file.and_then(|f| f.text("aio")).map(|word| match word.as_str() {
         "native" => Aio::Native,
         "threads" => Aio::Threads,
@@ -230,7 +248,7 @@ pub(super) fn blockdev(arguments: &Arguments) -> Result<Command, QmpError> {
         refcount_cache_size: size("refcount-cache-size"),
         ..Drive::new(id, path)
     });
-    Ok(Command::BlockdevAdd { drive, node })
+    Ok(Command::BlockdevAdd { drive, node, files })
 }
 
 /// `migrate`. Descriptors that its URI names (`fd:STATE:MEMORY`) are taken, whatever becomes of the request.

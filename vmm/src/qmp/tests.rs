@@ -66,8 +66,12 @@ impl Vm for FakeVm {
     fn press_power_button(&mut self) {}
     fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         let words = match request {
-            Hotplug::AddDrive { drive, node: None } => format!("{drive:?}"),
-            Hotplug::AddDrive { drive, node } => format!("{} {:?} {node:?}", drive.id, drive.backing),
+            Hotplug::AddDrive { files, .. } if !files.is_empty() => {
+                let files = files.into_iter().map(|(path, fd)| format!("{}={}", path.display(), said(fd)));
+                files.collect::<Vec<_>>().join(" ")
+            }
+            Hotplug::AddDrive { drive, node: None, .. } => format!("{drive:?}"),
+            Hotplug::AddDrive { drive, node, .. } => format!("{} {:?} {node:?}", drive.id, drive.backing),
             Hotplug::AddNetdev { netdev, fds, .. } => {
                 let NetBackend::Tap { source, queues, vhost, .. } = &netdev.backend else { panic!() };
                 let fds: Vec<String> = fds.into_iter().map(said).collect();
@@ -548,6 +552,23 @@ fn descriptors_come_with_getfd_and_go_to_the_netdev_that_names_them() {
     world.line(&mut client);
     let gone = world.ask(&mut client, r#"{"execute":"netdev_add","arguments":{"id":"m","fd":"c"}}"#);
     assert!(gone.contains("no descriptor is called 'c'"), "{gone}");
+}
+
+#[test]
+fn a_descriptor_stands_for_the_file_of_a_disk() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    let two =
+        r#"{"execute":"getfd","arguments":{"fdname":"top"}}{"execute":"getfd","arguments":{"fdname":"low"}}"#;
+    send_with(&client, two, &["first", "second"]);
+    assert_eq!((world.line(&mut client), world.line(&mut client)), (EMPTY.into(), EMPTY.into()));
+    let add = r#"{"execute":"blockdev-add","arguments":{"node-name":"n","driver":"qcow2","file":{"driver":"file","filename":"/t.qcow2","fd":"top"},
+        "backing":{"driver":"raw","file":{"driver":"file","filename":"/b.img","fd":"low"}}}}"#;
+    assert_eq!(world.ask(&mut client, add), EMPTY);
+    assert_eq!(*world.asked.lock().unwrap(), ["/t.qcow2=first /b.img=second"]);
+    let gone = world.ask(&mut client, add);
+    assert!(gone.contains("no descriptor is called 'top'"), "{gone}");
 }
 
 #[test]

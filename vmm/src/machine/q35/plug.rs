@@ -20,7 +20,8 @@ use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::inherit::Inherited;
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
 use crate::machine::replaceable::{
-    BlockDevice, Hotplug, HotplugError, NetDevice, Plugged, forget_descriptors, is_spent, open_netdev,
+    BlockDevice, Hotplug, HotplugError, NetDevice, Plugged, forget_descriptors, is_spent, open_disk,
+    open_netdev,
 };
 use crate::net::{self, Backend};
 use crate::pci::Pending;
@@ -246,12 +247,12 @@ impl Q35 {
     pub(in crate::machine) fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
         let shelves = &mut self.shelves;
         match request {
-            Hotplug::AddDrive { mut drive, node } => {
+            Hotplug::AddDrive { mut drive, node, files } => {
                 shelves.drives.check_new(&drive.id, SlotKind::Block)?;
                 if let Some(node) = node {
                     drive.backing.extend(shelves.lay_under(&node)?);
                 }
-                let disk = Disk::open(&drive, &self.inherited)?;
+                let disk = open_disk(&drive, files, &self.inherited)?;
                 shelves.disks.insert(drive.id.clone(), disk);
                 shelves.drives.add(&drive.id.clone(), *drive);
             }

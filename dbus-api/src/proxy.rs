@@ -59,6 +59,38 @@ pub trait Manager {
     /// Lets the vCPUs go on. Returns the job.
     #[zbus(allow_interactive_auth)]
     fn resume_vm(&self, name: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Brings a network card (JSON, see [`crate::spec::Nic`]) to a running VM. Option `persist b`: to its definition, too. Returns id and job.
+    #[zbus(allow_interactive_auth)]
+    fn attach_nic(
+        &self,
+        name: &str,
+        nic: &str,
+        options: Options<'_>,
+    ) -> Result<(String, OwnedObjectPath), crate::error::Error>;
+    /// Takes a card from a VM. Options: `persist b`, `timeout_usec t` (how long the guest has to let go). Returns the job.
+    #[zbus(allow_interactive_auth)]
+    fn detach_nic(
+        &self,
+        name: &str,
+        id: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Brings a disk (JSON, see [`crate::spec::Disk`]) to a running VM, as a card.
+    #[zbus(allow_interactive_auth)]
+    fn attach_disk(
+        &self,
+        name: &str,
+        disk: &str,
+        options: Options<'_>,
+    ) -> Result<(String, OwnedObjectPath), crate::error::Error>;
+    /// Takes a disk from a VM, as a card.
+    #[zbus(allow_interactive_auth)]
+    fn detach_disk(
+        &self,
+        name: &str,
+        id: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Starts no VM any more, after restarts neither. Options: `stop b` shuts those that run down, `timeout_usec t`. Returns the jobs.
     #[zbus(allow_interactive_auth)]
     fn drain(&self, options: Options<'_>) -> Result<Vec<OwnedObjectPath>, crate::error::Error>;
@@ -165,6 +197,26 @@ pub trait Vm {
     /// As `UndefineVm`.
     #[zbus(allow_interactive_auth)]
     fn undefine(&self, options: Options<'_>) -> Result<(), crate::error::Error>;
+    /// As `AttachNic` of the Manager.
+    #[zbus(allow_interactive_auth)]
+    fn attach_nic(
+        &self,
+        nic: &str,
+        options: Options<'_>,
+    ) -> Result<(String, OwnedObjectPath), crate::error::Error>;
+    /// As `DetachNic` of the Manager.
+    #[zbus(allow_interactive_auth)]
+    fn detach_nic(&self, id: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// As `AttachDisk` of the Manager.
+    #[zbus(allow_interactive_auth)]
+    fn attach_disk(
+        &self,
+        disk: &str,
+        options: Options<'_>,
+    ) -> Result<(String, OwnedObjectPath), crate::error::Error>;
+    /// As `DetachDisk` of the Manager.
+    #[zbus(allow_interactive_auth)]
+    fn detach_disk(&self, id: &str, options: Options<'_>) -> Result<OwnedObjectPath, crate::error::Error>;
     /// Sends one QMP command (JSON) and returns its answer (JSON). Option `mode s`: `full` (default) or `query` (only what changes nothing).
     #[zbus(allow_interactive_auth)]
     fn qmp_command(&self, command: &str, options: Options<'_>) -> Result<String, crate::error::Error>;
@@ -243,6 +295,9 @@ pub trait Vm {
     /// Network cards: id, tap, hardware address, network or bridge.
     #[zbus(property)]
     fn network_interfaces(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
+    /// Disks: id, path, format, read-only.
+    #[zbus(property)]
+    fn disks(&self) -> zbus::Result<Vec<(String, String, String, bool)>>;
     /// Path of the proxy's QMP socket.
     #[zbus(property(emits_changed_signal = "const"))]
     fn qmp_socket(&self) -> zbus::Result<String>;

@@ -77,6 +77,18 @@ fn is_zero(number: &u16) -> bool {
 }
 
 impl VmSpec {
+    /// Number of each disk, in order.
+    #[must_use]
+    pub fn disk_numbers(&self) -> Vec<u8> {
+        numbers(self.disks.iter().map(|disk| disk.number))
+    }
+
+    /// Number of each card, in order.
+    #[must_use]
+    pub fn nic_numbers(&self) -> Vec<u8> {
+        numbers(self.nics.iter().map(|nic| nic.number))
+    }
+
     /// Both describe the same machine: they differ at most in what holds at once, without a new start.
     #[must_use]
     pub fn same_machine(&self, other: &Self) -> bool {
@@ -92,6 +104,13 @@ impl VmSpec {
         };
         machine(self) == machine(other)
     }
+}
+
+/// Those written down, and for each of the others the lowest that is left.
+fn numbers(written: impl Iterator<Item = Option<u8>> + Clone) -> Vec<u8> {
+    let taken: Vec<u8> = written.clone().flatten().collect();
+    let mut left = (0..=u8::MAX).filter(|number| !taken.contains(number));
+    written.filter_map(|number| number.or_else(|| left.next())).collect()
 }
 
 /// When a VM that ended is started again. A stop that somebody asked for is never undone.
@@ -241,6 +260,9 @@ pub struct Disk {
     /// Blocks that the guest discards are given back to the host.
     #[serde(default, skip_serializing_if = "is_off")]
     pub discard: bool,
+    /// Number of the disk, 0 to 31: `disk1` is its id. The lowest that no other has when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number: Option<u8>,
 }
 
 impl Disk {
@@ -256,12 +278,13 @@ impl Disk {
             aio: None,
             iops: None,
             discard: false,
+            number: None,
         }
     }
 }
 
 /// A network card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
     /// Bridge to put the tap on; made when it does not exist yet. Either this or `network`.
@@ -270,9 +293,12 @@ pub struct Nic {
     /// Network to put the tap on, by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
-    /// Hardware address `52:54:00:…`; derived from the VM's uuid when absent, so it stays the same.
+    /// Hardware address `52:54:00:…`; derived from the VM's uuid and the card's number when absent, so it stays the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
+    /// Number of the card, 0 to 31: `nic1` is its id. The lowest that no other has when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number: Option<u8>,
 }
 
 impl Nic {
@@ -356,6 +382,20 @@ mod tests {
         assert_eq!((spec.cpus, spec.memory, spec.machine), (1, Size(256 << 20), Machine::Microvm));
         let back: VmSpec = serde_json::from_str(&serde_json::to_string(&spec).unwrap()).unwrap();
         assert_eq!(back, spec);
+    }
+
+    #[test]
+    fn numbers_stay_with_their_devices() {
+        let spec =
+            |nics: &str| serde_json::from_str::<VmSpec>(&format!(r#"{{"kernel":"/k","nics":[{nics}]}}"#));
+        for (nics, numbers) in [
+            (r#"{"bridge":"a"},{"bridge":"b"}"#, vec![0, 1]),
+            (r#"{"bridge":"a"},{"bridge":"b","number":0}"#, vec![1, 0]),
+            (r#"{"bridge":"b","number":3},{"bridge":"a"},{"bridge":"c"}"#, vec![3, 0, 1]),
+            ("", vec![]),
+        ] {
+            assert_eq!(spec(nics).unwrap().nic_numbers(), numbers, "{nics}");
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@
 mod lab;
 #[path = "daemon/networks.rs"]
 mod networks;
+#[path = "daemon/plug.rs"]
+mod plug;
 #[path = "daemon/policy.rs"]
 mod policy;
 #[path = "daemon/proxy.rs"]

@@ -22,7 +22,7 @@ impl Job {
         self.id
     }
 
-    /// "start", "shutdown", "power-off", "pause" or "resume".
+    /// "start", "shutdown", "power-off", "pause", "resume", "attach-nic", "detach-nic", "attach-disk" or "detach-disk".
     #[zbus(property(emits_changed_signal = "const"), name = "Type")]
     fn kind(&self) -> &'static str {
         self.kind

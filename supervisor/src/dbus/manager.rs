@@ -9,6 +9,7 @@ use zbus::{OwnedObjectPath, interface};
 
 use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb};
 use crate::fleet::life::{State, Verb};
+use crate::fleet::seats::Kind;
 
 pub(super) struct Manager {
     shared: Shared,
@@ -152,6 +153,57 @@ impl Manager {
     ) -> Result<OwnedObjectPath, Error> {
         no_options(options)?;
         self.ask(&header, name, Verb::Resume).await
+    }
+
+    /// Brings a network card (JSON, as in a definition) to a running VM: its tap is made and put on its bridge, handed over, and the guest sees
+    /// the card; when a step fails, all before it are undone. Options: "persist" b: the definition gets it, too (of a VM that does not run,
+    /// only that). Returns the card's id and the job.
+    #[zbus(out_args("id", "job"))]
+    async fn attach_nic(
+        &self,
+        name: &str,
+        nic: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(String, OwnedObjectPath), Error> {
+        self.shared.attach_nic(&header, name, nic, options).await
+    }
+
+    /// Takes a card from a VM, by id. Options: "persist" b: the definition loses it, too; "timeout_usec" t: how long the guest has to let go
+    /// (default 30 s; a microvm's has no say). A card that the guest keeps longer goes when the guest lets go. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn detach_nic(
+        &self,
+        name: &str,
+        id: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.detach(&header, name, Kind::Nic, id, options).await
+    }
+
+    /// Brings a disk (JSON, as in a definition) to a running VM, as AttachNic a card. Returns the disk's id and the job.
+    #[zbus(out_args("id", "job"))]
+    async fn attach_disk(
+        &self,
+        name: &str,
+        disk: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(String, OwnedObjectPath), Error> {
+        self.shared.attach_disk(&header, name, disk, options).await
+    }
+
+    /// Takes a disk from a VM, as DetachNic a card; what the guest has written is in the image when the job is done. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn detach_disk(
+        &self,
+        name: &str,
+        id: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.detach(&header, name, Kind::Disk, id, options).await
     }
 
     /// Drains the host: no VM is started from now on, after a restart of daemon or host neither, until Undrain. Options: "stop" b (default

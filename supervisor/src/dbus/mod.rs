@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! manager.rs, vm.rs, network.rs, job.rs   the interfaces
+//! plug.rs                     devices that come and go, for the first two
 //! access.rs                   may this caller do that? (polkit)
 //! publish.rs                  news of the fleet -> objects, signals, property changes
 //! ```
@@ -14,6 +15,7 @@ mod job;
 #[expect(clippy::too_many_arguments, reason = "a signal's arguments are its wire format")]
 mod manager;
 mod network;
+mod plug;
 mod publish;
 mod vm;
 

@@ -151,7 +151,12 @@ impl Publisher {
         }
         if before.spec != after.spec {
             object.spec_invalidate(emitter).await?;
+        }
+        if before.nics != after.nics {
             object.network_interfaces_changed(emitter).await?;
+        }
+        if before.disks != after.disks {
+            object.disks_changed(emitter).await?;
         }
         if before.last_log != after.last_log {
             object.last_log_changed(emitter).await?;

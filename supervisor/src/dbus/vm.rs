@@ -10,6 +10,7 @@ use zbus::{OwnedFd, OwnedObjectPath, fdo, interface};
 
 use super::{Options, Shared, Taken, invalid, named, no_options, shutdown_verb, start_verb};
 use crate::fleet::life::{Exit, Verb};
+use crate::fleet::seats::Kind;
 use crate::fleet::view::View;
 use crate::qmp::{Client, Mode};
 
@@ -113,6 +114,50 @@ impl Vm {
         options.finish()?;
         // The publisher takes this object away; it must not be waited for from inside.
         self.shared.fleet.undefine(&self.name, force).await.map_err(named)
+    }
+
+    /// As AttachNic of the Manager.
+    #[zbus(out_args("id", "job"))]
+    async fn attach_nic(
+        &self,
+        nic: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(String, OwnedObjectPath), Error> {
+        self.shared.attach_nic(&header, &self.name, nic, options).await
+    }
+
+    /// As DetachNic of the Manager.
+    #[zbus(out_args("job"))]
+    async fn detach_nic(
+        &self,
+        id: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.detach(&header, &self.name, Kind::Nic, id, options).await
+    }
+
+    /// As AttachDisk of the Manager.
+    #[zbus(out_args("id", "job"))]
+    async fn attach_disk(
+        &self,
+        disk: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(String, OwnedObjectPath), Error> {
+        self.shared.attach_disk(&header, &self.name, disk, options).await
+    }
+
+    /// As DetachDisk of the Manager.
+    #[zbus(out_args("job"))]
+    async fn detach_disk(
+        &self,
+        id: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.detach(&header, &self.name, Kind::Disk, id, options).await
     }
 
     /// Sends one QMP command (JSON, or just its name as a JSON string) and returns its answer (JSON:
@@ -283,10 +328,16 @@ impl Vm {
         Ok(self.view()?.devices.added.iter().cloned().collect())
     }
 
-    /// Network cards: id, tap, hardware address, bridge.
+    /// Network cards: id, tap, hardware address, network or bridge. Of a VM that runs, those that it has.
     #[zbus(property)]
     fn network_interfaces(&self) -> fdo::Result<Vec<(String, String, String, String)>> {
         Ok(self.view()?.nics.to_vec())
+    }
+
+    /// Disks: id, path, format ("raw" or "qcow2"), read-only. Of a VM that runs, those that it has.
+    #[zbus(property)]
+    fn disks(&self) -> fdo::Result<Vec<(String, String, String, bool)>> {
+        Ok(self.view()?.disks.to_vec())
     }
 
     /// Path of the proxy's QMP socket.

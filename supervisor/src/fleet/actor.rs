@@ -1,13 +1,14 @@
 //! One task per VM: feeds the pure state machine with what happens and carries out its effects. Nothing here waits for the VMM or for
 //! systemd: slow effects run as tasks of their own and report back, so that a power-off is always heard.
 //!
-//! `actor/hear.rs` is what is heard, `actor/process.rs` the process, `actor/definition.rs` changes and removes the definition, `actor/shown.rs`
+//! `actor/hear.rs` is what is heard, `actor/process.rs` the process, `actor/plug.rs` devices that come and go, `actor/definition.rs` changes and removes the definition, `actor/shown.rs`
 //! keeps the view.
 //!
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
 
 mod definition;
 mod hear;
+pub mod plug;
 mod process;
 mod shown;
 
@@ -24,11 +25,13 @@ use super::devices::Devices;
 use super::inbox::{Handle, Internal, Request};
 use super::life::{Command, Effect, Exit, Input, State, Verb};
 use super::link::Link;
+use super::seats::Seats;
 use super::view::{View, now};
 use super::vm::{START_DEADLINE, Vm};
-use super::{Context, FleetError, monitor};
+use super::{Context, FleetError, monitor, network};
 use crate::qmp::{Proxy, Watch};
 use crate::store::{Definition, Process, Runtime};
+use plug::Plugging;
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
 const INBOX: usize = 64;
@@ -65,6 +68,9 @@ struct Actor {
     link: Link,
     own_start: bool,
     devices: Devices,
+    /// Of the running process; of no meaning when there is none.
+    seats: Arc<Seats>,
+    plugging: Option<Plugging>,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
 }
@@ -86,6 +92,9 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
+    let seats = record.as_ref().map(|record| record.seats.clone()).filter(|seats| !seats.is_empty());
+    let leftovers = seats.as_ref().filter(|_| !alive).map(|seats| seats.taps(&name)).unwrap_or_default();
+    let seats = seats.filter(|_| alive).unwrap_or_else(|| Seats::of(&definition.spec));
     let mut link = Link::new(proxy);
     if alive {
         link.expect();
@@ -112,6 +121,8 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         console_socket: context.launcher.sockets(&name).join("console.sock"),
         responsive: false,
         devices: Devices::default(),
+        disks: Arc::new([]),
+        cards: Arc::new([]),
         last_log: Arc::new([]),
         restarts: 0,
     }));
@@ -127,6 +138,8 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
             .filter(|_| alive)
             .map_or_else(Arc::default, |record| record.command_line.clone().into()),
         devices: record.as_ref().filter(|_| alive).map(|record| record.devices.clone()).unwrap_or_default(),
+        seats: Arc::new(seats),
+        plugging: None,
         exit: record.and_then(|record| record.exit),
         deadline: None,
         restart: vm.restart_due().map(|pause| Instant::now() + pause),
@@ -153,6 +166,11 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
             if actor.vm.state() == State::Starting {
                 actor.deadline = Some(Instant::now() + START_DEADLINE);
             }
+        }
+        if !leftovers.is_empty() {
+            // Cards that were plugged into a process which ended while no daemon was there.
+            let keep = network::taps(&actor.name, &actor.spec);
+            actor.context.network.remove_taps(actor.uuid, leftovers, &keep).await;
         }
         actor.run(request_inbox, internal_inbox).await;
     });
@@ -233,7 +251,7 @@ impl Actor {
                 self.feed(Input::Request { job, verb }).await;
             }
             Request::Redefine { spec, if_generation, answer } => {
-                let _ = answer.send(self.redefine(*spec, if_generation).await);
+                let _ = answer.send(self.redefine(*spec, if_generation, false).await);
             }
             Request::HandOver { answer } => self.hand_over(answer).await,
             Request::EndByUnit { answer } => self.end_by_unit(answer).await,
@@ -246,6 +264,7 @@ impl Actor {
                 };
                 let _ = answer.send(self.link.proxy().and_then(|proxy| proxy.open(client).map_err(failed)));
             }
+            Request::Plug { ask, how, answer } => self.plug(ask, how, answer).await,
             Request::Undefine { .. } => {}
         }
     }
@@ -289,6 +308,9 @@ impl Actor {
         runtime.command_line = self.command_line.to_vec();
         runtime.exit.clone_from(&self.exit);
         runtime.devices.clone_from(&self.devices);
+        if !self.vm.state().idle() {
+            runtime.seats = (*self.seats).clone();
+        }
         (runtime.restarts, runtime.restarting) = (self.vm.row(), self.vm.restarting());
         let store = Arc::clone(&self.context.store);
         let saved = tokio::task::spawn_blocking(move || store.save_runtime(&runtime)).await;

@@ -21,7 +21,7 @@ pub struct Place<'a> {
     pub uuid: Uuid,
     /// Directory of its sockets.
     pub sockets: &'a Path,
-    /// Name of each card's tap.
+    /// Name of each card's tap, in the order of the cards.
     pub taps: &'a [String],
     /// Do not start the vCPUs.
     pub paused: bool,
@@ -44,7 +44,7 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         put("-initrd", initrd.display().to_string());
     }
     put("-append", append(spec));
-    for (at, disk) in spec.disks.iter().enumerate() {
+    for (disk, at) in spec.disks.iter().zip(spec.disk_numbers()) {
         let path = quote(&disk.path.display().to_string());
         let (readonly, direct) = (on_off(disk.readonly), on_off(disk.direct));
         let mut drive = format!("file={path},id=disk{at},readonly={readonly},direct={direct}");
@@ -64,9 +64,9 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         let serial = disk.serial.as_ref().map(|serial| format!(",serial={serial}")).unwrap_or_default();
         put("-device", format!("virtio-blk-device,drive=disk{at},id=disk{at}{serial}"));
     }
-    for (at, tap) in place.taps.iter().enumerate() {
+    for ((nic, at), tap) in spec.nics.iter().zip(spec.nic_numbers()).zip(place.taps) {
         put("-netdev", format!("tap,id=nic{at},ifname={tap}"));
-        let mac = mac(spec, place.uuid, at);
+        let mac = mac(nic, place.uuid, at);
         put("-device", format!("virtio-net-device,netdev=nic{at},id=nic{at},mac={mac}"));
     }
     if spec.balloon {

@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use dbus_api::spec::VmSpec;
 use serde::{Deserialize, Serialize};
 
+use super::seats::Kind;
+
 /// More differences than any board has slots: a client that counts on is not followed.
 const MOST: usize = 64;
 
@@ -20,9 +22,8 @@ pub struct Devices {
 }
 
 fn defined(spec: &VmSpec, id: &str) -> bool {
-    let number = |prefix: &str| id.strip_prefix(prefix).and_then(|number| number.parse::<usize>().ok());
-    number("disk").is_some_and(|at| at < spec.disks.len())
-        || number("nic").is_some_and(|at| at < spec.nics.len())
+    Kind::Disk.number(id).is_some_and(|number| spec.disk_numbers().contains(&number))
+        || Kind::Nic.number(id).is_some_and(|number| spec.nic_numbers().contains(&number))
 }
 
 impl Devices {
@@ -37,6 +38,12 @@ impl Devices {
             return true;
         }
         defined(spec, id) && self.removed.insert(id.to_owned())
+    }
+
+    /// The definition is another: what it does not have cannot be missing.
+    pub fn prune(&mut self, spec: &VmSpec) {
+        self.removed.retain(|id| defined(spec, id));
+        self.added.retain(|id| !defined(spec, id));
     }
 
     /// A device came; says whether that is news.

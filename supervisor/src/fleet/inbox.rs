@@ -8,7 +8,9 @@ use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::FleetError;
+use super::actor::plug::{Ask, How};
 use super::life::{Command, Exit, Verb};
+use super::plugger::Rewrite;
 use super::view::View;
 use crate::launch::{Notice, Prepared};
 use crate::qmp::{Caller, Client, Monitor, QmpEvent, Told};
@@ -25,6 +27,7 @@ pub(super) enum Request {
     Job { verb: Verb, answer: Answer<u32> },
     Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
     Undefine { answer: Answer<()> },
+    Plug { ask: Ask, how: How, answer: Answer<(String, u32)> },
     HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
     EndByUnit { answer: Answer<()> },
     Caller { answer: Answer<Caller> },
@@ -37,6 +40,7 @@ pub(super) enum Internal {
     Planned {
         run: u64,
         generation: u64,
+        spec: Arc<VmSpec>,
         command_line: Vec<String>,
     },
     Launched {
@@ -75,6 +79,22 @@ pub(super) enum Internal {
     Event {
         run: u64,
         event: QmpEvent,
+    },
+    /// The task that plugs a device asks for a definition to match.
+    Rewrite {
+        rewrite: Rewrite,
+        answer: oneshot::Sender<Result<(), FleetError>>,
+    },
+    /// That task has ended; `gone`: nothing of the device is left.
+    Plugged {
+        run: u64,
+        result: Result<(), FleetError>,
+        gone: bool,
+    },
+    /// Nothing is left of a device that nobody waited for.
+    Left {
+        run: u64,
+        id: String,
     },
     /// A client of the QMP socket sends something that is tracked.
     Client(Told),

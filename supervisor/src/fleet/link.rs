@@ -53,6 +53,14 @@ impl Link {
         matches!(&*self.line.borrow(), Line::Up(monitor) if monitor.same(other))
     }
 
+    /// The connection to the VMM, if there is one.
+    pub(super) fn monitor(&self) -> Option<Monitor> {
+        match &*self.line.borrow() {
+            Line::Up(monitor) => Some(monitor.clone()),
+            Line::Down | Line::Expected => None,
+        }
+    }
+
     /// Says whether the VMM is connected to.
     pub(super) fn is_up(&self) -> bool {
         matches!(*self.line.borrow(), Line::Up(_))

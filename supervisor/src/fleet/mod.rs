@@ -11,6 +11,8 @@
 //! prepare.rs    files, taps and command line for a start
 //! networks.rs   networks: define, delete
 //! network.rs    bridges and taps of a definition
+//! plugger.rs    the task that brings a device to a running VM, or takes it away
+//! plug.rs       what it does after what, pure        seats.rs   which devices are there, and where, pure
 //! devices.rs    devices that came and went over QMP
 //! gate.rs       may one more VM run? limits of the host, drain mode
 //! jobs.rs       numbers, ends and waiters of jobs
@@ -35,9 +37,12 @@ mod link;
 mod monitor;
 pub mod network;
 pub mod networks;
+pub mod plug;
+mod plugger;
 mod prepare;
 pub mod registry;
 mod restart;
+pub mod seats;
 pub mod spec;
 pub mod view;
 pub mod vm;
@@ -48,6 +53,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{Semaphore, mpsc};
 
+pub use actor::plug::{Ask, How};
 pub use error::FleetError;
 pub use registry::Fleet;
 

@@ -16,7 +16,6 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::FleetError;
-use super::spec::MAX_NICS;
 
 /// The host's network, as far as definitions name it.
 #[derive(Debug)]
@@ -55,7 +54,7 @@ fn tag(uuid: Uuid) -> String {
 
 /// Names of a VM's taps.
 pub fn taps(name: &str, spec: &VmSpec) -> Vec<String> {
-    (0..spec.nics.len()).map(|index| tap_name(name, index)).collect()
+    spec.nic_numbers().into_iter().map(|number| tap_name(name, number.into())).collect()
 }
 
 impl Network {
@@ -202,10 +201,15 @@ impl Network {
         self.net()?.open_tap(tap).await.map_err(|error| failed(&error))
     }
 
-    /// Removes a VM's taps but those in `keep`. Their names are known: nothing is listed, whatever the size of the fleet.
-    pub async fn remove_taps(&self, name: &str, uuid: Uuid, keep: &[String]) {
+    /// Makes sure of the tap of one card; says whether it was made now.
+    pub async fn ensure_tap(&self, nic: &Nic, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
+        self.ensure_one(nic, tap, uuid).await
+    }
+
+    /// Removes taps of a VM but those in `keep`. Their names are known: nothing is listed, whatever the size of the fleet.
+    pub async fn remove_taps(&self, uuid: Uuid, taps: impl IntoIterator<Item = String>, keep: &[String]) {
         let tag = tag(uuid);
-        for tap in (0..MAX_NICS).map(|index| tap_name(name, index)).filter(|tap| !keep.contains(tap)) {
+        for tap in taps.into_iter().filter(|tap| !keep.contains(tap)) {
             self.remove(&tap, &tag).await;
         }
     }

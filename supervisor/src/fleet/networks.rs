@@ -79,7 +79,7 @@ impl Fleet {
     /// VMs that have a card on a network.
     pub fn users(&self, network: &str) -> Vec<String> {
         let uses = |view: &Arc<super::view::View>| {
-            view.spec.nics.iter().any(|nic| nic.network.as_deref() == Some(network))
+            view.spec.nics.iter().chain(&*view.cards).any(|nic| nic.network.as_deref() == Some(network))
         };
         self.list().iter().filter(|view| uses(view)).map(|view| view.name.to_string()).collect()
     }
@@ -211,6 +211,14 @@ impl Fleet {
             let Ok(view) = self.get(&name) else { continue };
             if let Err(error) = self.context.network.ensure(&name, view.uuid, &view.spec).await {
                 error!(FLOTILLA_VM = &*name, "network {network}: {error}");
+            }
+            // Cards that were plugged into what runs.
+            let plugged = view.cards.iter().filter(|nic| !view.spec.nics.contains(nic));
+            for (nic, number) in plugged.filter_map(|nic| Some((nic, nic.number?))) {
+                let tap = netsetup::tap_name(&name, number.into());
+                if let Err(error) = self.context.network.ensure_tap(nic, &tap, view.uuid).await {
+                    error!(FLOTILLA_VM = &*name, "network {network}: {error}");
+                }
             }
         }
     }

@@ -59,7 +59,13 @@ fn open_files(spec: &VmSpec) -> Result<Vec<(Handed, OwnedFd)>, FleetError> {
     Ok(descriptors)
 }
 
-fn open(field: &str, path: &Path, write: bool, direct: bool) -> Result<(Handed, OwnedFd), FleetError> {
+/// Opens a file that a VM is to have; the error names the field.
+pub(super) fn open(
+    field: &str,
+    path: &Path,
+    write: bool,
+    direct: bool,
+) -> Result<(Handed, OwnedFd), FleetError> {
     // O_NONBLOCK: a path that became a FIFO since it was looked at must not make the daemon wait; it changes nothing for files.
     let flags = libc::O_NONBLOCK | if direct { libc::O_DIRECT } else { 0 };
     let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);

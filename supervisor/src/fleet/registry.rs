@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::actor::plug::{Ask, How};
 use super::actor::{self, Seed};
 use super::inbox::{Handle, Internal, Request, TAKEN};
 use super::jobs::Job;
@@ -201,6 +202,11 @@ impl Fleet {
         self.request(name, |answer| Request::Job { verb, answer }).await?
     }
 
+    /// Brings a device to a VM or takes it away; returns its id and the job.
+    pub async fn plug(&self, name: &str, ask: Ask, how: How) -> Result<(String, u32), FleetError> {
+        self.request(name, |answer| Request::Plug { ask, how, answer }).await?
+    }
+
     /// Stores a definition; returns its generation.
     pub async fn define(
         &self,
@@ -244,7 +250,7 @@ impl Fleet {
         })
         .await;
         if let Ok(Err(error)) = outcome {
-            context.network.remove_taps(name, uuid, &[]).await;
+            context.network.remove_taps(uuid, super::network::taps(name, &definition.spec), &[]).await;
             self.remove_unused_bridges(&definition.spec).await;
             return Err(FleetError::StoreFailed(error.to_string()));
         }
@@ -305,7 +311,7 @@ impl Fleet {
 
     pub(super) fn bridges(&self) -> BTreeSet<String> {
         let views = self.list();
-        let nics = views.iter().flat_map(|view| &view.spec.nics);
+        let nics = views.iter().flat_map(|view| view.spec.nics.iter().chain(&*view.cards));
         nics.filter(|nic| nic.network.is_none()).map(|nic| nic.bridge.clone()).collect()
     }
 

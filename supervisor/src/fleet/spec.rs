@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use dbus_api::spec::{Aio, Limits, VmSpec};
+use dbus_api::spec::{Aio, Limits, Nic, VmSpec};
 use uuid::Uuid;
 
 use super::FleetError;
@@ -113,6 +113,8 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
             macs.push(mac);
         }
     }
+    check_numbers("disks", &spec.disks.iter().map(|disk| disk.number).collect::<Vec<_>>())?;
+    check_numbers("nics", &spec.nics.iter().map(|nic| nic.number).collect::<Vec<_>>())?;
     if spec.labels.len() > 64 || spec.labels.iter().any(|(key, value)| key.len() > 64 || value.len() > 256) {
         return Err(wrong("labels: at most 64, keys of 64 and values of 256 bytes".to_owned()));
     }
@@ -125,6 +127,22 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
     check_limits(&spec.limits, spec.memory.0)?;
     if spec.uuid.is_some_and(|uuid| uuid.is_nil()) {
         return Err(wrong("uuid: all zero is no identity".to_owned()));
+    }
+    Ok(())
+}
+
+/// Numbers of devices are below this.
+pub const NUMBERS: u8 = 32;
+
+fn check_numbers(list: &str, numbers: &[Option<u8>]) -> Result<(), FleetError> {
+    for (at, number) in numbers.iter().enumerate() {
+        let Some(number) = *number else { continue };
+        if number >= NUMBERS {
+            return Err(wrong(format!("{list}[{at}].number: {number} is above {}", NUMBERS - 1)));
+        }
+        if numbers[..at].contains(&Some(number)) {
+            return Err(wrong(format!("{list}[{at}].number: {number} is given twice")));
+        }
     }
     Ok(())
 }
@@ -261,14 +279,14 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (pairs.next().is_none() && unicast).then_some(mac)
 }
 
-/// Hardware address of card `index`: the one written down, or one derived from the uuid, which stays the same for the VM's whole life
+/// Hardware address of the card `number`: the one written down, or one derived from the uuid, which stays the same for the VM's whole life
 /// and differs between VMs and cards. `52:54:00` is the locally administered prefix that guests of KVM have always had.
-pub fn mac(spec: &VmSpec, uuid: Uuid, index: usize) -> String {
-    if let Some(mac) = spec.nics.get(index).and_then(|nic| nic.mac.as_deref().and_then(parse_mac)) {
+pub fn mac(nic: &Nic, uuid: Uuid, number: u8) -> String {
+    if let Some(mac) = nic.mac.as_deref().and_then(parse_mac) {
         let [a, b, c, d, e, f] = mac;
         return format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
     }
-    let hash = Uuid::new_v5(&uuid, format!("nic{index}").as_bytes());
+    let hash = Uuid::new_v5(&uuid, format!("nic{number}").as_bytes());
     let [a, b, c, ..] = *hash.as_bytes();
     format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
 }
@@ -327,6 +345,11 @@ mod tests {
             (r#"{"kernel":"/k","disks":[{"path":"/a","format":"vmdk"}]}"#, "vmdk"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","aio":"native"}]}"#, "disks[0].aio"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","iops":0}]}"#, "disks[0].iops"),
+            (r#"{"kernel":"/k","disks":[{"path":"/a","number":32}]}"#, "disks[0].number"),
+            (
+                r#"{"kernel":"/k","nics":[{"bridge":"a","number":1},{"bridge":"a","number":1}]}"#,
+                "nics[1].number",
+            ),
             (r#"{"kernel":"/k","autostart_delay":3601}"#, "autostart_delay"),
             (r#"{"kernel":"/k","restart":"sometimes"}"#, "sometimes"),
             (r#"{"kernel":"/k","limits":{"cpu_weight":0}}"#, "limits.cpu_weight"),
@@ -367,9 +390,11 @@ mod tests {
             parse(r#"{"kernel":"/k","nics":[{"bridge":"b"},{"bridge":"b","mac":"52:54:00:AA:00:01"}]}"#)
                 .unwrap();
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        assert_eq!(mac(&spec, one, 0), mac(&spec, one, 0));
-        assert_ne!(mac(&spec, one, 0), mac(&spec, two, 0));
-        assert_eq!(mac(&spec, one, 1), "52:54:00:aa:00:01");
+        let (made, written) = (&spec.nics[0], &spec.nics[1]);
+        assert_eq!(mac(made, one, 0), mac(made, one, 0));
+        assert_ne!(mac(made, one, 0), mac(made, two, 0));
+        assert_ne!(mac(made, one, 0), mac(made, one, 1));
+        assert_eq!(mac(written, one, 1), "52:54:00:aa:00:01");
     }
 
     #[test]

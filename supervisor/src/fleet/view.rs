@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use dbus_api::spec::VmSpec;
+use dbus_api::spec::{Nic, VmSpec};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -45,6 +45,10 @@ pub struct View {
     pub command_line: Arc<[String]>,
     /// Cards: id, tap, hardware address, network or bridge.
     pub nics: Arc<[(String, String, String, String)]>,
+    /// Disks: id, path, format, read-only.
+    pub disks: Arc<[(String, String, String, bool)]>,
+    /// The cards as they are defined.
+    pub cards: Arc<[Nic]>,
     /// The proxy's socket.
     pub qmp_socket: PathBuf,
     /// The serial console's socket.

@@ -134,6 +134,20 @@ impl Monitor {
         arguments: Option<Value>,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
+        self.execute_with(command, arguments, Vec::new(), deadline).await
+    }
+
+    /// The same, with descriptors beside the command.
+    ///
+    /// # Errors
+    /// As those of [`Monitor::execute`].
+    pub async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Option<Value>,
+        descriptors: Vec<OwnedFd>,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
         let arguments = match arguments {
             None => None,
             Some(arguments) => Some(
@@ -142,7 +156,7 @@ impl Monitor {
             ),
         };
         let request = Request { execute: command.to_owned(), arguments, id: None };
-        self.submit(&request, Vec::new(), deadline).await?.answer.into_value()
+        self.submit(&request, descriptors, deadline).await?.answer.into_value()
     }
 
     /// The events from now on. When the connection has ended they end too, after the last one.

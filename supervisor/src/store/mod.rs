@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::fleet::devices::Devices;
 use crate::fleet::life::{Exit, Intent, State};
+use crate::fleet::seats::Seats;
 
 /// A definition is text written by people; a megabyte is none.
 const MAX_RECORD: u64 = 1 << 20;
@@ -108,6 +109,9 @@ pub struct Runtime {
     /// Devices that came and went over QMP.
     #[serde(default, skip_serializing_if = "Devices::is_plain")]
     pub devices: Devices,
+    /// Disks and cards, and where they are.
+    #[serde(default, skip_serializing_if = "Seats::is_empty")]
+    pub seats: Seats,
     /// Restarts by policy in a row.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub restarts: u32,
@@ -131,6 +135,7 @@ impl Runtime {
             command_line: Vec::new(),
             exit: None,
             devices: Devices::default(),
+            seats: Seats::default(),
             restarts: 0,
             restarting: false,
         }

@@ -252,6 +252,54 @@ impl Lab {
         end
     }
 
+    /// Gives a VM a card and waits for the end of the job: its id, and how the job ended.
+    pub(crate) async fn attach_nic(
+        &self,
+        name: &str,
+        nic: Value,
+        options: dbus_api::proxy::Options<'_>,
+    ) -> Result<(String, Result<(), String>), Error> {
+        let nic = nic.to_string();
+        self.attached(self.manager.attach_nic(name, &nic, options)).await
+    }
+
+    /// The same with a disk.
+    pub(crate) async fn attach_disk(
+        &self,
+        name: &str,
+        disk: Value,
+        options: dbus_api::proxy::Options<'_>,
+    ) -> Result<(String, Result<(), String>), Error> {
+        let disk = disk.to_string();
+        self.attached(self.manager.attach_disk(name, &disk, options)).await
+    }
+
+    async fn attached(
+        &self,
+        call: impl Future<Output = Result<(String, OwnedObjectPath), Error>>,
+    ) -> Result<(String, Result<(), String>), Error> {
+        let mut id = Err(None);
+        let ended = self
+            .job(async {
+                match call.await {
+                    Ok((given, job)) => {
+                        id = Ok(given);
+                        Ok(job)
+                    }
+                    Err(error) => {
+                        let text = format!("{error:?}");
+                        id = Err(Some(error));
+                        Err(Error::Cancelled(text))
+                    }
+                }
+            })
+            .await;
+        match id {
+            Ok(id) => Ok((id, ended)),
+            Err(error) => Err(error.expect("the call was made")),
+        }
+    }
+
     pub(crate) async fn start(&self, name: &str) -> Result<(), String> {
         self.job(self.manager.start_vm(name, "run", none())).await
     }

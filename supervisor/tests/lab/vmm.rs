@@ -62,6 +62,10 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
         };
         let answer = |value: Value| format!("{}\r\n", json!({"return": value, "id": id}));
         let done = answer(json!({}));
+        let refusal = |desc: &str| {
+            format!("{}\r\n", json!({"error": {"class": "GenericError", "desc": desc}, "id": id}))
+        };
+        heard(&request);
         let end = |guest: bool, reason: &str| {
             format!("{done}{}", event("SHUTDOWN", json!({"guest": guest, "reason": reason})))
         };
@@ -78,8 +82,12 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
                 *paused = false;
                 event("RESUME", json!({})) + &done
             }
+            "getfd" | "netdev_add" | "blockdev-add" | "netdev_del" | "blockdev-del" => done.clone(),
+            "device_add" if append().contains("fake=refuse") => refusal("no room"),
             "device_add" => done.clone(),
-            "device_del" => {
+            // The guest thinks about it.
+            "device_del" if append().contains("fake=keep") => done.clone(),
+            "device_del" | "x-let-go" => {
                 let device = &request["arguments"]["id"];
                 event("DEVICE_DELETED", json!({"device": device, "path": device})) + &done
             }
@@ -101,6 +109,24 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
         out.write_all(text.as_bytes())?;
     }
     Ok(())
+}
+
+fn append() -> String {
+    let line: Vec<String> = std::env::args().collect();
+    option(&line, "-append").unwrap_or_default().to_owned()
+}
+
+/// Writes down what was asked, for tests that look at the order.
+fn heard(request: &Value) {
+    let line: Vec<String> = std::env::args().collect();
+    let Some(path) = option(&line, "-qmp").and_then(|qmp| qmp.trim_start_matches("unix:").split(',').next())
+    else {
+        return;
+    };
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(format!("{path}.heard"));
+    let mut request = request.clone();
+    request.as_object_mut().unwrap().remove("id");
+    writeln!(file.unwrap(), "{request}").unwrap();
 }
 
 /// What the daemon handed over, and whether it is really there.

@@ -1,7 +1,9 @@
 //! The command line of `flotilla`: verbs, options and their help. Owns no behaviour; every other file of the command may use its types.
 
+pub(crate) mod device;
 pub(crate) mod network;
 pub(crate) mod spec;
+pub(crate) mod watch;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -93,8 +95,8 @@ Keys of a definition (only \"kernel\" is required):
   append       kernel command line
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
   cpus         vCPUs, 1 to 254; 1 when absent
-  disks        list of { path, format, readonly, direct, serial, aio, iops, discard }; the first is /dev/vda
-  nics         list of { network or bridge, mac }; the first is eth0
+  disks        list of { path, format, readonly, direct, serial, aio, iops, discard, number }; the first is /dev/vda
+  nics         list of { network or bridge, mac, number }; the first is eth0
   balloon, rng true for these devices
   restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)
   autostart    true: starts with the host; autostart_order, autostart_delay (seconds before the next order)
@@ -198,6 +200,29 @@ Examples:
     /// Define, list and remove networks
     #[command(subcommand)]
     Network(network::NetworkVerb),
+    /// Give network cards to a VM that runs, take them away, list them
+    #[command(subcommand)]
+    Nic(device::NicVerb),
+    /// Give disks to a VM that runs, take them away, list them
+    #[command(subcommand)]
+    Disk(device::DiskVerb),
+    /// Show what happens to the VMs, as it happens
+    ///
+    /// First how each stands, then every change: numbered, in order, none left out. When some were missed all of them are shown anew.
+    #[command(after_help = "\
+Examples:
+  flotilla events
+  flotilla events web --json | jq -r 'select(.kind==\"state\").new'")]
+    Events(watch::EventsArgs),
+    /// Wait until a VM is in a state
+    #[command(after_help = "\
+Examples:
+  flotilla wait web --for stopped --timeout 2m
+  flotilla wait web --for down,gone")]
+    Wait(watch::WaitForArgs),
+    /// Check this host: what keeps VMs from running or makes them slow, and how to mend it
+    #[command(after_help = "Example:\n  flotilla doctor")]
+    Doctor(watch::DoctorArgs),
     /// Start no VM on this host any more, until `flotilla undrain`
     ///
     /// For maintenance: it holds over restarts of the daemon and of the host. VMs that run go on, unless --stop is given.

@@ -7,6 +7,8 @@ mod args;
 mod client;
 mod console;
 mod define;
+mod device;
+mod doctor;
 mod edit;
 mod failure;
 mod generate;
@@ -18,6 +20,7 @@ mod output;
 mod power;
 mod run;
 mod stream;
+mod watch;
 
 use clap::Parser;
 
@@ -49,6 +52,9 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         let prepared = define::prepare(args)?;
         return define::define(&Client::connect(&cli.bus).await?, prepared).await.map(|()| 0);
     }
+    if let Verb::Doctor(args) = &cli.verb {
+        return doctor::doctor(&cli.bus, args).await.map(|()| 0);
+    }
     let client = Client::connect(&cli.bus).await?;
     let done = match cli.verb {
         Verb::Run(args) => return run::run(&client, args).await,
@@ -64,9 +70,13 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Logs(args) => logs::logs(&client, args).await,
         Verb::Qmp(args) => inspect::qmp(&client, args).await,
         Verb::Network(verb) => network::network(&client, verb).await,
+        Verb::Nic(verb) => device::nic(&client, verb).await,
+        Verb::Disk(verb) => device::disk(&client, verb).await,
+        Verb::Events(args) => watch::events(&client, args).await,
+        Verb::Wait(args) => watch::wait(&client, args).await,
         Verb::Drain(args) => power::drain(&client, args).await,
         Verb::Undrain => power::undrain(&client).await,
-        Verb::Define(_) | Verb::Generate(_) => Ok(()),
+        Verb::Define(_) | Verb::Generate(_) | Verb::Doctor(_) => Ok(()),
     };
     done.map(|()| 0)
 }

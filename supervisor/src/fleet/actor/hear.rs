@@ -3,6 +3,7 @@
 use super::{Actor, monitor};
 use crate::fleet::inbox::Internal;
 use crate::fleet::life::{Command, Input};
+use crate::fleet::seats::Seats;
 use crate::fleet::view::News;
 use crate::qmp::{QmpEvent, Stage, Told, Tracked};
 use std::sync::Arc;
@@ -12,9 +13,10 @@ impl Actor {
     pub(super) async fn hear(&mut self, news: Internal) {
         let input = match news {
             Internal::Notice(notice) => return self.notice(notice).await,
-            Internal::Planned { run, generation, command_line } => {
+            Internal::Planned { run, generation, spec, command_line } => {
                 if run == self.vm.run() {
                     self.applied_generation = generation;
+                    self.seats = Arc::new(Seats::of(&spec));
                     self.command_line = command_line.into();
                 }
                 return;
@@ -37,6 +39,7 @@ impl Actor {
                     return;
                 }
                 self.link.linked(monitor);
+                self.finish_moves();
                 Input::Connected { run, paused }
             }
             Internal::Ended { invocation, exit } => {
@@ -65,6 +68,17 @@ impl Actor {
                 }
                 let Some(input) = self.event(run, &event) else { return };
                 input
+            }
+            Internal::Rewrite { rewrite, answer } => {
+                let _ = answer.send(self.rewrite(rewrite).await);
+                return;
+            }
+            Internal::Plugged { run, result, gone } => return self.plugged(run, result, gone).await,
+            Internal::Left { run, id } => {
+                if run == self.vm.run() && Arc::make_mut(&mut self.seats).remove(&id).is_some() {
+                    self.record().await;
+                }
+                return;
             }
             Internal::Client(told) => {
                 if self.gained(&told) {
@@ -102,8 +116,12 @@ impl Actor {
 
     /// A device went; says whether that is to be written down.
     fn lost(&mut self, event: &QmpEvent) -> bool {
-        let id = event.data.get("device").and_then(serde_json::Value::as_str);
-        &*event.name == "DEVICE_DELETED" && id.is_some_and(|id| self.devices.delete(&self.spec, id))
+        if &*event.name != "DEVICE_DELETED" {
+            return false;
+        }
+        let Some(id) = event.data.get("device").and_then(serde_json::Value::as_str) else { return false };
+        let (left, differs) = (self.left(id), self.devices.delete(&self.spec, id));
+        left || differs
     }
 
     /// A device came; says whether that is to be written down.

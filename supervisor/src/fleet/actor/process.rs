@@ -93,7 +93,8 @@ impl Actor {
         if self.vm.state().idle() {
             // A card that a newer definition dropped could not go while the VMM held its tap.
             let keep = network::taps(&self.name, &self.spec);
-            self.context.network.remove_taps(&self.name, self.uuid, &keep).await;
+            let taps = self.seats.taps(&self.name);
+            self.context.network.remove_taps(self.uuid, taps, &keep).await;
         }
     }
 
@@ -126,7 +127,8 @@ impl Actor {
             let outcome = async {
                 let prepared = prepare(&context, &plan).await?;
                 let command_line = prepared.command_line.clone();
-                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
+                let (generation, spec) = (plan.generation, Arc::clone(&plan.spec));
+                let _ = internal.send(Internal::Planned { run, generation, spec, command_line });
                 let started = context.launcher.start(&plan.name, prepared).await;
                 started.map_err(|error| FleetError::LaunchFailed(error.to_string()))
             };
@@ -158,7 +160,8 @@ impl Actor {
             let prepared = prepare(&context, &plan).await;
             if let Ok(prepared) = &prepared {
                 let command_line = prepared.command_line.clone();
-                let _ = internal.send(Internal::Planned { run, generation: plan.generation, command_line });
+                let (generation, spec) = (plan.generation, Arc::clone(&plan.spec));
+                let _ = internal.send(Internal::Planned { run, generation, spec, command_line });
             }
             let _ = answer.send(prepared);
         });

@@ -2,18 +2,41 @@
 
 use std::sync::Arc;
 
+use dbus_api::spec::{Disk, Nic};
+
 use super::Actor;
+use crate::fleet::seats::{Kind, Seats};
 use crate::fleet::spec;
 use crate::fleet::view::{News, View};
+
+/// As before, if it is the same.
+fn keep<T: PartialEq>(before: &Arc<[T]>, now: Vec<T>) -> Arc<[T]> {
+    if **before == *now { Arc::clone(before) } else { now.into() }
+}
+
+fn shown_disk((number, disk): (u8, &Disk)) -> (String, String, String, bool) {
+    (Kind::Disk.id(number), disk.path.display().to_string(), disk.format.word().to_owned(), disk.readonly)
+}
 
 impl Actor {
     pub(super) fn look(&self) -> View {
         let before = self.view.borrow().clone();
-        let unchanged = Arc::ptr_eq(&before.spec, &self.spec);
-        let card = |(index, nic): (usize, &dbus_api::spec::Nic)| {
-            let mac = spec::mac(&self.spec, self.uuid, index);
-            (format!("nic{index}"), netsetup::tap_name(&self.name, index), mac, nic.place().to_owned())
+        // What runs may have other devices than the definition.
+        let resting;
+        let seats = if self.vm.state().idle() {
+            resting = Seats::of(&self.spec);
+            &resting
+        } else {
+            &*self.seats
         };
+        let card = |(number, nic): (u8, &Nic)| {
+            let mac = spec::mac(nic, self.uuid, number);
+            let tap = netsetup::tap_name(&self.name, number.into());
+            (Kind::Nic.id(number), tap, mac, nic.place().to_owned())
+        };
+        let nics: Vec<_> = seats.nics().into_iter().map(card).collect();
+        let disks: Vec<_> = seats.disks().into_iter().map(shown_disk).collect();
+        let cards: Vec<Nic> = seats.nics().into_iter().map(|(_, nic)| nic.clone()).collect();
         View {
             state: self.vm.state(),
             reason: self.vm.reason().to_owned(),
@@ -25,11 +48,9 @@ impl Actor {
             exit: self.exit.clone(),
             spec: Arc::clone(&self.spec),
             command_line: Arc::clone(&self.command_line),
-            nics: if unchanged {
-                Arc::clone(&before.nics)
-            } else {
-                self.spec.nics.iter().enumerate().map(card).collect()
-            },
+            nics: keep(&before.nics, nics),
+            disks: keep(&before.disks, disks),
+            cards: keep(&before.cards, cards),
             responsive: self.vm.linked(),
             devices: self.devices.clone(),
             last_log: Arc::clone(&self.last_log),

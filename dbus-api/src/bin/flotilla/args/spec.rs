@@ -52,7 +52,7 @@ impl SpecArgs {
 }
 
 /// `PATH[,readonly][,direct][,discard][,format=raw|qcow2][,serial=TEXT]`. A comma in the path itself needs a definition file.
-fn parse_disk(text: &str) -> Result<Disk, String> {
+pub(super) fn parse_disk(text: &str) -> Result<Disk, String> {
     let mut parts = text.split(',');
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("the path is missing")?;
     let mut disk = Disk::new(path);
@@ -88,13 +88,13 @@ fn parse_nic(text: &str) -> Result<Nic, String> {
         Some((_, Some(("mac", mac)))) if !mac.is_empty() => Some(mac.to_owned()),
         Some((rest, _)) => return Err(format!("\"{rest}\" is not mac=ADDRESS")),
     };
-    Ok(Nic { bridge: bridge.to_owned(), network: None, mac })
+    Ok(Nic { bridge: bridge.to_owned(), mac, ..Nic::default() })
 }
 
 /// `NETWORK[,mac=ADDRESS]`.
 fn parse_network_nic(text: &str) -> Result<Nic, String> {
     let Nic { bridge, mac, .. } = parse_nic(text).map_err(|error| error.replace("bridge", "network"))?;
-    Ok(Nic { bridge: String::new(), network: Some(bridge), mac })
+    Ok(Nic { network: Some(bridge), mac, ..Nic::default() })
 }
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn cards() {
-        assert_eq!(parse_nic("br0").unwrap(), Nic { bridge: "br0".into(), network: None, mac: None });
+        assert_eq!(parse_nic("br0").unwrap(), Nic { bridge: "br0".into(), ..Nic::default() });
         let nic = parse_network_nic("lan,mac=52:54:00:1:2:3").unwrap();
         assert_eq!((nic.place(), nic.mac.is_some()), ("lan", true));
         assert_eq!(parse_network_nic(""), Err("the network's name is missing".to_owned()));

@@ -20,6 +20,9 @@ const STACK: usize = 32 * 1024;
 /// Task state segment (Intel SDM vol. 3, 8.7) and its I/O permission bitmap: 65536 zero bits, all ports open to ring 3, which IOPL
 /// alone would not do on hosts that ignore it.
 const TSS_SIZE: usize = 104 + 8192 + 8;
+/// IOPL 3, for processors that look at it first: an emulated host's does not believe a bitmap any more once its TSS is marked busy, as it is
+/// in every vCPU that was saved and restored.
+const RING3_FLAGS: u32 = 0x3002;
 
 global_asm!(
     r#"
@@ -70,7 +73,7 @@ to_ring3:
     ltr ax
     push 0x23
     push offset ring3_stack + {STACK} - 8
-    push 2
+    push {RING3_FLAGS}
     push 0x1b
     push offset guest_main
     mov edi, [boot_argument]
@@ -244,7 +247,7 @@ exception:
     mov esp, offset ring0_stack + {STACK}
     push 0x23
     push offset ring3_stack + {STACK} - 8
-    push 2
+    push {RING3_FLAGS}
     push 0x1b
     push offset report_fault
     iretq
@@ -297,4 +300,5 @@ special: .skip 88
 "#,
     STACK = const STACK,
     TSS_SIZE = const TSS_SIZE,
+    RING3_FLAGS = const RING3_FLAGS,
 );

@@ -36,8 +36,8 @@ const MSRS: &[(u32, u64)] = &[
     (0x8b, 0),                            // BIOS_SIGN_ID
     (0xfe, 0),                            // MTRRcap
     (0x174, 0x18),                        // SYSENTER_CS
-    (0x175, 0xffff_8000_1111_2000),       // SYSENTER_ESP
-    (0x176, 0xffff_8000_3333_4000),       // SYSENTER_EIP
+    (0x175, 0x1111_2000),                 // SYSENTER_ESP, of which KVM keeps 32 bits on AMD
+    (0x176, 0x3333_4000),                 // SYSENTER_EIP, likewise
     (0x179, 0),                           // MCG_CAP
     (0x17a, 0x4),                         // MCG_STATUS
     (0x400, u64::MAX),                    // MC0_CTL
@@ -353,7 +353,7 @@ fn put_back(before: &Seen) {
     }
 }
 
-/// Which components there are to fill; 0 on a processor without XSAVE. Opens them.
+/// Which components there are to fill; 0 where XSAVE is not to be had, and FXSAVE must do. Opens them.
 fn components() -> u32 {
     if cpu::cpuid(1).ecx >> 26 & 1 == 0 {
         return 0;
@@ -362,7 +362,14 @@ fn components() -> u32 {
     // All of AVX-512 or none of it, and that only with AVX (Intel SDM vol. 1, 13.3).
     let offered = if offered & 0xe4 == 0xe4 { offered } else { offered & 0b111 };
     cpu::open_xsave(offered);
-    offered
+    // An emulated host may lose it on the way through the VMM.
+    cpu::inb(0x61);
+    let open: u32;
+    // SAFETY: reads XCR0, which has just been opened.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") open, out("edx") _, options(nomem, nostack, preserves_flags))
+    };
+    if open == offered { offered } else { 0 }
 }
 
 /// Where each component lies in the area: x87 registers, SSE registers, and those after the header.

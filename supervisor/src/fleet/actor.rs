@@ -31,7 +31,7 @@ use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network};
 use crate::qmp::{Proxy, Watch};
 use crate::store::{Definition, Process, Runtime};
-use plug::Plugging;
+use plug::{Finishing, Plugging};
 
 /// Requests that wait for the actor; one that gets more answers that it is busy.
 const INBOX: usize = 64;
@@ -71,6 +71,7 @@ struct Actor {
     /// Of the running process; of no meaning when there is none.
     seats: Arc<Seats>,
     plugging: Option<Plugging>,
+    finishing: Finishing,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
 }
@@ -140,6 +141,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         devices: record.as_ref().filter(|_| alive).map(|record| record.devices.clone()).unwrap_or_default(),
         seats: Arc::new(seats),
         plugging: None,
+        finishing: Finishing::new(),
         exit: record.and_then(|record| record.exit),
         deadline: None,
         restart: vm.restart_due().map(|pause| Instant::now() + pause),

@@ -91,10 +91,11 @@ pub(super) enum Internal {
         result: Result<(), FleetError>,
         gone: bool,
     },
-    /// Nothing is left of a device that nobody waited for.
-    Left {
+    /// The task that puts a device away which nobody waits for has ended; `gone`: nothing is left of it.
+    Finished {
         run: u64,
         id: String,
+        gone: bool,
     },
     /// A client of the QMP socket sends something that is tracked.
     Client(Told),

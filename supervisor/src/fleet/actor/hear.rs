@@ -74,12 +74,7 @@ impl Actor {
                 return;
             }
             Internal::Plugged { run, result, gone } => return self.plugged(run, result, gone).await,
-            Internal::Left { run, id } => {
-                if run == self.vm.run() && Arc::make_mut(&mut self.seats).remove(&id).is_some() {
-                    self.record().await;
-                }
-                return;
-            }
+            Internal::Finished { run, id, gone } => return self.finished(run, &id, gone).await,
             Internal::Client(told) => {
                 if self.gained(&told) {
                     self.record().await;

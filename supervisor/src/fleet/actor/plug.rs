@@ -1,6 +1,7 @@
 //! The actor's part that has to do with devices that come and go while the VM runs: what is taken on and written down before a task
 //! (`plugger.rs`) does it, and what holds when that has ended.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,7 +56,13 @@ pub struct How {
 pub(super) struct Plugging {
     pub(super) id: String,
     job: u32,
+    /// The guest let go of it; the task may have stopped to wait for that just before.
+    left: bool,
 }
+
+/// Devices that nobody waits for and that are being put away, each by one task: a second one would take the next device's tap, which has
+/// the same name. The value: the guest let go of it meanwhile.
+pub(super) type Finishing = BTreeMap<String, bool>;
 
 impl Actor {
     /// Takes a request on: gives the device's id and the job.
@@ -90,13 +97,17 @@ impl Actor {
         let (id, plug) = match ask {
             Ask::Attach(hardware) => {
                 let plug = Plug::attach(hardware.kind(), how.persist);
-                let others: Vec<&str> = self.devices.added.iter().map(String::as_str).collect();
+                let others: Vec<&str> =
+                    self.devices.added.iter().chain(self.finishing.keys()).map(String::as_str).collect();
                 let (id, _, _) = Arc::make_mut(&mut self.seats).reserve(&self.spec, &others, hardware)?;
                 (id, plug)
             }
             Ask::Detach(kind, id) => {
                 if kind.number(&id).is_none() || self.seats.get(&id).is_none() {
                     return Err(FleetError::InvalidSpec(format!("it has no {} {id:?}", kind.word())));
+                }
+                if self.finishing.contains_key(&id) {
+                    return Err(FleetError::Busy(format!("{id} is being removed already")));
                 }
                 Arc::make_mut(&mut self.seats).leave(&id);
                 (id, Plug::detach(kind, how.persist, Action::RemoveDevice))
@@ -108,7 +119,7 @@ impl Actor {
             return Err(FleetError::NotSupported(format!("{id} has no number")));
         };
         let job = self.context.jobs.open(word, &self.name);
-        self.plugging = Some(Plugging { id: id.clone(), job });
+        self.plugging = Some(Plugging { id: id.clone(), job, left: false });
         let (run, internal) = (self.vm.run(), self.internal.clone());
         tokio::spawn(async move {
             let (result, gone) = plugger.run(plug).await;
@@ -215,7 +226,7 @@ impl Actor {
 
     /// The task has ended.
     pub(super) async fn plugged(&mut self, run: u64, result: Result<(), FleetError>, gone: bool) {
-        let Some(Plugging { id, job }) = self.plugging.take() else { return };
+        let Some(Plugging { id, job, left }) = self.plugging.take() else { return };
         if run == self.vm.run() && !self.vm.state().idle() {
             let seats = Arc::make_mut(&mut self.seats);
             if gone {
@@ -226,6 +237,8 @@ impl Actor {
             } else if !matches!(result, Err(FleetError::QmpTimeout(_))) {
                 // The VMM refused to let it go: it is there as before. One that may go later stays marked.
                 seats.settle(&id);
+            } else if left {
+                self.finish(&id, Action::RemoveBackend);
             }
             self.record().await;
         }
@@ -238,7 +251,8 @@ impl Actor {
 
     /// The guest let go of a device. Says whether that is to be written down.
     pub(super) fn left(&mut self, id: &str) -> bool {
-        if self.plugging.as_ref().is_some_and(|plugging| plugging.id == id) {
+        if let Some(plugging) = self.plugging.as_mut().filter(|plugging| plugging.id == id) {
+            plugging.left = true;
             return false;
         }
         match self.seats.get(id) {
@@ -261,19 +275,38 @@ impl Actor {
         }
     }
 
-    fn finish(&self, id: &str, from: Action) {
+    fn finish(&mut self, id: &str, from: Action) {
+        if let Some(left) = self.finishing.get_mut(id) {
+            *left |= from != Action::RemoveDevice;
+            return;
+        }
         let Some(plugger) = self.link.monitor().and_then(|monitor| self.plugger(id, monitor, PATIENCE))
         else {
             return;
         };
         let plug = Plug::detach(plugger.hardware.kind(), false, from);
         let (id, run, internal) = (id.to_owned(), self.vm.run(), self.internal.clone());
+        self.finishing.insert(id.clone(), false);
         tokio::spawn(async move {
             let (_, gone) = plugger.run(plug).await;
-            if gone {
-                let _ = internal.send(Internal::Left { run, id });
-            }
+            let _ = internal.send(Internal::Finished { run, id, gone });
         });
+    }
+
+    /// The task of [`Actor::finish`] has ended; `gone`: nothing is left of the device.
+    pub(super) async fn finished(&mut self, run: u64, id: &str, gone: bool) {
+        let left = self.finishing.remove(id).unwrap_or_default();
+        if run != self.vm.run() {
+            return;
+        }
+        if gone {
+            if Arc::make_mut(&mut self.seats).remove(id).is_some() {
+                self.record().await;
+            }
+        } else if left {
+            // It stopped to wait just before the guest let go.
+            self.finish(id, Action::RemoveBackend);
+        }
     }
 }
 

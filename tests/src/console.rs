@@ -54,7 +54,10 @@ impl Console {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(fail("before its end")),
                 Ok(n) => self.text.push_str(&String::from_utf8_lossy(&buffer[..n])),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // EINTR: a child's end meets a thread's start. glibc blocks all signals while it starts a thread, and a signal that is
+                // blocked in the first thread goes to another one, even one that all ignore.
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(error) => return Err(error),
             }
         }

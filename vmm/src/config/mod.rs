@@ -5,6 +5,7 @@
 
 pub mod cmdline;
 mod incoming;
+mod invalid;
 mod memory_backend;
 mod numa;
 mod pci;
@@ -19,12 +20,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use incoming::Incoming;
+pub use invalid::InvalidConfig;
 pub use memory_backend::{MemoryBackend, MemoryBackendKind, Placement, PlacementPolicy};
 pub use numa::{LOCAL_DISTANCE, Numa, NumaNode, REMOTE_DISTANCE};
 pub use pci::{PciAddr, PciPlace, ROOT_BUS};
 pub use serial_ports::SerialPort;
 pub use smbios::SmbiosText;
-pub use validate::InvalidConfig;
 
 /// Smallest guest RAM, in bytes.
 pub const MEMORY_MIN: u64 = 128 << 20;

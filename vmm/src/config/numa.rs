@@ -1,6 +1,6 @@
 //! `-numa`: which vCPUs and which part of guest RAM belong together, and how far the parts are from each other. Owns the types and their rules.
 
-use super::validate::{InvalidConfig, bad};
+use super::invalid::{InvalidConfig, bad};
 use super::{MachineKind, MemoryBackendKind, VmConfig};
 
 /// Most nodes.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::validate::{InvalidConfig, bad};
+use super::invalid::{InvalidConfig, bad};
 use super::{Device, DeviceDriver, VmConfig, cmdline};
 
 /// Name of the root bus.

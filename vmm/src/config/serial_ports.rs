@@ -2,7 +2,7 @@
 //!
 //! The first virtconsole is port 0, where a guest looks for its console before it knows of other ports (virtio 1.2 §5.3.2).
 
-use super::validate::{InvalidConfig, bad};
+use super::invalid::{InvalidConfig, bad};
 use super::{Device, DeviceDriver, VmConfig};
 
 /// A port of the virtio-serial device.

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use super::invalid::{InvalidConfig, bad};
 use super::{
     Aio, ChardevKind, Device, DeviceDriver, Drive, ImageFormat, MAX_CPUS, MEMORY_MAX, MEMORY_MIN,
     MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, MachineKind, Monitor, NetBackend, TapSource, VmConfig,
@@ -14,15 +15,6 @@ use super::{
 const IOTHREADS_MAX: usize = 8;
 /// Longest interface name (IFNAMSIZ without its zero byte).
 const IFNAME_MAX: usize = 15;
-
-/// Why a configuration cannot become a VM: one line that says which part, what is wrong and what to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct InvalidConfig(String);
-
-pub(super) fn bad<T>(message: impl Into<String>) -> Result<T, InvalidConfig> {
-    Err(InvalidConfig(message.into()))
-}
 
 pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     board(config)?;

@@ -9,6 +9,7 @@ mod run;
 mod shared;
 mod threads;
 mod topology;
+mod vcpu;
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;
 
@@ -16,9 +17,10 @@ use std::io;
 use std::time::Duration;
 
 pub use kvm::{KVM_PATH, open};
-pub use run::{Buses, Ended, OnEnd, Vcpu};
+pub use run::{Buses, Ended, OnEnd};
 pub use threads::Vcpus;
 pub use topology::{Place, Topology};
+pub use vcpu::Vcpu;
 
 /// Why there are no vCPUs, or why they do not do as they are told.
 #[derive(Debug, thiserror::Error)]

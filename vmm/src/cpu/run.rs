@@ -1,4 +1,4 @@
-//! One vCPU: runs the guest, answers its exits, and stops when told to. Lives on its own thread; see `threads` for the others' side.
+//! What a vCPU's thread does: runs the guest, answers its exits, and stops when told to. See `threads` for the others' side.
 //!
 //! How a vCPU is called out of the guest without a lost wake-up: the caller stores the new target, then sends the signal. Its handler runs on
 //! the vCPU's thread and sets `immediate_exit`, so a KVM_RUN that has not begun yet returns at once, and one under way
@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuExit;
 
 use super::shared::{Parked, Shared, Target};
+use super::vcpu::Vcpu;
 use crate::bus::Bus;
 
 thread_local! {
@@ -55,12 +56,6 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
 }
 
-/// One vCPU that is not running yet.
-pub struct Vcpu {
-    index: u8,
-    fd: VcpuFd,
-}
-
 /// What a turn in the guest came to.
 enum Turn {
     /// An access was answered; KVM completes it when it next runs.
@@ -76,20 +71,6 @@ enum Turn {
 const MAX_COMPLETIONS: u32 = 256;
 
 impl Vcpu {
-    pub(super) fn new(index: u8, fd: VcpuFd) -> Self {
-        Self { index, fd }
-    }
-
-    /// For setting its state before it runs.
-    pub fn fd(&self) -> &VcpuFd {
-        &self.fd
-    }
-
-    /// From 0.
-    pub fn index(&self) -> u8 {
-        self.index
-    }
-
     /// The body of the vCPU's thread. It ends when all vCPUs are to stop, or this one `leaves`.
     pub(super) fn run(&mut self, shared: &Shared, leaves: &AtomicBool, buses: &Buses, on_end: &OnEnd) {
         let run: *mut kvm_run = self.fd.get_kvm_run();

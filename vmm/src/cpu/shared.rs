@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::CpuError;
-use super::run::Vcpu;
+use super::vcpu::Vcpu;
 
 /// A vCPU that was told to leave the guest does so in microseconds, unless its host CPU is busy or a device's code blocks.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);

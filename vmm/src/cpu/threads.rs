@@ -16,8 +16,9 @@ use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
 use super::CpuError;
-use super::run::{Buses, Ended, OnEnd, Vcpu, kicked};
+use super::run::{Buses, Ended, OnEnd, kicked};
 use super::shared::{DEADLINE, Errand, Parked, Shared, Target};
+use super::vcpu::Vcpu;
 use crate::sandbox;
 
 /// vCPU threads only exit to devices: they need little stack.

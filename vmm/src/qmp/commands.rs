@@ -9,30 +9,12 @@ use super::answers;
 use super::arguments::Kind::{Any, Bool, Int, List, Object, Text, Word};
 use super::arguments::{Arguments, Get, Kind, Member, check, may, must, quote};
 use super::descriptors::{Descriptors, NoName};
+use super::human::Step;
 use super::message::{Class, QmpError, Request};
+use super::spec::{Action, Outcome, Spec, command};
 use super::{human, plug, schema};
 use crate::control::Command;
 use crate::process::trace;
-
-/// Who answers a command.
-pub(super) enum Action {
-    /// The owner of the VM's life.
-    Control(Command),
-    /// The same, and its answer's value is to become text.
-    Text(Command, fn(&Value) -> String),
-    /// Nobody needs to be asked.
-    Answer(Value),
-}
-
-pub(super) type Outcome = Result<Action, QmpError>;
-
-/// One command.
-pub(super) struct Spec {
-    pub(super) name: &'static str,
-    pub(super) arguments: &'static [Member],
-    pub(super) returns: Kind,
-    action: fn(&Arguments, &Descriptors) -> Outcome,
-}
 
 macro_rules! control {
     ($name:literal, $command:ident, $returns:expr) => {
@@ -54,15 +36,6 @@ macro_rules! answer {
             action: |_, _| Ok(Action::Answer($value)),
         }
     };
-}
-
-const fn command(
-    name: &'static str,
-    arguments: &'static [Member],
-    returns: Kind,
-    action: fn(&Arguments, &Descriptors) -> Outcome,
-) -> Spec {
-    Spec { name, arguments, returns, action }
 }
 
 const NOTHING: Kind = Object(&[]);
@@ -169,12 +142,7 @@ pub(super) const COMMANDS: &[Spec] = &[
         Ok(Action::Control(Command::DeviceDel(plug::name(a, "id")?)))
     }),
     command("getfd", &[must("fdname", Text)], NOTHING, getfd),
-    command(
-        "human-monitor-command",
-        &[must("command-line", Text), may("cpu-index", Int)],
-        Text,
-        human::carry_out,
-    ),
+    command("human-monitor-command", &[must("command-line", Text), may("cpu-index", Int)], Text, line),
     command(
         "migrate",
         &[must("uri", Text), may("blk", Any), may("inc", Any), may("detach", Any)],
@@ -307,13 +275,27 @@ fn getfd(arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
     }
 }
 
+/// `human-monitor-command`.
+fn line(arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
+    match human::read(&arguments.text("command-line").unwrap_or_default())? {
+        Step::Say(text) => Ok(Action::Answer(text.into())),
+        Step::Tell(command, render) => Ok(Action::Text(command, render)),
+        Step::Ask(command, arguments, render) => match resolve_named(command, &arguments, descriptors)? {
+            Action::Control(command) => Ok(Action::Text(command, render)),
+            Action::Answer(value) => Ok(Action::Answer(render(&value).into())),
+            // None of the lines' commands is a line.
+            text @ Action::Text(..) => Ok(text),
+        },
+    }
+}
+
 /// Finds the command of a request and checks its arguments.
 pub(super) fn resolve(request: &Request, descriptors: &Descriptors) -> Outcome {
     resolve_named(&request.command, &request.arguments, descriptors)
 }
 
 /// The same, for a command by name.
-pub(super) fn resolve_named(command: &str, arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
+fn resolve_named(command: &str, arguments: &Arguments, descriptors: &Descriptors) -> Outcome {
     let Some(spec) = COMMANDS.iter().find(|spec| spec.name == command) else {
         // Control characters and endless names do not go back into a client's log as they came.
         let desc = format!("The command {} has not been found", quote(command));

@@ -1,15 +1,14 @@
 //! `human-monitor-command`: owns the lines that people type, what each means, and how its answer reads.
 //!
-//! A line becomes the QMP command of the same meaning, with that command's own checks; only the way in and out is text. A line that is
-//! not carried out is an error with its reason, never a text that a program would have to look for the word "error" in.
+//! A line becomes the QMP command of the same meaning, which `commands` carries out with that command's own checks; only the way in and
+//! out is text. A line that is not carried out is an error with its reason, never a text that a program would have to look for the
+//! word "error" in.
 
 mod text;
 
 use serde_json::json;
 
-use super::arguments::{Arguments, Get, quote};
-use super::commands::{Action, resolve_named};
-use super::descriptors::Descriptors;
+use super::arguments::{Arguments, quote};
 use super::message::QmpError;
 use super::plug;
 use crate::config::cmdline;
@@ -20,7 +19,7 @@ use text::Render;
 const LINE_MAX: usize = 4096;
 
 /// What a line comes to.
-enum Step {
+pub(super) enum Step {
     /// This answer.
     Say(String),
     /// This QMP command, its answer as text.
@@ -124,9 +123,11 @@ const INFOS: &[Info] = &[
     ("version", "version of this program", || ask("query-version", text::version)),
 ];
 
-/// `human-monitor-command`.
-pub(super) fn carry_out(arguments: &Arguments, descriptors: &Descriptors) -> Result<Action, QmpError> {
-    let typed = arguments.text("command-line").unwrap_or_default();
+/// What was typed, as a step.
+///
+/// # Errors
+/// It is no line that is known, or what follows its first word does not fit.
+pub(super) fn read(typed: &str) -> Result<Step, QmpError> {
     if typed.len() > LINE_MAX {
         return Err(QmpError::generic(format!("argument 'command-line' must have at most {LINE_MAX} bytes")));
     }
@@ -138,16 +139,7 @@ pub(super) fn carry_out(arguments: &Arguments, descriptors: &Descriptors) -> Res
             word => QmpError::generic(format!("Unsupported command: {} (try help)", quote(word))),
         });
     };
-    match (line.step)(rest.trim())? {
-        Step::Say(text) => Ok(Action::Answer(text.into())),
-        Step::Tell(command, render) => Ok(Action::Text(command, render)),
-        Step::Ask(command, arguments, render) => match resolve_named(command, &arguments, descriptors)? {
-            Action::Control(command) => Ok(Action::Text(command, render)),
-            Action::Answer(value) => Ok(Action::Answer(render(&value).into())),
-            // None of the lines' commands is a line.
-            text @ Action::Text(..) => Ok(text),
-        },
-    }
+    (line.step)(rest.trim())
 }
 
 fn find(word: &str) -> Option<&'static Line> {

@@ -15,6 +15,7 @@ mod human;
 mod message;
 mod plug;
 mod schema;
+mod spec;
 mod syntax;
 mod throttle;
 
@@ -34,9 +35,10 @@ use crate::event::{EventFlags, Ops, Token};
 use crate::process::trace;
 
 use codec::{Codec, Frame};
-use commands::{Action, resolve};
+use commands::resolve;
 use descriptors::Descriptors;
 use message::{Class, QmpError, encode_event, encode_reply, greeting, parse};
+use spec::Action;
 use throttle::{Throttle, Verdict};
 
 /// Bytes taken at once. A shorter read means that nothing more was waiting.

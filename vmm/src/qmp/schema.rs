@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use super::arguments::{Kind, Member, must};
-use super::commands::Spec;
+use super::spec::Spec;
 
 /// An event.
 pub(super) struct EventSpec {

@@ -7,5 +7,6 @@ pub mod console;
 pub mod fleet;
 pub mod host;
 pub mod hostile;
+pub mod own_daemon;
 pub mod qmp;
 pub mod scenario;

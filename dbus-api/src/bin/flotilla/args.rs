@@ -463,6 +463,30 @@ mod tests {
         <Cli as clap::CommandFactory>::command().debug_assert();
     }
 
+    /// The lines of every "Examples" that call this command.
+    fn examples(command: &clap::Command, found: &mut Vec<String>) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let lines = help.lines().filter_map(|line| line.strip_prefix("  "));
+        found.extend(lines.filter(|line| line.starts_with("flotilla ")).map(str::to_owned));
+        command.get_subcommands().for_each(|verb| examples(verb, found));
+    }
+
+    #[test]
+    fn every_example_of_the_help_is_right() {
+        let mut found = Vec::new();
+        examples(&<Cli as clap::CommandFactory>::command(), &mut found);
+        assert!(found.len() > 20, "{found:?}");
+        for line in found {
+            // An explanation stands three blanks off; a shell takes what is behind its own words.
+            let line = line.split("   ").next().unwrap();
+            let line = line.split([';', '|', '<', '>', '&']).next().unwrap();
+            let words = line.split_whitespace().map(|word| word.trim_matches(['\'', '"']));
+            if let Err(error) = <Cli as Parser>::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
     #[test]
     fn durations() {
         for (text, ms) in

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use dbus_api::spec::Disk;
 
 use super::parse_duration;
@@ -46,7 +46,9 @@ Examples:
 
 /// `flotilla nic add`.
 #[derive(Debug, Args)]
-#[group(id = "place", required = true, multiple = false, args = ["network", "bridge"])]
+// Its own group is off: that would take in every argument of this structure.
+#[group(skip)]
+#[command(group = ArgGroup::new("place").required(true).args(["network", "bridge"]))]
 pub(crate) struct AddNicArgs {
     /// VM
     pub(crate) name: String,

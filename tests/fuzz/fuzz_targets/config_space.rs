@@ -17,6 +17,7 @@ fuzz_target!(|data: &[u8]| {
         memory: MEMORY,
         deflate_on_oom: true,
         free_page_reporting: true,
+        auto: None,
         worker: worker(),
     });
     let port = balloon.port();

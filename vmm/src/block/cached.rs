@@ -11,7 +11,6 @@
 //!     └──────────────────────────── over ───────────────────────────┘   quick ones in between make the next while short again
 //! ```
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -86,8 +85,6 @@ impl Writes {
 /// Moves data by plain calls where that is quick, else through `queue`.
 pub(super) struct Cached<Q> {
     queue: Q,
-    /// Done at once and not given back yet. At most as many as were pushed since the last reap.
-    done: VecDeque<(u16, u32)>,
     reads: Reads,
     writes: Writes,
     since: Instant,
@@ -96,7 +93,7 @@ pub(super) struct Cached<Q> {
 impl<Q: Mover> Cached<Q> {
     pub(super) fn new(queue: Q) -> Self {
         let (reads, writes) = Default::default();
-        Self { queue, done: VecDeque::new(), reads, writes, since: Instant::now() }
+        Self { queue, reads, writes, since: Instant::now() }
     }
 
     /// Bytes moved, if any were.
@@ -142,14 +139,13 @@ fn is_plain(parts: &[libc::iovec], offset: u64) -> bool {
 }
 
 impl<Q: Mover> Mover for Cached<Q> {
-    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
         // SAFETY: passed on.
-        if let Some(n) = unsafe { self.at_once(fd, op, offset) } {
-            self.done.push_back((tag, n));
-            return Ok(());
+        match unsafe { self.at_once(fd, op, offset) } {
+            // SAFETY: passed on.
+            None => unsafe { self.queue.push(fd, tag, op, offset) },
+            done => Ok(done),
         }
-        // SAFETY: passed on.
-        unsafe { self.queue.push(fd, tag, op, offset) }
     }
 
     fn submit(&mut self) -> io::Result<()> {
@@ -157,10 +153,7 @@ impl<Q: Mover> Mover for Cached<Q> {
     }
 
     fn reap(&mut self) -> Option<(u16, io::Result<u32>)> {
-        match self.done.pop_front() {
-            Some((tag, n)) => Some((tag, Ok(n))),
-            None => self.queue.reap(),
-        }
+        self.queue.reap()
     }
 
     fn ready(&self) -> Option<BorrowedFd<'_>> {
@@ -179,9 +172,9 @@ mod tests {
     struct Kept(Vec<(u16, u64)>);
 
     impl Mover for Kept {
-        unsafe fn push(&mut self, _: i32, tag: u16, _: Op<'_>, offset: u64) -> io::Result<()> {
+        unsafe fn push(&mut self, _: i32, tag: u16, _: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
             self.0.push((tag, offset));
-            Ok(())
+            Ok(None)
         }
         fn submit(&mut self) -> io::Result<()> {
             Ok(())
@@ -203,8 +196,13 @@ mod tests {
         let whole = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 4096 }];
         let odd = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: 512 }];
         let many = vec![whole[0]; 65];
+        let mut done = Vec::new();
         // SAFETY: the buffers outlive the mover's use of them: what it queues is only noted.
-        let mut push = |tag, op, offset| unsafe { mover.push(file.as_raw_fd(), tag, op, offset).unwrap() };
+        let mut push = |tag, op, offset| {
+            // SAFETY: the buffers outlive the mover's use of them: what it queues is only noted.
+            let n = unsafe { mover.push(file.as_raw_fd(), tag, op, offset).unwrap() };
+            done.extend(n.map(|n| (tag, n)));
+        };
         push(1, Op::Write { parts: &whole, durable: false }, 4096);
         push(2, Op::Write { parts: &whole, durable: true }, 0);
         push(3, Op::Write { parts: &odd, durable: false }, 0);
@@ -213,10 +211,6 @@ mod tests {
         push(6, Op::Flush, 0);
         // Beyond the end: the queue says so.
         push(7, Op::Read(&whole), 1 << 20);
-        let mut done = Vec::new();
-        while let Some((tag, result)) = mover.reap() {
-            done.push((tag, result.unwrap()));
-        }
         assert_eq!(done, [(1, 4096)]);
         assert_eq!(mover.queue.0.iter().map(|q| q.0).collect::<Vec<_>>(), [2, 3, 4, 5, 6, 7]);
         let mut all = Vec::new();

@@ -50,11 +50,11 @@ impl Op<'_> {
 
 /// What engines are made of: moves data between memory and files. Used by one thread at a time.
 pub(crate) trait Mover: Send {
-    /// Queues `op` on the file of descriptor `fd`; it is done when [`reap`](Self::reap) gives its tag back.
+    /// As [`Engine::push`], on the file of descriptor `fd`.
     ///
     /// # Safety
-    /// The buffers, and the list of them, must stay valid until then, and the descriptor open.
-    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()>;
+    /// As there; and the descriptor must stay open.
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>>;
     /// As [`Engine::submit`].
     fn submit(&mut self) -> io::Result<()>;
     /// As [`Engine::reap`].
@@ -77,7 +77,7 @@ impl Raw {
 }
 
 impl Engine for Raw {
-    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
         // SAFETY: the caller vouches for the buffers, the owner of the engine for the file.
         unsafe { self.mover.push(self.fd, tag, op, offset) }
     }
@@ -97,11 +97,12 @@ impl Engine for Raw {
 
 /// Moves data. Used by one thread at a time.
 pub(crate) trait Engine: Send {
-    /// Queues `op`; it is done when [`reap`](Self::reap) gives its tag back.
+    /// Does `op` at once, if that is quick, and says how many bytes it has moved. Else (`None`) queues it: it is done when
+    /// [`reap`](Self::reap) gives its tag back, and so is what has failed at once.
     ///
     /// # Safety
-    /// The buffers, and the list of them, must stay valid until then.
-    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()>;
+    /// The buffers, and the list of them, must stay valid until it is done.
+    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>>;
     /// Starts all that is queued.
     fn submit(&mut self) -> io::Result<()>;
     /// Something that is done: its tag, and bytes moved or the error.
@@ -113,7 +114,7 @@ pub(crate) trait Engine: Send {
 /// Plain calls on the caller's thread.
 #[derive(Default)]
 pub(super) struct Sync {
-    done: VecDeque<(u16, io::Result<u32>)>,
+    failed: VecDeque<(u16, io::Error)>,
 }
 
 impl Sync {
@@ -151,10 +152,14 @@ impl Sync {
 }
 
 impl Mover for Sync {
-    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
-        let result = Self::run(fd, op, offset);
-        self.done.push_back((tag, result));
-        Ok(())
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
+        match Self::run(fd, op, offset) {
+            Ok(n) => Ok(Some(n)),
+            Err(error) => {
+                self.failed.push_back((tag, error));
+                Ok(None)
+            }
+        }
     }
 
     fn submit(&mut self) -> io::Result<()> {
@@ -162,7 +167,7 @@ impl Mover for Sync {
     }
 
     fn reap(&mut self) -> Option<(u16, io::Result<u32>)> {
-        self.done.pop_front()
+        self.failed.pop_front().map(|(tag, error)| (tag, Err(error)))
     }
 
     fn ready(&self) -> Option<BorrowedFd<'_>> {

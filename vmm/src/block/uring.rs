@@ -35,7 +35,7 @@ impl Uring {
 }
 
 impl Mover for Uring {
-    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+    unsafe fn push(&mut self, fd: i32, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
         let fd = Fd(fd);
         let entry = match op {
             Op::Read(parts) => {
@@ -59,7 +59,7 @@ impl Mover for Uring {
             // SAFETY: as above.
             unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
         }
-        Ok(())
+        Ok(None)
     }
 
     fn submit(&mut self) -> io::Result<()> {

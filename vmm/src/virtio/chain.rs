@@ -4,9 +4,7 @@
 //! a chain is either whole and in order (readable parts before writable ones, virtio 1.2 §2.7.4.2) or an error. Work per chain
 //! is bounded by [`MAX_BUFFERS`], whatever the driver writes.
 
-use std::sync::Arc;
-
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::GuestMemory;
 
@@ -260,6 +258,35 @@ impl Table {
     }
 }
 
+/// The piece of guest RAM that a buffer was last found in: the next one mostly lies there, too.
+#[derive(Clone, Copy)]
+pub(super) struct Piece {
+    start: u64,
+    len: u64,
+    base: *mut u8,
+}
+
+impl Piece {
+    /// None yet.
+    pub(super) const NONE: Self = Self { start: 0, len: 0, base: std::ptr::null_mut() };
+
+    /// As [`host_address`], in the same memory each time.
+    fn host_address(&mut self, memory: &GuestMemory, addr: u64, len: u64) -> Option<*mut u8> {
+        if self.offset(addr, len).is_none() {
+            let region = memory.find_region(GuestAddress(addr))?;
+            *self = Self { start: region.start_addr().raw_value(), len: region.len(), base: region.as_ptr() };
+        }
+        // SAFETY: the offset is inside the piece, which is mapped as long as the memory is there.
+        self.offset(addr, len).map(|at| unsafe { self.base.add(at) })
+    }
+
+    /// Where in the piece the range begins that is wholly in it.
+    fn offset(&self, addr: u64, len: u64) -> Option<usize> {
+        let at = addr.checked_sub(self.start)?;
+        (at.checked_add(len)? <= self.len).then_some(at as usize)
+    }
+}
+
 /// Where the host has the guest's `len` bytes at `addr`, if all of them are in one piece of RAM.
 pub(super) fn host_address(memory: &GuestMemory, addr: u64, len: usize) -> Option<*mut u8> {
     Some(memory.get_slice(GuestAddress(addr), len).ok()?.ptr_guard_mut().as_ptr())
@@ -267,7 +294,8 @@ pub(super) fn host_address(memory: &GuestMemory, addr: u64, len: usize) -> Optio
 
 /// Follows the chain that starts at `head` of `table` into `chain`.
 pub(super) fn walk(
-    memory: &Arc<GuestMemory>,
+    memory: &GuestMemory,
+    piece: &mut Piece,
     mut table: Table,
     head: u16,
     indirect_allowed: bool,
@@ -314,7 +342,7 @@ pub(super) fn walk(
         } else {
             return Err(QueueError::OutOfOrder(head));
         };
-        add_part(memory, part, addr, len)?;
+        add_part(memory, piece, part, addr, len)?;
         if chain.readable.parts.len() + chain.writable.parts.len() > MAX_BUFFERS {
             return Err(QueueError::TooLong(head));
         }
@@ -326,13 +354,19 @@ pub(super) fn walk(
 }
 
 /// Adds a guest range, which may lie in several pieces of host memory. Empty ones add nothing.
-fn add_part(memory: &GuestMemory, to: &mut Buffers, addr: u64, len: u32) -> Result<(), QueueError> {
+fn add_part(
+    memory: &GuestMemory,
+    piece: &mut Piece,
+    to: &mut Buffers,
+    addr: u64,
+    len: u32,
+) -> Result<(), QueueError> {
     if len == 0 {
         return Ok(());
     }
     let not_ram = || QueueError::NotRam { addr, len };
     let bytes = usize::try_from(len).map_err(|_| not_ram())?;
-    if let Some(base) = host_address(memory, addr, bytes) {
+    if let Some(base) = piece.host_address(memory, addr, u64::from(len)) {
         // SAFETY: the range was just found in guest RAM, which lives as long as the queue.
         unsafe { to.push(base, bytes) };
         return Ok(());

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use serde::{Deserialize, Serialize};
 
 pub use super::chain::{Buffers, Chain, LastByte, MAX_BUFFERS, QueueError};
-use super::chain::{Table, host_address, walk};
+use super::chain::{Piece, Table, host_address, walk};
 use super::{F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::memory::GuestMemory;
 
@@ -62,6 +62,7 @@ pub struct Queue {
     event_idx: bool,
     indirect: bool,
     table: Table,
+    piece: Piece,
     avail: *const AtomicU16,
     used: *const AtomicU16,
     /// Position of the next request to take, and how far the driver's index was known to be.
@@ -107,6 +108,7 @@ impl Queue {
             event_idx: features & F_EVENT_IDX != 0,
             indirect: features & F_INDIRECT_DESC != 0,
             table,
+            piece: Piece::NONE,
             avail: avail.cast_const().cast(),
             used: used.cast_const().cast(),
             next_avail: 0,
@@ -180,7 +182,7 @@ impl Queue {
         if self.in_flight[word] & bit != 0 {
             return Err(QueueError::HeadInFlight(head));
         }
-        walk(&self.memory, self.table, head, self.indirect, chain)?;
+        walk(&self.memory, &mut self.piece, self.table, head, self.indirect, chain)?;
         self.in_flight[word] |= bit;
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)

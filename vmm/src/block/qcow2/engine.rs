@@ -20,7 +20,7 @@ pub(in crate::block) struct QcowEngine {
     stack: Arc<Mutex<Stack>>,
     /// The top image, for flushes.
     fd: i32,
-    done: VecDeque<(u16, io::Result<u32>)>,
+    failed: VecDeque<(u16, io::Error)>,
     /// Buffers of requests of which only the first part is in flight, by tag.
     lists: Vec<Vec<libc::iovec>>,
     in_flight: usize,
@@ -31,14 +31,21 @@ unsafe impl Send for QcowEngine {}
 
 impl QcowEngine {
     pub(in crate::block) fn new(mover: Box<dyn Mover>, stack: Arc<Mutex<Stack>>, fd: i32) -> Self {
-        Self { mover, stack, fd, done: VecDeque::new(), lists: Vec::new(), in_flight: 0 }
+        Self { mover, stack, fd, failed: VecDeque::new(), lists: Vec::new(), in_flight: 0 }
     }
 
-    /// Hands a run of `len` bytes on.
+    /// Hands a run of `len` bytes on; see [`Engine::push`].
     ///
     /// # Safety
     /// As for [`Engine::push`].
-    unsafe fn transfer(&mut self, tag: u16, fd: i32, at: u64, len: u64, op: Op<'_>) -> io::Result<()> {
+    unsafe fn transfer(
+        &mut self,
+        tag: u16,
+        fd: i32,
+        at: u64,
+        len: u64,
+        op: Op<'_>,
+    ) -> io::Result<Option<u32>> {
         let (Op::Read(parts) | Op::Write { parts, .. }) = op else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
@@ -57,12 +64,12 @@ impl QcowEngine {
             _ => Op::Read(parts),
         };
         // SAFETY: the caller vouches for the buffers and for its list; ours is not touched while its tag is in flight.
-        unsafe { self.mover.push(fd, tag, op, at)? };
-        self.in_flight += 1;
-        Ok(())
+        let done = unsafe { self.mover.push(fd, tag, op, at)? };
+        self.in_flight += usize::from(done.is_none());
+        Ok(done)
     }
 
-    /// Does it, or starts it. `Some`: done, with so many bytes.
+    /// Does it, or starts it; see [`Engine::push`].
     ///
     /// # Safety
     /// As for [`Engine::push`].
@@ -76,8 +83,7 @@ impl QcowEngine {
                     Place::File(fd, at) => {
                         drop(stack);
                         // SAFETY: passed on.
-                        unsafe { self.transfer(tag, fd, at, len, op)? };
-                        return Ok(None);
+                        return unsafe { self.transfer(tag, fd, at, len, op) };
                     }
                     // SAFETY: the caller vouches for the buffers.
                     Place::Zeroes => unsafe { zero_fill(parts, len) },
@@ -94,8 +100,7 @@ impl QcowEngine {
                 Ok((fd, at, len)) => {
                     drop(stack);
                     // SAFETY: passed on.
-                    unsafe { self.transfer(tag, fd, at, len, op)? };
-                    Ok(None)
+                    unsafe { self.transfer(tag, fd, at, len, op) }
                 }
                 Err(len) => {
                     let len = len.min(SLOW_WRITE);
@@ -115,9 +120,9 @@ impl QcowEngine {
             Op::Flush => {
                 drop(stack);
                 // SAFETY: no buffers.
-                unsafe { self.mover.push(self.fd, tag, op, offset)? };
-                self.in_flight += 1;
-                Ok(None)
+                let done = unsafe { self.mover.push(self.fd, tag, op, offset)? };
+                self.in_flight += usize::from(done.is_none());
+                Ok(done)
             }
             Op::Discard { len } => stack.discard(offset, len).map(|()| Some(0)),
             Op::Zero { len, unmap } => stack.zero(offset, len, unmap).map(|()| Some(0)),
@@ -126,14 +131,15 @@ impl QcowEngine {
 }
 
 impl Engine for QcowEngine {
-    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<()> {
+    unsafe fn push(&mut self, tag: u16, op: Op<'_>, offset: u64) -> io::Result<Option<u32>> {
         // SAFETY: passed on.
         match unsafe { self.begin(tag, op, offset) } {
-            Ok(None) => {}
-            Ok(Some(n)) => self.done.push_back((tag, Ok(n))),
-            Err(error) => self.done.push_back((tag, Err(error))),
+            Ok(done) => Ok(done),
+            Err(error) => {
+                self.failed.push_back((tag, error));
+                Ok(None)
+            }
         }
-        Ok(())
     }
 
     fn submit(&mut self) -> io::Result<()> {
@@ -141,8 +147,8 @@ impl Engine for QcowEngine {
     }
 
     fn reap(&mut self) -> Option<(u16, io::Result<u32>)> {
-        if let Some(done) = self.done.pop_front() {
-            return Some(done);
+        if let Some((tag, error)) = self.failed.pop_front() {
+            return Some((tag, Err(error)));
         }
         let done = self.mover.reap()?;
         self.in_flight -= 1;

@@ -107,9 +107,12 @@ impl Runner {
                 .map(|c| libc::iovec { iov_base: c.as_mut_ptr().cast(), iov_len: c.len() })
                 .collect();
             // SAFETY: the buffers outlive the request, which is waited for.
-            unsafe { self.engine.push(3, op(&parts), offset + done as u64) }.unwrap();
+            let at_once = unsafe { self.engine.push(3, op(&parts), offset + done as u64) }.unwrap();
             self.engine.submit().unwrap();
             let n = loop {
+                if let Some(n) = at_once {
+                    break n as usize;
+                }
                 if let Some((3, result)) = self.engine.reap() {
                     break result? as usize;
                 }

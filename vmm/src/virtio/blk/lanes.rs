@@ -90,7 +90,7 @@ impl Lanes {
 /// Requests that the engine has, by tag.
 #[derive(Default)]
 pub(super) struct InFlight {
-    slots: Vec<Option<(Kind, Request)>>,
+    slots: Vec<Option<(Kind, Box<Request>)>>,
     free: Vec<u16>,
     busy: usize,
 }
@@ -110,7 +110,7 @@ impl InFlight {
         self.free.last().copied()
     }
 
-    pub(super) fn put(&mut self, kind: Kind, request: Request) {
+    pub(super) fn put(&mut self, kind: Kind, request: Box<Request>) {
         let Some(tag) = self.free.pop() else { return };
         if let Some(slot) = self.slots.get_mut(usize::from(tag)) {
             *slot = Some((kind, request));
@@ -119,7 +119,7 @@ impl InFlight {
     }
 
     /// What the engine gave back.
-    pub(super) fn take(&mut self, tag: u16) -> Option<(Kind, Request)> {
+    pub(super) fn take(&mut self, tag: u16) -> Option<(Kind, Box<Request>)> {
         let taken = self.slots.get_mut(usize::from(tag)).and_then(Option::take)?;
         self.free.push(tag);
         self.busy -= 1;
@@ -137,7 +137,7 @@ mod tests {
         let put = |flying: &mut InFlight, offset| {
             let tag = flying.next_tag().unwrap();
             assert_eq!(flying.next_tag(), Some(tag), "asking takes nothing");
-            flying.put(Kind::Read, Request { offset, ..Request::default() });
+            flying.put(Kind::Read, Box::new(Request { offset, ..Request::default() }));
             tag
         };
         let tags: Vec<u16> = (0..3).map(|offset| put(&mut flying, offset)).collect();

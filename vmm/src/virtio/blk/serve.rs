@@ -27,6 +27,8 @@ const BATCH: u32 = 256;
 /// Requests taken from one ring before the next one's turn, and before a look at what is done already: a driver that polls goes on
 /// while the rest is served.
 const SHOW_EVERY: u32 = 4;
+/// Bytes moved after which any driver is told: it goes on while the rest is moved, which takes longer than to tell it.
+const TELL_EVERY: u64 = 128 << 10;
 /// Times that one request is tried again when the kernel says EINTR or EAGAIN.
 const TRIES: u32 = 16;
 
@@ -43,6 +45,9 @@ pub(super) struct Parts {
     pub(super) interrupt: Arc<dyn Interrupt>,
 }
 
+/// A request that is not finished, and what to do next.
+type Rest = Option<(Kind, Box<Request>)>;
+
 pub(super) struct Server {
     /// Dropped before the disk, whose descriptor it uses.
     engine: Option<Box<dyn Engine>>,
@@ -54,7 +59,10 @@ pub(super) struct Server {
     rules: Rules,
     in_flight: InFlight,
     /// Kept for the next requests, with the memory for their lists.
-    spare: Vec<Request>,
+    #[expect(clippy::vec_box, reason = "they move from place to place, and are not small")]
+    spare: Vec<Box<Request>>,
+    /// Bytes that requests have covered which the driver has not been told of.
+    untold: u64,
     /// The ring made no sense, or the engine failed: only wait for what is in flight.
     broken: bool,
     spin: Spin,
@@ -159,6 +167,7 @@ impl Server {
             rules: Rules::default(),
             in_flight: InFlight::default(),
             spare: Vec::new(),
+            untold: 0,
             broken: false,
             spin: Spin::default(),
             parts,
@@ -293,6 +302,9 @@ impl Server {
                     }
                     (*left, any) = (*left - 1, true);
                     self.start(request);
+                    if self.untold >= TELL_EVERY {
+                        self.publish();
+                    }
                 }
             }
             self.reap();
@@ -302,6 +314,7 @@ impl Server {
     }
 
     fn publish(&mut self) {
+        self.untold = 0;
         self.parts.lanes.publish(&*self.parts.interrupt);
     }
 
@@ -315,9 +328,9 @@ impl Server {
         self.medium.as_ref().map_or("(empty slot)", |m| m.disk.id())
     }
 
-    fn start(&mut self, mut request: Request) {
+    fn start(&mut self, mut request: Box<Request>) {
         match request.parse(self.rules) {
-            Err(status) => self.finish(request, status),
+            Err(status) => drop(self.finish(request, status)),
             Ok(Kind::GetId) => {
                 let serial = self.medium.as_ref().map_or([0; ID_BYTES], |m| m.serial);
                 request.written = request.chain.writable.fill(&serial) as u32;
@@ -335,8 +348,16 @@ impl Server {
         }
     }
 
-    /// Gives the request, or the rest of it, to the engine.
-    fn push(&mut self, kind: Kind, mut request: Request) {
+    /// Gives the request, or the rest of it, to the engine, until it is done or on its way.
+    fn push(&mut self, kind: Kind, request: Box<Request>) {
+        let mut rest = Some((kind, request));
+        while let Some((kind, request)) = rest {
+            rest = self.give(kind, request);
+        }
+    }
+
+    /// Gives it to the engine once. Returns what is left to do.
+    fn give(&mut self, kind: Kind, mut request: Box<Request>) -> Rest {
         let (Some(engine), Some(medium)) = (&mut self.engine, &self.medium) else {
             return self.finish(request, Status::IoErr);
         };
@@ -371,11 +392,16 @@ impl Server {
         // SAFETY: the request goes to its place and stays there until the engine gives its tag back; the list of its buffers is on
         // the heap and does not move with it; the buffers are guest RAM, which the queue keeps.
         match unsafe { engine.push(tag, op, offset) } {
-            Ok(()) => self.in_flight.put(kind, request),
+            Ok(Some(n)) => self.done(kind, request, Ok(n)),
+            Ok(None) => {
+                self.in_flight.put(kind, request);
+                None
+            }
             Err(error) => {
                 // The engine did not take it, so nothing refers to its buffers.
                 self.finish(request, Status::IoErr);
                 self.fail(&error);
+                None
             }
         }
     }
@@ -388,61 +414,59 @@ impl Server {
 
     /// Takes back what the engine has done, and goes on with what it has done only in part.
     fn reap(&mut self) {
+        if self.in_flight.busy() == 0 {
+            return;
+        }
         let mut again = false;
         while let Some((tag, result)) = self.engine.as_mut().and_then(|e| e.reap()) {
             let Some((kind, request)) = self.in_flight.take(tag) else { continue };
-            again |= self.done(kind, request, result);
+            if let Some((kind, request)) = self.done(kind, request, result) {
+                self.push(kind, request);
+                again = true;
+            }
         }
         if again && !self.broken {
             self.submit();
         }
     }
 
-    /// True: some of it went to the engine again.
-    fn done(&mut self, kind: Kind, mut request: Request, result: io::Result<u32>) -> bool {
+    /// What the engine has done of it. Returns what is left to do.
+    fn done(&mut self, kind: Kind, mut request: Box<Request>, result: io::Result<u32>) -> Rest {
         if self.broken {
             // Not a word to the guest any more: it may have taken its ring away.
-            return false;
+            return None;
         }
         match (kind, result) {
             (Kind::Read | Kind::Write, Ok(n)) if n > 0 => {
                 let buffers = request.buffers(kind);
                 buffers.advance(n as usize);
-                if buffers.is_empty() {
-                    request.written += if kind == Kind::Read { n } else { 0 };
-                    self.finish(request, Status::Ok);
-                    return false;
-                }
+                let left = !buffers.is_empty();
                 request.written += if kind == Kind::Read { n } else { 0 };
+                if !left {
+                    return self.finish(request, Status::Ok);
+                }
                 request.offset += u64::from(n);
-                self.push(kind, request);
-                true
+                Some((kind, request))
             }
             // The image has become shorter than it was when it was opened.
             (Kind::Read | Kind::Write, Ok(_)) => {
                 self.report(kind, &io::ErrorKind::UnexpectedEof.into());
-                self.finish(request, Status::IoErr);
-                false
+                self.finish(request, Status::IoErr)
             }
             // §5.2.6.2: what a write-through disk has answered is on the medium, zeroes too.
             (Kind::Discard { .. } | Kind::WriteZeroes { .. }, Ok(_)) if self.parts.durable_writes => {
-                self.push(Kind::Flush, request);
-                true
+                Some((Kind::Flush, request))
             }
-            (_, Ok(_)) => {
-                self.finish(request, Status::Ok);
-                false
-            }
+            (_, Ok(_)) => self.finish(request, Status::Ok),
             (_, Err(error)) => self.failed(kind, request, &error),
         }
     }
 
-    fn failed(&mut self, kind: Kind, mut request: Request, error: &io::Error) -> bool {
+    fn failed(&mut self, kind: Kind, mut request: Box<Request>, error: &io::Error) -> Rest {
         let code = error.raw_os_error().unwrap_or(0);
         if matches!(code, libc::EINTR | libc::EAGAIN) && request.tries < TRIES {
             request.tries += 1;
-            self.push(kind, request);
-            return true;
+            return Some((kind, request));
         }
         match kind {
             Kind::Discard { .. } if code == libc::EOPNOTSUPP => self.finish(request, Status::Unsupported),
@@ -450,10 +474,9 @@ impl Server {
             Kind::WriteZeroes { .. } if code == libc::EOPNOTSUPP => self.go_around(kind, request),
             _ => {
                 self.report(kind, error);
-                self.finish(request, Status::IoErr);
+                self.finish(request, Status::IoErr)
             }
         }
-        false
     }
 
     fn report(&self, kind: Kind, error: &io::Error) {
@@ -461,7 +484,7 @@ impl Server {
     }
 
     /// For what the kernel does not take as it is: through host memory, synchronously.
-    fn go_around(&mut self, kind: Kind, mut request: Request) {
+    fn go_around(&mut self, kind: Kind, mut request: Box<Request>) -> Rest {
         let status = match self.bounce(kind, &mut request) {
             Ok(()) => Status::Ok,
             Err(error) => {
@@ -469,7 +492,7 @@ impl Server {
                 Status::IoErr
             }
         };
-        self.finish(request, status);
+        self.finish(request, status)
     }
 
     fn bounce(&mut self, kind: Kind, request: &mut Request) -> io::Result<()> {
@@ -521,7 +544,7 @@ impl Server {
     }
 
     /// Gives the request back to the driver. The status byte is the last that is written to its buffers.
-    fn finish(&mut self, mut request: Request, status: Status) {
+    fn finish(&mut self, mut request: Box<Request>, status: Status) -> Rest {
         self.count(&request, status);
         let written = match request.status.take() {
             Some(place) => {
@@ -533,7 +556,9 @@ impl Server {
             None => 0,
         };
         self.parts.lanes.complete(&request, written);
+        self.untold += request.counted.map_or(0, |(_, bytes)| bytes);
         self.spare.push(request);
+        None
     }
 
     fn count(&self, request: &Request, status: Status) {

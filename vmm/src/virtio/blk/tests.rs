@@ -239,22 +239,26 @@ fn rings_that_make_no_sense_need_a_reset_and_nothing_else_breaks() {
             r.offer(0);
         }),
     ];
-    let mut d = start(|_| {}, !0);
-    for (name, spoil) in cases {
-        // A good request that may be in flight meanwhile.
-        write_header(&d.rig, HEADER, IN, 1);
-        d.ring.put(d.ring.desc, 0, HEADER, 16, NEXT, 14);
-        d.ring.put(d.ring.desc, 14, BUFFER, 512, NEXT | WRITE, 15);
-        d.ring.put(d.ring.desc, 15, STATUS, 1, WRITE, 0);
-        spoil(&mut d.ring);
-        d.rig.kick(&d.ring);
-        d.rig.wait_needs_reset();
-        assert_eq!(d.rig.get(0x60) & 2, 2, "{name}: told by a configuration interrupt");
-        d.rig.kick(&d.ring);
-        d.ring = d.rig.start(!0, 1, 16).remove(0);
-        assert!(!d.rig.needs_reset(), "{name}");
-        assert_eq!(d.ask(IN, 7, &[(BUFFER, 512, true)]), (OK, 513), "{name}: works after the reset");
-        assert_eq!(d.guest(BUFFER, 512), [7; 512]);
+    for aio in [Aio::IoUring, Aio::Threads] {
+        // What is done at once is not in flight when its head comes again.
+        let fits = |name: &str| aio == Aio::Threads || name != "same head twice at once";
+        let mut d = start(|drive| drive.aio = Some(aio), !0);
+        for (name, spoil) in cases.into_iter().filter(|(name, _)| fits(name)) {
+            // A good request that may be in flight meanwhile.
+            write_header(&d.rig, HEADER, IN, 1);
+            d.ring.put(d.ring.desc, 0, HEADER, 16, NEXT, 14);
+            d.ring.put(d.ring.desc, 14, BUFFER, 512, NEXT | WRITE, 15);
+            d.ring.put(d.ring.desc, 15, STATUS, 1, WRITE, 0);
+            spoil(&mut d.ring);
+            d.rig.kick(&d.ring);
+            d.rig.wait_needs_reset();
+            assert_eq!(d.rig.get(0x60) & 2, 2, "{name}: told by a configuration interrupt");
+            d.rig.kick(&d.ring);
+            d.ring = d.rig.start(!0, 1, 16).remove(0);
+            assert!(!d.rig.needs_reset(), "{name}");
+            assert_eq!(d.ask(IN, 7, &[(BUFFER, 512, true)]), (OK, 513), "{name}: works after the reset");
+            assert_eq!(d.guest(BUFFER, 512), [7; 512]);
+        }
     }
 }
 

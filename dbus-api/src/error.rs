@@ -15,6 +15,10 @@ pub enum Error {
     NoSuchNetwork(String),
     /// A network of that name, or on that bridge, is defined already.
     NetworkExists(String),
+    /// No template of that name.
+    NoSuchTemplate(String),
+    /// There is a template of that name already.
+    TemplateExists(String),
     /// No job of that number; it may have ended.
     NoSuchJob(String),
     /// The definition is malformed or asks for something impossible.

@@ -22,6 +22,8 @@ pub const MANAGER_INTERFACE: &str = "org.flotilla.Flotilla1.Manager";
 pub const VM_INTERFACE: &str = "org.flotilla.Flotilla1.Vm";
 /// Interface of a network.
 pub const NETWORK_INTERFACE: &str = "org.flotilla.Flotilla1.Network";
+/// Interface of a template.
+pub const TEMPLATE_INTERFACE: &str = "org.flotilla.Flotilla1.Template";
 /// Interface of a job.
 pub const JOB_INTERFACE: &str = "org.flotilla.Flotilla1.Job";
 
@@ -46,6 +48,11 @@ pub fn vm_path(name: &str) -> String {
 /// Object path of the network `name`, written as a VM's.
 pub fn network_path(name: &str) -> String {
     format!("{MANAGER_PATH}/network/{}", escape(name))
+}
+
+/// Object path of the template `name`, written as a VM's.
+pub fn template_path(name: &str) -> String {
+    format!("{MANAGER_PATH}/template/{}", escape(name))
 }
 
 /// Object path of the job `id`.

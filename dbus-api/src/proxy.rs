@@ -8,6 +8,10 @@ use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant, Variant};
 pub type VmRow = (String, String, String, String, u32, u64, OwnedObjectPath);
 /// One row of `ListNetworks`: name, bridge, number of VMs with a card on it, object path.
 pub type NetworkRow = (String, String, u32, OwnedObjectPath);
+/// One row of `ListTemplates`: name, VM, created (microseconds since the epoch), bytes, number of what needs it, object path.
+pub type TemplateRow = (String, String, u64, u64, u32, OwnedObjectPath);
+/// One row of what `CloneVms` returns: name, object path of the VM, object path of the job.
+pub type CloneRow = (String, OwnedObjectPath, OwnedObjectPath);
 /// One row of `ListJobs`: id, type, VM, state, phase, error message, age in microseconds, object path.
 pub type JobRow = (u32, String, String, String, String, String, u64, OwnedObjectPath);
 /// Trailing options of a call.
@@ -110,6 +114,43 @@ pub trait Manager {
     /// Forgets a network that no VM uses; its bridge goes if we made it.
     #[zbus(allow_interactive_auth)]
     fn delete_network(&self, name: &str) -> Result<(), crate::error::Error>;
+    /// All templates, from the daemon's memory.
+    fn list_templates(&self) -> Result<Vec<TemplateRow>, crate::error::Error>;
+    /// Makes a template of a VM. Options: `after s` (`resume`, `pause`, `stop`), `description s`. Returns the job.
+    #[zbus(allow_interactive_auth)]
+    fn create_template(
+        &self,
+        vm: &str,
+        template: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Compares a template's files with their checksums. Returns the job.
+    #[zbus(allow_interactive_auth)]
+    fn verify_template(
+        &self,
+        template: &str,
+        options: Options<'_>,
+    ) -> Result<OwnedObjectPath, crate::error::Error>;
+    /// Removes a template that nothing needs.
+    #[zbus(allow_interactive_auth)]
+    fn delete_template(&self, template: &str, options: Options<'_>) -> Result<(), crate::error::Error>;
+    /// Makes a VM from a template. Options: `paused b`, `labels a{ss}`, `user_data s`, `network_config s`. Returns its object and the job.
+    #[zbus(allow_interactive_auth)]
+    fn clone_vm(
+        &self,
+        template: &str,
+        name: &str,
+        options: Options<'_>,
+    ) -> Result<(OwnedObjectPath, OwnedObjectPath), crate::error::Error>;
+    /// Makes many, with names after a pattern (`web-%`); options as of `CloneVm`.
+    #[zbus(allow_interactive_auth)]
+    fn clone_vms(
+        &self,
+        template: &str,
+        count: u32,
+        pattern: &str,
+        options: Options<'_>,
+    ) -> Result<Vec<CloneRow>, crate::error::Error>;
     /// Jobs under way.
     fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
 
@@ -125,6 +166,12 @@ pub trait Manager {
     /// A network was deleted.
     #[zbus(signal)]
     fn network_removed(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A template was made.
+    #[zbus(signal)]
+    fn template_new(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
+    /// A template was deleted.
+    #[zbus(signal)]
+    fn template_removed(&self, name: String, path: OwnedObjectPath) -> zbus::Result<()>;
     /// A VM changed state.
     #[zbus(signal)]
     fn vm_state_changed(
@@ -323,6 +370,38 @@ pub trait Network {
     fn vms(&self) -> zbus::Result<Vec<String>>;
 }
 
+/// A template.
+#[zbus::proxy(interface = "org.flotilla.Flotilla1.Template", default_service = "org.flotilla.Flotilla1")]
+pub trait Template {
+    /// Name.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    /// The VM that it was made of.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn vm(&self) -> zbus::Result<String>;
+    /// For people.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn description(&self) -> zbus::Result<String>;
+    /// When it was made, microseconds since the epoch.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn created(&self) -> zbus::Result<u64>;
+    /// Version of the VMM that saved it.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn vmm_version(&self) -> zbus::Result<String>;
+    /// The definition, JSON, without what tells VMs apart.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn spec(&self) -> zbus::Result<String>;
+    /// Its files: name, bytes with holes and all, checksum.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn files(&self) -> zbus::Result<Vec<(String, u64, String)>>;
+    /// Directory of its files.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn place(&self) -> zbus::Result<String>;
+    /// What needs it.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn users(&self) -> zbus::Result<Vec<String>>;
+}
+
 /// A job under way.
 #[zbus::proxy(interface = "org.flotilla.Flotilla1.Job", default_service = "org.flotilla.Flotilla1")]
 pub trait Job {
@@ -341,4 +420,7 @@ pub trait Job {
     /// What it is doing now, in a word.
     #[zbus(property)]
     fn phase(&self) -> zbus::Result<String>;
+    /// How much of that is done, and of how much; 0 of 0 when that cannot be said.
+    #[zbus(property)]
+    fn progress(&self) -> zbus::Result<(u64, u64)>;
 }

@@ -242,6 +242,12 @@ pub struct Disk {
     /// Layout of the image: `raw` (default) or `qcow2`; never guessed.
     #[serde(default, skip_serializing_if = "Format::is_raw")]
     pub format: Format,
+    /// Image that lies under this one, which is qcow2: what was never written here is read from there. Nobody may write to it. Absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<PathBuf>,
+    /// Layout of the image under this one.
+    #[serde(default, skip_serializing_if = "Format::is_raw")]
+    pub backing_format: Format,
     /// Refuse the guest's writes.
     #[serde(default)]
     pub readonly: bool,
@@ -272,6 +278,8 @@ impl Disk {
         Self {
             path: path.into(),
             format: Format::Raw,
+            backing: None,
+            backing_format: Format::Raw,
             readonly: false,
             direct: false,
             serial: None,

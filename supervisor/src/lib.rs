@@ -5,6 +5,7 @@
 //! ```text
 //! main.rs    flotillad: options, wiring, readiness, signals
 //! dbus/      thin handlers: authorise, ask the fleet, answer; signals and property changes
+//! template/  templates, and the VMs that are cloned from them
 //! fleet/     registry, one actor per VM, the pure state machine, jobs, adoption
 //! launch/    how a VMM process comes to be: systemd units, or plain children
 //! qmp/       client of each VMM, and its proxy for everybody else
@@ -22,3 +23,4 @@ pub mod launch;
 pub mod qmp;
 pub mod shelf;
 pub mod store;
+pub mod template;

@@ -28,6 +28,7 @@ use supervisor::launch::systemd::SystemdLauncher;
 use supervisor::launch::{Launcher, server};
 use supervisor::shelf::Shelf;
 use supervisor::store::Store;
+use supervisor::template::Templates;
 
 /// Runtime directories of VMs under systemd: `RuntimeDirectory=flotilla-vm/%i` of the unit.
 const UNIT_DIRECTORY: &str = "/run/flotilla-vm";
@@ -125,14 +126,18 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     } else {
         Access::SameUser(connection.clone())
     };
-    dbus::serve(&connection, Arc::clone(&fleet), access, news_inbox).await.map_err(|error| match error {
-        zbus::Error::NameTaken => {
-            "the bus name org.flotilla.Flotilla1 is taken: another flotillad serves this bus".into()
-        }
-        error => Box::<dyn Error>::from(error),
-    })?;
+    let templates = Templates::open(Arc::clone(&fleet));
+    dbus::serve(&connection, Arc::clone(&templates), access, news_inbox).await.map_err(
+        |error| match error {
+            zbus::Error::NameTaken => {
+                "the bus name org.flotilla.Flotilla1 is taken: another flotillad serves this bus".into()
+            }
+            error => Box::<dyn Error>::from(error),
+        },
+    )?;
     fleet.tidy_sockets();
     tokio::join!(fleet.tidy_network(), fleet.classify());
+    templates.recover().await;
     let count = fleet.list().len();
     info!("ready: {count} VMs");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("{count} VMs"))]);

@@ -13,6 +13,8 @@ mod plug;
 mod policy;
 #[path = "daemon/proxy.rs"]
 mod proxy;
+#[path = "daemon/templates.rs"]
+mod templates;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -67,7 +67,7 @@ impl Daemon {
         tokio::spawn(Arc::clone(&fleet).route(event_inbox));
         let connection = bus.connect().await;
         let access = Access::SameUser(connection.clone());
-        serve(&connection, Arc::clone(&fleet), access, news_inbox).await.unwrap();
+        serve(&connection, Templates::open(Arc::clone(&fleet)), access, news_inbox).await.unwrap();
         fleet.classify().await;
         let client = bus.connect().await;
         let manager = ManagerProxy::builder(&client)

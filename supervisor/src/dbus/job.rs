@@ -22,7 +22,8 @@ impl Job {
         self.id
     }
 
-    /// "start", "shutdown", "power-off", "pause", "resume", "attach-nic", "detach-nic", "attach-disk" or "detach-disk".
+    /// "start", "shutdown", "power-off", "pause", "resume", "attach-nic", "detach-nic", "attach-disk", "detach-disk", "create-template",
+    /// "verify-template" or "clone".
     #[zbus(property(emits_changed_signal = "const"), name = "Type")]
     fn kind(&self) -> &'static str {
         self.kind
@@ -40,9 +41,19 @@ impl Job {
         "running"
     }
 
-    /// What it is doing now, in a word: the VM's state.
+    /// What it is doing now, in a word or two: the VM's state, unless the job has words of its own.
     #[zbus(property)]
     fn phase(&self) -> &'static str {
+        let own = self.shared.fleet.job(self.id).map(|job| job.phase).filter(|phase| !phase.is_empty());
+        if let Some(phase) = own {
+            return phase;
+        }
         self.shared.fleet.get(&self.name).map(|view| view.state.word()).unwrap_or_default()
+    }
+
+    /// How much of the phase is done, and of how much; 0 of 0 when that cannot be said.
+    #[zbus(property)]
+    fn progress(&self) -> (u64, u64) {
+        self.shared.fleet.job(self.id).map(|job| job.progress).unwrap_or_default()
     }
 }

@@ -1,13 +1,13 @@
 //! `org.flotilla.Flotilla1.Manager`: the verbs by VM name, the lists, the fleet's own properties.
 
 use dbus_api::error::Error;
-use dbus_api::proxy::{Details, JobRow, NetworkRow, VmRow};
+use dbus_api::proxy::{CloneRow, Details, JobRow, NetworkRow, TemplateRow, VmRow};
 use dbus_api::{ACTION_HOST, ACTION_MANAGE, ACTION_NETWORK, job_path, network_path, vm_path};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, interface};
 
-use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb};
+use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb, template};
 use crate::fleet::life::{State, Verb};
 use crate::fleet::seats::Kind;
 
@@ -271,12 +271,91 @@ impl Manager {
         Ok(())
     }
 
+    /// All templates, from the daemon's memory: name, the VM that it was made of, when (microseconds since the epoch), bytes with holes and
+    /// all, number of VMs that need it, object path.
+    #[zbus(out_args("templates"))]
+    async fn list_templates(&self) -> Result<Vec<TemplateRow>, Error> {
+        template::rows(&self.shared)
+    }
+
+    /// Makes a template of a VM that runs or is paused: its memory, its disks as they are at that moment, its definition. Options: "after" s:
+    /// "resume" (default: it runs on if it ran), "pause" or "stop"; "description" s. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn create_template(
+        &self,
+        vm: &str,
+        template: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, vm).await?;
+        template::create(&self.shared, vm, template, options).await
+    }
+
+    /// Compares all files of a template with their checksums. Returns the job.
+    #[zbus(out_args("job"))]
+    async fn verify_template(
+        &self,
+        template: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, "").await?;
+        no_options(options)?;
+        template::verify(&self.shared, template).await
+    }
+
+    /// Removes a template that no VM needs any more.
+    async fn delete_template(
+        &self,
+        template: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(), Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, "").await?;
+        no_options(options)?;
+        self.shared.templates.delete(template).await.map_err(named)?;
+        self.shared.fleet.flush().await;
+        Ok(())
+    }
+
+    /// Makes a VM that goes on where the template was made, with a name, uuid, disks and addresses of its own, which its guest finds on a small
+    /// disk with the label CIDATA. Options: "paused" b: its vCPUs stay stopped; "labels" a{ss}; "user_data" s, "network_config" s: for
+    /// that disk, as cloud-init takes them. Returns its object, which is there when the VM is, and the job.
+    #[zbus(out_args("vm", "job"))]
+    async fn clone_vm(
+        &self,
+        template: &str,
+        name: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(OwnedObjectPath, OwnedObjectPath), Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, name).await?;
+        template::clone_one(&self.shared, template, name, options).await
+    }
+
+    /// As CloneVm, `count` times, with names after a pattern: in "web-%" or "web-%%%" the number stands for the percent signs; names that are
+    /// taken are left out. Returns name, object and job of each.
+    #[zbus(out_args("vms"))]
+    async fn clone_vms(
+        &self,
+        template: &str,
+        count: u32,
+        pattern: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<Vec<CloneRow>, Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, "").await?;
+        template::clone_many(&self.shared, template, count, pattern, options).await
+    }
+
     /// Jobs under way: id, type, VM, state, phase, error message, age in microseconds, object path.
     #[zbus(out_args("jobs"))]
     async fn list_jobs(&self) -> Result<Vec<JobRow>, Error> {
         let row = |job: crate::fleet::jobs::Job| {
             let age = u64::try_from(job.since.elapsed().as_micros()).unwrap_or(u64::MAX);
-            let phase = self.shared.fleet.get(&job.name).map(|view| view.state.word()).unwrap_or_default();
+            let state = || self.shared.fleet.get(&job.name).map(|view| view.state.word()).unwrap_or_default();
+            let phase = if job.phase.is_empty() { state() } else { job.phase };
             let text = |text: &str| text.to_owned();
             let (kind, name) = (text(job.kind), text(&job.name));
             Ok((
@@ -320,6 +399,22 @@ impl Manager {
     /// A network was deleted.
     #[zbus(signal)]
     pub(super) async fn network_removed(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A template was made.
+    #[zbus(signal)]
+    pub(super) async fn template_new(
+        emitter: &SignalEmitter<'_>,
+        name: &str,
+        path: OwnedObjectPath,
+    ) -> zbus::Result<()>;
+
+    /// A template was deleted.
+    #[zbus(signal)]
+    pub(super) async fn template_removed(
         emitter: &SignalEmitter<'_>,
         name: &str,
         path: OwnedObjectPath,

@@ -4,7 +4,7 @@
 //! introspection and signals of that object would hang with it.
 //!
 //! ```text
-//! manager.rs, vm.rs, network.rs, job.rs   the interfaces
+//! manager.rs, vm.rs, network.rs, template.rs, job.rs   the interfaces
 //! plug.rs                     devices that come and go, for the first two
 //! access.rs                   may this caller do that? (polkit)
 //! publish.rs                  news of the fleet -> objects, signals, property changes
@@ -17,6 +17,7 @@ mod manager;
 mod network;
 mod plug;
 mod publish;
+mod template;
 mod vm;
 
 use std::collections::HashMap;
@@ -31,6 +32,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant};
 use crate::fleet::life::Verb;
 use crate::fleet::view::News;
 use crate::fleet::{Fleet, FleetError};
+use crate::template::Templates;
 use access::Access;
 
 /// How long a guest has to shut down when the caller does not say.
@@ -42,6 +44,7 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 #[derive(Clone)]
 struct Shared {
     fleet: Arc<Fleet>,
+    templates: Arc<Templates>,
     access: Arc<Access>,
 }
 
@@ -51,11 +54,12 @@ type Options = HashMap<String, OwnedVariant>;
 /// Serves the interfaces on this connection and takes the bus name. Returns when the name is ours and the objects are there.
 pub async fn serve(
     connection: &Connection,
-    fleet: Arc<Fleet>,
+    templates: Arc<Templates>,
     access: Access,
     news: mpsc::UnboundedReceiver<News>,
 ) -> zbus::Result<()> {
-    let shared = Shared { fleet: Arc::clone(&fleet), access: Arc::new(access) };
+    let fleet = Arc::clone(templates.fleet());
+    let shared = Shared { fleet: Arc::clone(&fleet), templates, access: Arc::new(access) };
     connection.object_server().at(MANAGER_PATH, manager::Manager::new(shared.clone())).await?;
     tokio::spawn(publish::run(connection.clone(), shared, news));
     fleet.flush().await;
@@ -72,6 +76,8 @@ fn named(error: FleetError) -> Error {
         FleetError::VmExists(text) => Error::VmExists(text),
         FleetError::NoSuchNetwork(text) => Error::NoSuchNetwork(text),
         FleetError::NetworkExists(text) => Error::NetworkExists(text),
+        FleetError::NoSuchTemplate(text) => Error::NoSuchTemplate(text),
+        FleetError::TemplateExists(text) => Error::TemplateExists(text),
         FleetError::InvalidSpec(text) => Error::InvalidSpec(text),
         FleetError::GenerationMismatch(text) => Error::GenerationMismatch(text),
         FleetError::InvalidState(text) => Error::InvalidState(text),

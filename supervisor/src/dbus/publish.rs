@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use dbus_api::{MANAGER_PATH, job_path, network_path, vm_path};
+use dbus_api::{MANAGER_PATH, job_path, network_path, template_path, vm_path};
 use tokio::sync::mpsc;
 use tracing::{error, warn};
 use zbus::object_server::{InterfaceRef, SignalEmitter};
@@ -12,6 +12,7 @@ use zbus::{Connection, DBusError, OwnedObjectPath};
 use super::job::Job;
 use super::manager::Manager;
 use super::network::Network;
+use super::template::Template;
 use super::vm::Vm;
 use super::{Shared, named};
 use crate::fleet::FleetError;
@@ -108,6 +109,26 @@ impl Publisher {
                 let path = owned(network_path(&name))?;
                 self.connection.object_server().remove::<Network, _>(&path).await?;
                 Manager::network_removed(&self.emitter()?, &name, path).await
+            }
+            News::JobChanged { id, name } => {
+                let jobs = self.jobs.get(&name).into_iter().flatten();
+                for (_, job) in jobs.filter(|(job, _)| *job == id) {
+                    let object = job.get().await;
+                    object.phase_changed(job.signal_emitter()).await?;
+                    object.progress_changed(job.signal_emitter()).await?;
+                }
+                Ok(())
+            }
+            News::TemplateNew(name) => {
+                let path = owned(template_path(&name))?;
+                let template = Template::new(self.shared.clone(), name.clone());
+                self.connection.object_server().at(&path, template).await?;
+                Manager::template_new(&self.emitter()?, &name, path).await
+            }
+            News::TemplateRemoved(name) => {
+                let path = owned(template_path(&name))?;
+                self.connection.object_server().remove::<Template, _>(&path).await?;
+                Manager::template_removed(&self.emitter()?, &name, path).await
             }
             News::FleetChanged => self.fleet_changed().await,
             News::Flush(answer) => {

@@ -12,6 +12,7 @@ pub mod plug;
 mod process;
 mod shown;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +68,8 @@ struct Actor {
     last_log: Arc<[String]>,
     link: Link,
     own_start: bool,
+    /// The snapshot that the next process goes on from.
+    incoming: Option<Arc<Path>>,
     devices: Devices,
     /// Of the running process; of no meaning when there is none.
     seats: Arc<Seats>,
@@ -149,6 +152,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         last_log: Arc::new([]),
         link,
         own_start: false,
+        incoming: None,
         internal: internal.clone(),
         context,
         name,
@@ -237,7 +241,14 @@ impl Actor {
 
     async fn serve(&mut self, request: Request) {
         match request {
-            Request::Job { verb, answer } => {
+            Request::Save { state, memory, answer } => {
+                let saved = self.link.save(state, memory);
+                let name = Arc::clone(&self.name);
+                tokio::spawn(async move {
+                    let _ = answer.send(saved.await.map_err(|error| named(&name, error)));
+                });
+            }
+            Request::Job { verb, incoming, answer } => {
                 if let Err(error) = self.vm.admit(verb) {
                     let _ = answer.send(Err(named(&self.name, error)));
                     return;
@@ -249,6 +260,9 @@ impl Actor {
                     return;
                 }
                 let job = self.context.jobs.open(verb.word(), &self.name);
+                if matches!(verb, Verb::Start { .. }) {
+                    self.incoming = incoming;
+                }
                 let _ = answer.send(Ok(job));
                 self.feed(Input::Request { job, verb }).await;
             }

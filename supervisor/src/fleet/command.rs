@@ -23,6 +23,8 @@ pub struct Place<'a> {
     pub sockets: &'a Path,
     /// Name of each card's tap, in the order of the cards.
     pub taps: &'a [String],
+    /// The snapshot that the VM goes on from, as another VM than the one that was saved.
+    pub incoming: Option<&'a Path>,
     /// Do not start the vCPUs.
     pub paused: bool,
 }
@@ -50,6 +52,10 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         let mut drive = format!("file={path},id=disk{at},readonly={readonly},direct={direct}");
         if disk.format != Format::Raw {
             drive += &format!(",format={}", disk.format.word());
+        }
+        if let Some(backing) = &disk.backing {
+            let path = quote(&backing.display().to_string());
+            drive += &format!(",backing={path},backing-format={}", disk.backing_format.word());
         }
         if let Some(aio) = disk.aio {
             drive += &format!(",aio={}", aio.word());
@@ -79,13 +85,17 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
     let socket = |file: &str| quote(&place.sockets.join(file).display().to_string());
     put("-qmp", format!("unix:{},server,nowait", socket("qmp.sock")));
     put("-serial", format!("socket,path={},server,nowait", socket("console.sock")));
+    if let Some(incoming) = place.incoming {
+        put("-incoming", format!("file:{},identity=new", quote(&incoming.display().to_string())));
+    }
     if place.paused {
         line.push("-S".to_owned());
     }
     line
 }
 
-fn append(spec: &VmSpec) -> String {
+/// The kernel command line of a definition, given or by default.
+pub fn append(spec: &VmSpec) -> String {
     match &spec.append {
         Some(append) => append.clone(),
         None if spec.initrd.is_none() && !spec.disks.is_empty() => {
@@ -116,6 +126,7 @@ mod tests {
             uuid: Uuid::from_u128(1),
             sockets: Path::new("/run/flotilla-vm/web"),
             taps,
+            incoming: paused.then_some(Path::new("/t,1")),
             paused,
         };
         build(&super::super::spec::parse(spec).unwrap(), &place).join(" ")
@@ -135,7 +146,7 @@ mod tests {
     fn everything() {
         let spec = r#"{"kernel":"/k","initrd":"/i","cpus":2,"memory":"1G","append":"quiet",
             "disks":[{"path":"/a,b.img","readonly":true,"serial":"S1"},
-                {"path":"/c","direct":true,"format":"qcow2","aio":"native","iops":500,"discard":true}],
+                {"path":"/c","direct":true,"format":"qcow2","backing":"/b,1","backing_format":"qcow2","aio":"native","iops":500,"discard":true}],
             "balloon":true,"rng":true,
             "nics":[{"bridge":"br0","mac":"52:54:00:00:00:01"}]}"#;
         let line = line(spec, &["fl-web-0".into()], true);
@@ -144,12 +155,12 @@ mod tests {
             "-drive file=/a,,b.img,id=disk0,readonly=on,direct=off -device virtio-blk-device,drive=disk0,id=disk0,serial=S1",
             "-device virtio-balloon-device,id=balloon0,deflate-on-oom=on -object rng-random,id=random0,filename=/dev/urandom \
              -device virtio-rng-device,rng=random0,id=rng0 -qmp",
-            "-drive file=/c,id=disk1,readonly=off,direct=on,format=qcow2,aio=native,throttling.iops-total=500,discard=unmap -device virtio-blk-device,drive=disk1,id=disk1 ",
+            "-drive file=/c,id=disk1,readonly=off,direct=on,format=qcow2,backing=/b,,1,backing-format=qcow2,aio=native,throttling.iops-total=500,discard=unmap -device virtio-blk-device,drive=disk1,id=disk1 ",
             "-netdev tap,id=nic0,ifname=fl-web-0 -device virtio-net-device,netdev=nic0,id=nic0,mac=52:54:00:00:00:01",
         ] {
             assert!(line.contains(part), "{part}\n{line}");
         }
-        assert!(line.ends_with(" -S"));
+        assert!(line.ends_with(" -incoming file:/t,,1,identity=new -S"));
     }
 
     #[test]

@@ -17,6 +17,12 @@ pub enum FleetError {
     /// The network's name or bridge is taken.
     #[error("{0}")]
     NetworkExists(String),
+    /// No such template.
+    #[error("{0}")]
+    NoSuchTemplate(String),
+    /// The template's name is taken.
+    #[error("{0}")]
+    TemplateExists(String),
     /// The definition is wrong.
     #[error("{0}")]
     InvalidSpec(String),
@@ -70,6 +76,8 @@ impl FleetError {
             Self::VmExists(text) => Self::VmExists(change(text)),
             Self::NoSuchNetwork(text) => Self::NoSuchNetwork(change(text)),
             Self::NetworkExists(text) => Self::NetworkExists(change(text)),
+            Self::NoSuchTemplate(text) => Self::NoSuchTemplate(change(text)),
+            Self::TemplateExists(text) => Self::TemplateExists(change(text)),
             Self::InvalidSpec(text) => Self::InvalidSpec(change(text)),
             Self::GenerationMismatch(text) => Self::GenerationMismatch(change(text)),
             Self::InvalidState(text) => Self::InvalidState(change(text)),

@@ -1,6 +1,7 @@
 //! What a VM's actor can be told, and the way to it: the registry asks, the monitor task and the launcher report. No rules here.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, FleetError>>;
 
 /// What people ask.
 pub(super) enum Request {
-    Job { verb: Verb, answer: Answer<u32> },
+    Job { verb: Verb, incoming: Option<Arc<Path>>, answer: Answer<u32> },
+    Save { state: OwnedFd, memory: OwnedFd, answer: Answer<()> },
     Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
     Undefine { answer: Answer<()> },
     Plug { ask: Ask, how: How, answer: Answer<(String, u32)> },

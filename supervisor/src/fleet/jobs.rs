@@ -14,12 +14,16 @@ use super::view::News;
 pub struct Job {
     /// Number.
     pub id: u32,
-    /// Type: `start`, `shutdown`, `power-off`, `pause` or `resume`.
+    /// Type: `start`, `shutdown`, `power-off`, `pause`, `resume`, `create-template`, `verify-template` or `clone`.
     pub kind: &'static str,
     /// The VM.
     pub name: Arc<str>,
     /// When it began.
     pub since: Instant,
+    /// What it is doing, in a word; empty: what the VM's state says.
+    pub phase: &'static str,
+    /// How much of that is done, and of how much; 0 of 0 when it cannot be said.
+    pub progress: (u64, u64),
 }
 
 type Waiter = oneshot::Sender<Result<(), FleetError>>;
@@ -54,7 +58,8 @@ impl Jobs {
             id = id.wrapping_add(1).max(1);
         }
         table.last = id;
-        let job = Job { id, kind, name: Arc::clone(name), since: Instant::now() };
+        let job =
+            Job { id, kind, name: Arc::clone(name), since: Instant::now(), phase: "", progress: (0, 0) };
         table.open.insert(id, (job, Vec::new()));
         // Told under the lock, so that news of one job cannot overtake each other.
         let _ = self.news.send(News::JobNew { id, kind, name: Arc::clone(name) });
@@ -69,6 +74,23 @@ impl Jobs {
             let _ = waiter.send(result.clone());
         }
         let _ = self.news.send(News::JobRemoved { id, kind: job.kind, name: job.name, result });
+    }
+
+    /// A job has got further. Told when the phase is another, or a hundredth more is done.
+    pub(super) fn note(&self, id: u32, phase: &'static str, progress: (u64, u64)) {
+        let mut table = self.table();
+        let Some((job, _)) = table.open.get_mut(&id) else { return };
+        let part = |(done, all): (u64, u64)| u128::from(done) * 100 / u128::from(all.max(1));
+        let told = job.phase != phase || part(job.progress) != part(progress);
+        (job.phase, job.progress) = (phase, progress);
+        if told {
+            let _ = self.news.send(News::JobChanged { id, name: Arc::clone(&job.name) });
+        }
+    }
+
+    /// One job under way.
+    pub fn get(&self, id: u32) -> Option<Job> {
+        self.table().open.get(&id).map(|(job, _)| job.clone())
     }
 
     /// The end of a job; `None` when it has ended already.

@@ -8,6 +8,7 @@
 //!    └──────────────────── cut ─────────────┘
 //! ```
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -125,6 +126,22 @@ impl Link {
             };
             match line {
                 Line::Up(monitor) => monitor::send(&monitor, command).await,
+                Line::Down => Err(FleetError::VmmDied("the VMM has ended".to_owned())),
+                Line::Expected => Err(FleetError::QmpTimeout("the VMM does not answer".to_owned())),
+            }
+        }
+    }
+
+    /// Saves the VM, which must be paused, to two files that are empty.
+    pub(super) fn save(
+        &self,
+        state: OwnedFd,
+        memory: OwnedFd,
+    ) -> impl Future<Output = Result<(), FleetError>> + Send + use<> {
+        let line = self.line.borrow().clone();
+        async move {
+            match line {
+                Line::Up(monitor) => monitor::save(&monitor, state, memory).await,
                 Line::Down => Err(FleetError::VmmDied("the VMM has ended".to_owned())),
                 Line::Expected => Err(FleetError::QmpTimeout("the VMM does not answer".to_owned())),
             }

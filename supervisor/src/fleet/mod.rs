@@ -9,6 +9,7 @@
 //! link.rs       the actor's connection to its VMM, the proxy on it, and the commands that wait for it
 //! monitor.rs    the task behind it: tries, reports, forwards events
 //! prepare.rs    files, taps and command line for a start
+//! saving.rs     what templates and clones need of a VM
 //! networks.rs   networks: define, delete
 //! network.rs    bridges and taps of a definition
 //! plugger.rs    the task that brings a device to a running VM, or takes it away
@@ -39,9 +40,10 @@ pub mod network;
 pub mod networks;
 pub mod plug;
 mod plugger;
-mod prepare;
+pub(crate) mod prepare;
 pub mod registry;
 mod restart;
+mod saving;
 pub mod seats;
 pub mod spec;
 pub mod view;

@@ -1,10 +1,11 @@
 //! The actor's connection to its VMM: owns the tries, the first question and the forwarding of events. Reports to the actor only.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
@@ -24,6 +25,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Commands that change the run state answer at once.
 pub(super) const COMMAND: Duration = Duration::from_secs(5);
+
+/// Writing all of a large guest's memory takes as long as the disk takes.
+const SAVE: Duration = Duration::from_secs(1800);
 
 /// Keeps trying until the VMM answers, then forwards its events until the connection ends.
 pub(super) async fn run(
@@ -127,6 +131,19 @@ pub(super) async fn send(monitor: &Monitor, command: Command) -> Result<(), Flee
         }
         Err(error) => Err(map_error(&error)),
     }
+}
+
+/// Has the VM saved to two files, whose names are the caller's business.
+pub(super) async fn save(monitor: &Monitor, state: OwnedFd, memory: OwnedFd) -> Result<(), FleetError> {
+    let (one, two) = ("flotilla-state", "flotilla-memory");
+    for (name, descriptor) in [(one, state), (two, memory)] {
+        let arguments = json!({ "fdname": name });
+        let given = monitor.execute_with("getfd", Some(arguments), vec![descriptor], COMMAND).await;
+        given.map_err(|error| map_error(&error))?;
+    }
+    let arguments = json!({ "uri": format!("fd:{one}:{two}") });
+    let saved = monitor.execute("migrate", Some(arguments), SAVE).await;
+    saved.map(drop).map_err(|error| map_error(&error))
 }
 
 /// A QMP error as the fleet's.

@@ -22,12 +22,22 @@ pub(super) struct Plan {
     pub(super) spec: Arc<VmSpec>,
     pub(super) generation: u64,
     pub(super) paused: bool,
+    /// The snapshot that it goes on from.
+    pub(super) incoming: Option<Arc<Path>>,
 }
 
 /// Looks at the files, makes the taps, opens all of them. On an error nothing stays open.
 pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, FleetError> {
     let spec = Arc::clone(&plan.spec);
-    let opened = tokio::task::spawn_blocking(move || check_files(&spec).and_then(|()| open_files(&spec)));
+    let incoming = plan.incoming.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        check_files(&spec)?;
+        let mut descriptors = open_files(&spec)?;
+        for file in incoming.iter().flat_map(|dir| SNAPSHOT.map(|name| dir.join(name))) {
+            descriptors.push(open("template", &file, false, false)?);
+        }
+        Ok(descriptors)
+    });
     let mut descriptors =
         opened.await.map_err(|error| FleetError::LaunchFailed(format!("opening files: {error}")))??;
     let limited = context.launcher.limit(&plan.name, &plan.spec.limits).await;
@@ -42,6 +52,7 @@ pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, 
         uuid: plan.uuid,
         sockets: &context.launcher.sockets(&plan.name),
         taps: &taps,
+        incoming: plan.incoming.as_deref(),
         paused: plan.paused,
     };
     Ok(Prepared { command_line: command::build(&plan.spec, &place), descriptors })
@@ -55,9 +66,15 @@ fn open_files(spec: &VmSpec) -> Result<Vec<(Handed, OwnedFd)>, FleetError> {
     }
     for (at, disk) in spec.disks.iter().enumerate() {
         descriptors.push(open(&format!("disks[{at}].path"), &disk.path, !disk.readonly, disk.direct)?);
+        if let Some(backing) = &disk.backing {
+            descriptors.push(open(&format!("disks[{at}].backing"), backing, false, false)?);
+        }
     }
     Ok(descriptors)
 }
+
+/// Files of a snapshot.
+pub(crate) const SNAPSHOT: [&str; 2] = ["state", "memory"];
 
 /// Opens a file that a VM is to have; the error names the field.
 pub(super) fn open(

@@ -177,11 +177,12 @@ impl Fleet {
 
     // --- verbs ------------------------------------------------------------------------------------------------------------------
 
-    async fn request<T>(
+    /// Gives the actor a request, whatever it takes to be answered.
+    pub(super) fn post<T>(
         &self,
         name: &str,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
-    ) -> Result<T, FleetError> {
+    ) -> Result<oneshot::Receiver<T>, FleetError> {
         let handle = self.handle(name)?;
         let (answer, receiver) = oneshot::channel();
         handle.requests.try_send(request(answer)).map_err(|error| match error {
@@ -190,6 +191,15 @@ impl Fleet {
             }
             TrySendError::Closed(_) => FleetError::NoSuchVm(format!("VM \"{name}\" was undefined")),
         })?;
+        Ok(receiver)
+    }
+
+    pub(super) async fn request<T>(
+        &self,
+        name: &str,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, FleetError> {
+        let receiver = self.post(name, request)?;
         match timeout(TAKEN, receiver).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(_)) => Err(FleetError::NoSuchVm(format!("VM \"{name}\" was undefined"))),
@@ -199,7 +209,7 @@ impl Fleet {
 
     /// Asks for a job and returns its number.
     pub async fn ask(&self, name: &str, verb: Verb) -> Result<u32, FleetError> {
-        self.request(name, |answer| Request::Job { verb, answer }).await?
+        self.request(name, |answer| Request::Job { verb, incoming: None, answer }).await?
     }
 
     /// Brings a device to a VM or takes it away; returns its id and the job.

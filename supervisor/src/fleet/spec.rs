@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use dbus_api::spec::{Aio, Limits, Nic, VmSpec};
+use dbus_api::spec::{Aio, Format, Limits, Nic, VmSpec};
 use uuid::Uuid;
 
 use super::FleetError;
@@ -69,6 +69,17 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
         check_path(&format!("disks[{at}].path"), &disk.path)?;
         if spec.disks[..at].iter().any(|other| other.path == disk.path) {
             return Err(wrong(format!("disks[{at}].path: {} is given twice", disk.path.display())));
+        }
+        if let Some(backing) = &disk.backing {
+            check_path(&format!("disks[{at}].backing"), backing)?;
+            if disk.format != Format::Qcow2 {
+                return Err(wrong(format!("disks[{at}].backing: only a qcow2 image lies over another one")));
+            }
+            if spec.disks.iter().any(|other| !other.readonly && other.path == *backing) {
+                return Err(wrong(format!("disks[{at}].backing: {} is a disk too", backing.display())));
+            }
+        } else if disk.backing_format != Format::Raw {
+            return Err(wrong(format!("disks[{at}].backing_format: there is no backing")));
         }
         if disk.aio == Some(Aio::Native) && !disk.direct {
             return Err(wrong(format!(
@@ -208,7 +219,13 @@ pub fn parse_set(text: &str) -> Option<Vec<u8>> {
 pub fn check_files(spec: &VmSpec) -> Result<(), FleetError> {
     let files = std::iter::once(("kernel".to_owned(), &spec.kernel, false))
         .chain(spec.initrd.iter().map(|path| ("initrd".to_owned(), path, false)))
-        .chain(spec.disks.iter().enumerate().map(|(at, d)| (format!("disks[{at}].path"), &d.path, true)));
+        .chain(spec.disks.iter().enumerate().map(|(at, d)| (format!("disks[{at}].path"), &d.path, true)))
+        .chain(
+            spec.disks
+                .iter()
+                .enumerate()
+                .filter_map(|(at, d)| Some((format!("disks[{at}].backing"), d.backing.as_ref()?, true))),
+        );
     for (field, path, block) in files {
         let kind = std::fs::metadata(path)
             .map_err(|error| wrong(format!("{field}: {}: {}", path.display(), plain(&error))))?

@@ -101,6 +101,13 @@ pub enum News {
         /// The VM.
         name: Arc<str>,
     },
+    /// A job has got further.
+    JobChanged {
+        /// Number.
+        id: u32,
+        /// The VM.
+        name: Arc<str>,
+    },
     /// A job ended.
     JobRemoved {
         /// Number.
@@ -118,6 +125,10 @@ pub enum News {
     NetworkChanged(String),
     /// A network is gone.
     NetworkRemoved(String),
+    /// A template is there.
+    TemplateNew(String),
+    /// A template is gone.
+    TemplateRemoved(String),
     /// The daemon's own state or its list of corrupt records changed.
     FleetChanged,
     /// Answer when everything before this is published.

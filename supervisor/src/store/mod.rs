@@ -209,6 +209,8 @@ pub struct Store {
     networks: PathBuf,
     runtimes: PathBuf,
     runtime_dir: PathBuf,
+    templates: PathBuf,
+    clones: PathBuf,
     corrupt: PathBuf,
     /// Held for as long as the store lives.
     _locks: [File; 2],
@@ -225,6 +227,8 @@ impl Store {
             networks: state_dir.join("networks"),
             runtimes: runtime_dir.join("vms"),
             runtime_dir: runtime_dir.to_owned(),
+            templates: state_dir.join("templates"),
+            clones: state_dir.join("clones"),
             corrupt: state_dir.join("corrupt"),
             _locks: locks,
         };
@@ -232,6 +236,8 @@ impl Store {
         make_dir(&store.networks, 0o700)?;
         make_dir(&store.runtimes, 0o700)?;
         make_dir(&store.corrupt, 0o700)?;
+        make_dir(&store.templates, 0o700)?;
+        make_dir(&store.clones, 0o700)?;
         Ok(store)
     }
 
@@ -288,6 +294,25 @@ impl Store {
     /// Writes the plan of this boot.
     pub fn save_plan(&self, plan: &Plan) -> Result<(), StoreError> {
         save(&self.runtime_dir, PLAN, plan)
+    }
+
+    /// Directory of the templates, each a directory of its own.
+    pub fn templates(&self) -> &Path {
+        &self.templates
+    }
+
+    /// Directory of what belongs to clones alone: their disks, each clone's in a directory of its own.
+    pub fn clones(&self) -> &Path {
+        &self.clones
+    }
+
+    /// Removes the disks that a VM got when it was cloned; fine when there are none.
+    pub fn remove_clone(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.clones.join(name);
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Forgets a definition; fine when there is none.

@@ -1,12 +1,16 @@
 //! A VMM without a VM: the test program itself, started by the daemon under another name. Speaks QMP as `flotilla-vmm` does.
 //!
-//! Words on the guest's command line make it misbehave: `fake=mute` never listens, `fake=die` ends at once with 3. Commands of its own:
+//! With `-incoming` it looks whether what it was given is what such a VMM saved. Words on the guest's command line make it misbehave: `fake=mute` never listens, `fake=die` ends at once with 3, `fake=lost`
+//! does so when it has an `-incoming`, `fake=balloon` cannot be saved. Commands of its own:
 //! `x-poweroff` (the guest ends itself), `x-crash`, `x-fds` (which handed descriptors are open).
 
-use std::io::{BufRead, BufReader, Write};
+use std::collections::VecDeque;
+use std::io::{IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 /// Nobody is left to end it after a test that failed.
@@ -32,6 +36,17 @@ pub(crate) fn run_if_asked() {
     if append.contains("fake=die") {
         std::process::exit(3);
     }
+    if let Some(incoming) = option(&line, "-incoming") {
+        if append.contains("fake=lost") {
+            std::process::exit(3);
+        }
+        let dir = incoming.trim_start_matches("file:").split(',').next().unwrap();
+        for (name, wanted) in SAVED {
+            let mut text = String::new();
+            handed(&format!("{dir}/{name}")).read_to_string(&mut text).unwrap();
+            assert_eq!(text, wanted);
+        }
+    }
     if append.contains("fake=mute") {
         std::thread::sleep(LIFETIME);
     }
@@ -40,19 +55,73 @@ pub(crate) fn run_if_asked() {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).unwrap();
     let mut paused = line.iter().any(|word| word == "-S");
+    let saves = !append.contains("fake=balloon");
     // One client at a time; the next one waits.
     for client in listener.incoming() {
         // A client that is gone is no reason to end.
-        let _ = serve(client.unwrap(), &mut paused);
+        let _ = serve(client.unwrap(), &mut paused, saves);
     }
 }
 
-fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
+/// What it saves of the VM that it has not.
+const SAVED: [(&str, &str); 2] = [("state", "the state"), ("memory", "the memory")];
+
+/// The descriptor that the daemon has handed over for a path.
+fn handed(path: &str) -> std::fs::File {
+    let table: Value = serde_json::from_str(&std::env::var("FLOTILLA_FDS").unwrap()).unwrap();
+    let row = table.as_array().unwrap().iter().find(|row| row["path"] == path);
+    std::fs::File::open(format!("/proc/self/fd/{}", row.unwrap()["fd"])).unwrap()
+}
+
+/// The lines that a client sends, with the descriptors that come along.
+struct Lines {
+    client: UnixStream,
+    buffer: Vec<u8>,
+    descriptors: VecDeque<OwnedFd>,
+}
+
+impl Lines {
+    fn next(&mut self) -> std::io::Result<Option<String>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return Ok(Some(String::from_utf8(line).unwrap()));
+            }
+            let mut piece = [0; 4096];
+            let mut space = nix::cmsg_space!([RawFd; 8]);
+            let count = {
+                let mut slices = [IoSliceMut::new(&mut piece)];
+                let message = recvmsg::<()>(
+                    self.client.as_raw_fd(),
+                    &mut slices,
+                    Some(&mut space),
+                    MsgFlags::MSG_CMSG_CLOEXEC,
+                )?;
+                for control in message.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(numbers) = control {
+                        // SAFETY: the kernel has just made these descriptors for us.
+                        self.descriptors
+                            .extend(numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                message.bytes
+            };
+            if count == 0 {
+                return Ok(None);
+            }
+            self.buffer.extend_from_slice(&piece[..count]);
+        }
+    }
+}
+
+fn serve(client: UnixStream, paused: &mut bool, saves: bool) -> std::io::Result<()> {
     let mut out = client.try_clone()?;
+    let mut lines = Lines { client, buffer: Vec::new(), descriptors: VecDeque::new() };
+    let mut named = Vec::new();
     let greeting = json!({"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": "fake"}, "capabilities": []}});
     write!(out, "{greeting}\r\n")?;
-    for line in BufReader::new(client).lines() {
-        let request: Value = serde_json::from_str(&line?).unwrap();
+    while let Some(line) = lines.next()? {
+        let request: Value = serde_json::from_str(&line).unwrap();
         let id = request["id"].clone();
         let event = |name: &str, data: Value| {
             format!(
@@ -82,8 +151,24 @@ fn serve(client: UnixStream, paused: &mut bool) -> std::io::Result<()> {
                 *paused = false;
                 event("RESUME", json!({})) + &done
             }
-            "getfd" | "netdev_add" | "blockdev-add" | "netdev_del" | "blockdev-del" => done.clone(),
+            "netdev_add" | "blockdev-add" => {
+                named.clear();
+                done.clone()
+            }
+            "netdev_del" | "blockdev-del" => done.clone(),
             "device_add" if append().contains("fake=refuse") => refusal("no room"),
+            "getfd" => {
+                named.push(lines.descriptors.pop_front().unwrap());
+                done.clone()
+            }
+            "migrate" if !saves => refusal("balloon: cannot be part of a snapshot"),
+            "migrate" => {
+                assert!(request["arguments"]["uri"].as_str().unwrap().starts_with("fd:"));
+                for (file, (_, text)) in named.drain(..).zip(SAVED) {
+                    std::fs::File::from(file).write_all(text.as_bytes())?;
+                }
+                done.clone()
+            }
             "device_add" => done.clone(),
             // The guest thinks about it.
             "device_del" if append().contains("fake=keep") => done.clone(),

@@ -99,10 +99,11 @@ pub(crate) fn of_call(error: Error, bus: &Bus) -> Failure {
     match error {
         Error::ZBus(error) => of_bus(error, bus),
         Error::NoSuchVm(text) => Failure::new(Exit::NoSuchVm, text),
-        Error::NoSuchNetwork(text) => Failure::new(Exit::NoSuchVm, text),
+        Error::NoSuchNetwork(text) | Error::NoSuchTemplate(text) => Failure::new(Exit::NoSuchVm, text),
         Error::InvalidSpec(text) => Failure::new(Exit::Definition, text),
         Error::VmExists(text)
         | Error::NetworkExists(text)
+        | Error::TemplateExists(text)
         | Error::GenerationMismatch(text)
         | Error::InvalidState(text)
         | Error::Busy(text)
@@ -124,9 +125,11 @@ pub(crate) fn of_call(error: Error, bus: &Bus) -> Failure {
 /// A failed job, by the name and text that `JobRemoved` carries.
 pub(crate) fn of_job(result: &str, name: &str, text: &str) -> Failure {
     let exit = match name.rsplit('.').next() {
-        Some("NoSuchVm") => Exit::NoSuchVm,
+        Some("NoSuchVm" | "NoSuchTemplate") => Exit::NoSuchVm,
         Some("InvalidSpec") => Exit::Definition,
-        Some("InvalidState" | "Busy" | "VmExists" | "GenerationMismatch" | "Draining") => Exit::State,
+        Some("InvalidState" | "Busy" | "VmExists" | "TemplateExists" | "GenerationMismatch" | "Draining") => {
+            Exit::State
+        }
         Some("AccessDenied") => Exit::Denied,
         Some("QmpTimeout" | "Timeout") => Exit::TimedOut,
         _ => Exit::Failed,

@@ -72,7 +72,8 @@ impl Actor {
         }
         let (store, name) = (Arc::clone(&self.context.store), Arc::clone(&self.name));
         let outcome = tokio::task::spawn_blocking(move || {
-            store.remove_definition(&name).and_then(|()| store.remove_runtime(&name))
+            store.remove_definition(&name).and_then(|()| store.remove_runtime(&name))?;
+            store.remove_clone(&name)
         });
         if let Ok(Err(error)) = outcome.await {
             return Err(FleetError::StoreFailed(error.to_string()));

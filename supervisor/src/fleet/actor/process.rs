@@ -115,14 +115,16 @@ impl Actor {
             spec: Arc::clone(&self.spec),
             generation: self.generation,
             paused,
+            incoming: None,
         }
     }
 
     pub(super) fn launch(&mut self, paused: bool) {
         self.own_start = true;
         self.early_end = None;
-        let (context, plan, run, internal) =
-            (Arc::clone(&self.context), self.plan(paused), self.vm.run(), self.internal.clone());
+        // For this one process: the next one starts as any VM does.
+        let plan = Plan { incoming: self.incoming.take(), ..self.plan(paused) };
+        let (context, run, internal) = (Arc::clone(&self.context), self.vm.run(), self.internal.clone());
         tokio::spawn(async move {
             let outcome = async {
                 let prepared = prepare(&context, &plan).await?;

@@ -1,0 +1,324 @@
+//! CloneVm: owns the steps, and how they are taken back in order.
+//!
+//! ```text
+//! clones/VM with `making` ─▶ disks, seed ─▶ defined ─▶ started from the template ─▶ `making` removed: from now on a VM like any other
+//!           │ an error at any step, or a kill: undefined (its process, taps, record), then the directory removed
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dbus_api::spec::{Disk, Format, VmSpec};
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::seed::{self, Identity};
+use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync};
+use crate::fleet::spec::{MAX_DISKS, check_name};
+use crate::fleet::{Fleet, FleetError};
+
+/// In a clone's directory until it runs; holds its uuid.
+pub(super) const UNFINISHED: &str = "making";
+/// The image that its guest learns from who it is.
+const SEED: &str = "seed.img";
+/// cloud-init wants the first line.
+const NO_USER_DATA: &str = "#cloud-config\n";
+
+/// How a VM is cloned.
+#[derive(Debug, Clone, Default)]
+pub struct CloneOptions {
+    /// Its vCPUs stay stopped.
+    pub paused: bool,
+    /// Labels beside those of the template.
+    pub labels: BTreeMap<String, String>,
+    /// For its guest, as cloud-init takes it.
+    pub user_data: Option<String>,
+    /// For its guest, as cloud-init takes it; without it every card asks for its address.
+    pub network_config: Option<String>,
+}
+
+/// A clone that is being made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cloning {
+    /// The VM.
+    pub name: String,
+    /// The job.
+    pub job: u32,
+}
+
+impl Templates {
+    /// Makes one clone.
+    pub fn clone_vm(
+        self: &Arc<Self>,
+        template: &str,
+        name: &str,
+        options: &CloneOptions,
+    ) -> Result<Cloning, FleetError> {
+        check_name(name)?;
+        if self.taken(name) {
+            return Err(FleetError::VmExists(format!("VM \"{name}\" is defined already: use another name")));
+        }
+        let mut made = self.begin(template, vec![name.to_owned()], options)?;
+        made.pop().ok_or_else(|| FleetError::Busy(format!("VM \"{name}\" is being cloned")))
+    }
+
+    /// Makes `count` clones whose names follow a pattern. Each is a job of its own: one that fails leaves the others.
+    pub fn clone_vms(
+        self: &Arc<Self>,
+        template: &str,
+        count: u32,
+        pattern: &str,
+        options: &CloneOptions,
+    ) -> Result<Vec<Cloning>, FleetError> {
+        let names = pattern::names(pattern, count, |name| self.taken(name))?;
+        self.begin(template, names, options)
+    }
+
+    fn taken(&self, name: &str) -> bool {
+        self.fleet.get(name).is_ok() || self.held().clones.contains(name)
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        template: &str,
+        names: Vec<String>,
+        options: &CloneOptions,
+    ) -> Result<Vec<Cloning>, FleetError> {
+        admit(&*self.get(template)?, options)?;
+        if self.fleet.draining() {
+            return Err(FleetError::Draining(
+                "this host is being drained: nothing is started on it".to_owned(),
+            ));
+        }
+        let mut begun = Vec::new();
+        for (name, number) in names.into_iter().zip(1..) {
+            let reader = self.read(template)?;
+            if !self.held().clones.insert(name.clone()) {
+                return Err(FleetError::Busy(format!("VM \"{name}\" is being cloned")));
+            }
+            let job = self.fleet.open_job("clone", &name);
+            begun.push(Cloning { name: name.clone(), job });
+            let home = self.fleet.store().clones().join(&name);
+            let clone =
+                OneClone { reader, name, number, uuid: Uuid::new_v4(), home, options: options.clone() };
+            let templates = Arc::clone(self);
+            tokio::spawn(async move {
+                let result = {
+                    templates.fleet.note_job(job, "waiting", (0, 0));
+                    let _turn = templates.turns.acquire().await;
+                    clone.run(job).await
+                };
+                if let Err(error) = &result {
+                    info!(
+                        FLOTILLA_VM = &*clone.name,
+                        "not cloned from {template}: {error}",
+                        template = clone.reader.record.name
+                    );
+                    clone.undo().await;
+                }
+                templates.held().clones.remove(&clone.name);
+                drop(clone);
+                templates.fleet.close_job(job, result);
+            });
+        }
+        Ok(begun)
+    }
+}
+
+/// What is wrong with a call is said before anything is made.
+fn admit(record: &super::Record, options: &CloneOptions) -> Result<(), FleetError> {
+    let seeds = record.spec.disks.iter().filter(|disk| is_seed(disk)).count();
+    if record.spec.disks.len() - seeds >= MAX_DISKS {
+        return Err(FleetError::InvalidSpec(format!(
+            "template \"{}\": all {MAX_DISKS} disk slots are in use, and a clone needs one to learn who it is",
+            record.name
+        )));
+    }
+    for (what, text) in [("user_data", &options.user_data), ("network_config", &options.network_config)] {
+        if text.as_ref().is_some_and(|text| text.len() > seed::TEXT_MAX) {
+            return Err(FleetError::InvalidSpec(format!("{what}: longer than {} bytes", seed::TEXT_MAX)));
+        }
+    }
+    Ok(())
+}
+
+fn is_seed(disk: &Disk) -> bool {
+    disk.readonly && disk.serial.as_deref() == Some(seed::SERIAL)
+}
+
+struct OneClone {
+    reader: Reader,
+    name: String,
+    /// Within the call, from 1.
+    number: u32,
+    uuid: Uuid,
+    /// Its directory.
+    home: PathBuf,
+    options: CloneOptions,
+}
+
+impl OneClone {
+    fn fleet(&self) -> &Arc<Fleet> {
+        &self.reader.templates.fleet
+    }
+
+    async fn run(&self, job: u32) -> Result<(), FleetError> {
+        let failed =
+            |error: io::Error| FleetError::StoreFailed(format!("VM \"{}\": its disks: {error}", self.name));
+        self.fleet().note_job(job, "disks", (0, 0));
+        let (spec, place, home) = (self.spec()?, self.reader.place(), self.home.clone());
+        let (name, uuid, number, options) = (self.name.clone(), self.uuid, self.number, self.options.clone());
+        let template = self.reader.record.name.clone();
+        let made = blocking(move || {
+            begin(&home, uuid)?;
+            let macs = Fleet::macs(&spec, uuid);
+            let identity = Identity {
+                instance: uuid.to_string(),
+                hostname: &name,
+                uuid: uuid.to_string(),
+                template: &template,
+                number,
+                macs: &macs,
+            };
+            let old = spec.disks.iter().zip(0..).find(|(disk, _)| is_seed(disk));
+            let old = old.map(|(_, at)| fs::metadata(place.join(record::disk(at)))).transpose()?;
+            let user_data = options.user_data.as_deref().unwrap_or(NO_USER_DATA);
+            let network = options.network_config.as_deref();
+            let image = seed::image(&identity, user_data, network, old.map(|data| data.len()));
+            let image = image.map_err(io::Error::other)?;
+            disks(spec, &place, &home, &image)
+        });
+        let spec = made.await.map_err(failed)?;
+
+        self.fleet().note_job(job, "defining", (0, 0));
+        self.fleet().define_as(&self.name, self.uuid, spec).await?;
+        self.fleet().note_job(job, "starting", (0, 0));
+        self.fleet().start_from(&self.name, self.options.paused, &self.reader.place()).await?;
+        let home = self.home.clone();
+        blocking(move || {
+            fs::remove_file(home.join(UNFINISHED))?;
+            sync(&home)
+        })
+        .await
+        .map_err(failed)?;
+        info!(FLOTILLA_VM = &*self.name, "cloned from {}", self.reader.record.name);
+        Ok(())
+    }
+
+    /// The definition, with the disks as they are in the template.
+    fn spec(&self) -> Result<VmSpec, FleetError> {
+        let mut spec = self.reader.record.spec.clone();
+        spec.labels.extend(self.options.labels.clone());
+        crate::fleet::spec::check(&spec)?;
+        Ok(spec)
+    }
+
+    /// Whatever was made of it goes, last step first.
+    async fn undo(&self) {
+        match self.fleet().get(&self.name) {
+            // Somebody else may have defined a VM of that name before we did.
+            Ok(view) if view.uuid == self.uuid => {
+                if let Err(error) = self.fleet().undefine(&self.name, true).await {
+                    // The next start of the daemon tries again: `making` is still there.
+                    return warn!(FLOTILLA_VM = &*self.name, "a clone that failed is left: {error}");
+                }
+            }
+            _ => {}
+        }
+        let home = self.home.clone();
+        let ours = self.uuid;
+        let removed =
+            blocking(move || if unfinished(&home) == Some(ours) { making::remove(&home) } else { Ok(()) });
+        if let Err(error) = removed.await {
+            warn!(FLOTILLA_VM = &*self.name, "its directory is left: {error}");
+        }
+    }
+}
+
+/// Which clone a directory is being made for, if it is.
+pub(super) fn unfinished(home: &Path) -> Option<Uuid> {
+    fs::read_to_string(home.join(UNFINISHED)).ok()?.trim().parse().ok()
+}
+
+fn begin(home: &Path, uuid: Uuid) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o700).create(home)?;
+    let mut file = record::create(&home.join(UNFINISHED))?;
+    writeln!(file, "{uuid}")?;
+    file.sync_all()?;
+    sync(home)?;
+    home.parent().map_or(Ok(()), sync)
+}
+
+/// Makes the disks, and gives the definition that has them.
+fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Result<VmSpec> {
+    let path = home.join(SEED);
+    let mut file = record::create(&path)?;
+    file.write_all(image)?;
+    file.sync_all()?;
+    let seed = Disk {
+        readonly: true,
+        serial: Some(seed::SERIAL.to_owned()),
+        format: Format::Raw,
+        ..Disk::new(path)
+    };
+    let mut had_one = false;
+    for (at, disk) in spec.disks.iter_mut().enumerate() {
+        if is_seed(disk) {
+            had_one = true;
+            *disk = seed.clone();
+        } else {
+            *disk = overlay::make(disk, at, place, home)?;
+        }
+    }
+    if !had_one {
+        spec.disks.push(seed);
+    }
+    sync(home)?;
+    Ok(spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_has_one_seed_whatever_its_template_has() {
+        let home = tempfile::tempdir().unwrap();
+        let place = home.path().join("t");
+        fs::create_dir(&place).unwrap();
+        for name in ["disk0", "disk1"] {
+            fs::write(place.join(name), [0; 512]).unwrap();
+        }
+        let spec = crate::fleet::spec::parse(r#"{"kernel":"/k","disks":[{"path":"/d"}]}"#).unwrap();
+        let one = home.path().join("one");
+        begin(&one, Uuid::from_u128(7)).unwrap();
+        assert_eq!(unfinished(&one), Some(Uuid::from_u128(7)));
+        let first = disks(spec, &place, &one, b"seed").unwrap();
+        assert_eq!((first.disks.len(), is_seed(&first.disks[1])), (2, true));
+        let two = home.path().join("two");
+        begin(&two, Uuid::from_u128(8)).unwrap();
+        let second =
+            disks(VmSpec { disks: first.disks.clone(), ..first.clone() }, &place, &two, b"seed").unwrap();
+        assert_eq!((second.disks.len(), second.disks[1].path.clone()), (2, two.join(SEED)));
+        assert!(begin(&one, Uuid::from_u128(9)).is_err(), "the first one keeps its directory");
+        assert_eq!(unfinished(&place), None);
+    }
+
+    #[test]
+    fn a_template_without_a_free_slot_has_no_clones() {
+        let disks: Vec<String> = (0..6).map(|at| format!(r#"{{"path":"/d{at}"}}"#)).collect();
+        let text = format!(r#"{{"kernel":"/k","disks":[{}]}}"#, disks.join(","));
+        let mut spec = crate::fleet::spec::parse(&text).unwrap();
+        let record = |spec: &VmSpec| super::super::Record::new("t", "v", 1, "0", spec.clone());
+        assert!(admit(&record(&spec), &CloneOptions::default()).is_err());
+        (spec.disks[5].readonly, spec.disks[5].serial) = (true, Some(seed::SERIAL.into()));
+        assert_eq!(admit(&record(&spec), &CloneOptions::default()), Ok(()));
+        let long =
+            CloneOptions { user_data: Some("x".repeat(seed::TEXT_MAX + 1)), ..CloneOptions::default() };
+        assert!(admit(&record(&spec), &long).is_err());
+    }
+}

@@ -105,13 +105,12 @@ impl Plugger {
         went(self.ask(command, arguments).await)
     }
 
-    /// Sends a descriptor under a name of its own.
-    async fn send(&self, descriptor: std::os::fd::OwnedFd) -> Result<String, Went> {
-        let name = format!("flotilla-{}", self.id);
+    /// Sends a descriptor under a name.
+    async fn send_as(&self, name: &str, descriptor: std::os::fd::OwnedFd) -> Result<(), Went> {
         let arguments = Some(json!({ "fdname": name }));
         let sent = self.monitor.execute_with("getfd", arguments, vec![descriptor], COMMAND).await;
         match went(sent) {
-            Went::Done => Ok(name),
+            Went::Done => Ok(()),
             // A descriptor that waits for a command which never comes is closed with the connection.
             Went::Failed(error) | Went::Unsure(error) => Err(Went::Failed(error)),
         }
@@ -122,26 +121,37 @@ impl Plugger {
             Ok(tap) => tap,
             Err(error) => return Went::Failed(error),
         };
-        match self.send(tap).await {
-            Ok(name) => self.command("netdev_add", json!({ "type": "tap", "id": self.id, "fd": name })).await,
+        let name = format!("flotilla-{}", self.id);
+        match self.send_as(&name, tap).await {
+            Ok(()) => self.command("netdev_add", json!({ "type": "tap", "id": self.id, "fd": name })).await,
             Err(went) => went,
         }
     }
 
     async fn add_blockdev(&self, disk: &Disk) -> Went {
-        let (path, write, direct) = (disk.path.clone(), !disk.readonly, disk.direct);
-        let opened = tokio::task::spawn_blocking(move || prepare::open("path", &path, write, direct));
-        let file = match opened.await {
-            Ok(Ok((_, file))) => file,
+        let (own, direct) = (disk.clone(), disk.direct);
+        let opened = tokio::task::spawn_blocking(move || {
+            let (_, file) = prepare::open("path", &own.path, !own.readonly, direct)?;
+            let below = own.backing.iter().map(|path| prepare::open("backing", path, false, false));
+            Ok((file, below.map(|opened| opened.map(|(_, file)| file)).next().transpose()?))
+        });
+        let (file, below) = match opened.await {
+            Ok(Ok(files)) => files,
             Ok(Err(error)) => return Went::Failed(error),
             Err(error) => {
                 return Went::Failed(FleetError::LaunchFailed(format!("opening the disk: {error}")));
             }
         };
-        match self.send(file).await {
-            Ok(name) => self.command("blockdev-add", blockdev(&self.id, disk, &name)).await,
-            Err(went) => went,
+        let name = format!("flotilla-{}", self.id);
+        let names = [name.clone(), format!("{name}-backing")];
+        for (name, file) in names.iter().zip([Some(file), below]) {
+            if let Some(file) = file
+                && let Err(went) = self.send_as(name, file).await
+            {
+                return went;
+            }
         }
+        self.command("blockdev-add", blockdev(&self.id, disk, &names)).await
     }
 
     fn device(&self) -> Value {
@@ -223,8 +233,8 @@ impl Plugger {
     }
 }
 
-/// `blockdev-add` of a disk whose file was sent under a name.
-fn blockdev(id: &str, disk: &Disk, descriptor: &str) -> Value {
+/// `blockdev-add` of a disk whose file, and the one under it, were sent under names.
+fn blockdev(id: &str, disk: &Disk, [descriptor, below]: &[String; 2]) -> Value {
     let mut file = json!({ "driver": "file", "filename": disk.path, "fd": descriptor });
     if let Some(aio) = disk.aio {
         file["aio"] = aio.word().into();
@@ -233,6 +243,10 @@ fn blockdev(id: &str, disk: &Disk, descriptor: &str) -> Value {
         "node-name": id, "driver": disk.format.word(), "file": file, "read-only": disk.readonly,
         "cache": { "direct": disk.direct },
     });
+    if let Some(backing) = &disk.backing {
+        let file = json!({ "driver": "file", "filename": backing, "fd": below });
+        node["backing"] = json!({ "driver": disk.backing_format.word(), "file": file });
+    }
     if disk.discard {
         node["discard"] = "unmap".into();
     }
@@ -282,12 +296,19 @@ mod tests {
             json!({ "path": "/d.qcow2", "format": "qcow2", "aio": "io_uring", "direct": true, "discard": true, "iops": 7 }),
         )
         .unwrap();
+        let names = ["f".to_owned(), "g".to_owned()];
         assert_eq!(
-            blockdev("disk1", &disk, "f"),
+            blockdev("disk1", &disk, &names),
             json!({
                 "node-name": "disk1", "driver": "qcow2", "read-only": false, "discard": "unmap", "throttling.iops-total": 7,
                 "file": { "driver": "file", "filename": "/d.qcow2", "fd": "f", "aio": "io_uring" }, "cache": { "direct": true },
             })
+        );
+        let over: Disk =
+            serde_json::from_value(json!({ "path": "/d", "format": "qcow2", "backing": "/b" })).unwrap();
+        assert_eq!(
+            blockdev("disk1", &over, &names)["backing"],
+            json!({ "driver": "raw", "file": { "driver": "file", "filename": "/b", "fd": "g" } })
         );
     }
 }

@@ -44,6 +44,19 @@ async fn clone(lab: &Lab, name: &str) -> Result<(), String> {
     lab.job(begun).await
 }
 
+/// Clones that are all there; their names.
+async fn clones(lab: &Lab, count: u32, pattern: &str, options: dbus_api::proxy::Options<'_>) -> Vec<String> {
+    let mut begun = lab.manager.clone_vms("base", count, pattern, options).await.unwrap();
+    let names = begun.iter().map(|row| row.0.clone()).collect();
+    lab.settle(async || {
+        let jobs: Vec<_> = lab.manager.list_jobs().await.unwrap().into_iter().map(|row| row.7).collect();
+        begun.retain(|row| jobs.contains(&row.2));
+        begun.is_empty()
+    })
+    .await;
+    names
+}
+
 async fn spec(lab: &Lab, name: &str) -> Value {
     serde_json::from_str(&lab.vm(name).await.spec().await.unwrap()).unwrap()
 }
@@ -62,36 +75,34 @@ async fn a_template_is_made_cloned_and_removed() {
     assert!(make(&lab, "base", "resume").await.unwrap_err().contains("TemplateExists"));
 
     let options = HashMap::from([("user_data", Variant::from("#cloud-config\nx: 1\n"))]);
-    let rows = lab.manager.clone_vms("base", 3, "w-%%", options).await.unwrap();
-    assert_eq!(rows.iter().map(|row| row.0.as_str()).collect::<Vec<_>>(), ["w-01", "w-02", "w-03"]);
+    let made = clones(&lab, 3, "w-%%", options).await;
+    assert_eq!(made, ["w-01", "w-02", "w-03"]);
     let mut uuids = Vec::new();
-    for row in &rows {
-        lab.until(&row.0, "running").await;
-        let vm = lab.vm(&row.0).await;
+    for name in &made {
+        let vm = lab.vm(name).await;
+        assert_eq!(vm.state().await.unwrap(), "running");
         let line = vm.command_line().await.unwrap().join(" ");
         let base = lab.path("state/templates/base");
         assert!(line.contains(&format!("-incoming file:{},identity=new", base.display())), "{line}");
-        let spec = spec(&lab, &row.0).await;
+        let spec = spec(&lab, name).await;
         assert_eq!((&spec["labels"]["a"], &spec["append"]), (&json!("b"), &json!("quiet")));
         assert_eq!(spec["disks"][1]["path"], json!(base.join("disk1")));
         assert_eq!(spec["disks"][2]["serial"], "flotilla-identity");
         let seed = std::fs::read(spec["disks"][2]["path"].as_str().unwrap()).unwrap();
         let seed = String::from_utf8_lossy(&seed).into_owned();
-        assert!(seed.contains(&format!("\"local-hostname\": \"{}\"", row.0)) && seed.contains("x: 1"));
+        assert!(seed.contains(&format!("\"local-hostname\": \"{name}\"")) && seed.contains("x: 1"));
         uuids.push(vm.uuid().await.unwrap());
     }
     uuids.sort();
     uuids.dedup();
     assert_eq!(uuids.len(), 3);
     // Names that are taken are left out; one by name is refused.
-    let more = lab.manager.clone_vms("base", 1, "w-%%", none()).await.unwrap();
-    assert_eq!(more[0].0, "w-04");
-    lab.until("w-04", "running").await;
+    assert_eq!(clones(&lab, 1, "w-%%", none()).await, ["w-04"]);
     let taken = lab.manager.clone_vm("base", "web", none()).await.unwrap_err();
     assert_eq!(name_of(&taken), "VmExists");
 
     // It is needed, whether they run or not; they start again as any VM does.
-    lab.settle(async || std::fs::read_dir(lab.path("state/clones/w-01")).unwrap().count() == 2).await;
+    assert_eq!(names(&lab, "state/clones/w-01").len(), 2);
     lab.job(lab.manager.power_off_vm("w-01", none())).await.unwrap();
     let needed = lab.manager.delete_template("base", none()).await.unwrap_err();
     assert!(needed.to_string().contains("w-01, w-02, w-03, w-04"), "{needed}");

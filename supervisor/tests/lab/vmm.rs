@@ -1,8 +1,9 @@
 //! A VMM without a VM: the test program itself, started by the daemon under another name. Speaks QMP as `flotilla-vmm` does.
 //!
-//! With `-incoming` it looks whether what it was given is what such a VMM saved. Words on the guest's command line make it misbehave: `fake=mute` never listens, `fake=die` ends at once with 3, `fake=lost`
-//! does so when it has an `-incoming`, `fake=balloon` cannot be saved. Commands of its own:
-//! `x-poweroff` (the guest ends itself), `x-crash`, `x-fds` (which handed descriptors are open).
+//! With `-incoming` it looks whether what it was given is what such a VMM saved. Words on the guest's command line make it misbehave:
+//! `fake=mute` never listens, `fake=die` ends at once with 3, `fake=lost` does so when it has an `-incoming`, `fake=balloon` cannot be saved,
+//! `fake=refuse` has no room for devices, `fake=keep` does not let go of them. Commands of its own: `x-poweroff` (the guest ends itself), `x-crash`,
+//! `x-fds` (which handed descriptors are open), `x-let-go` (of a device).
 
 use std::collections::VecDeque;
 use std::io::{IoSliceMut, Read, Write};

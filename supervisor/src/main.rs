@@ -138,6 +138,7 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     fleet.tidy_sockets();
     tokio::join!(fleet.tidy_network(), fleet.classify());
     templates.recover().await;
+    fleet.be_ready();
     let count = fleet.list().len();
     info!("ready: {count} VMs");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("{count} VMs"))]);

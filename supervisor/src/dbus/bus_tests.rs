@@ -69,6 +69,7 @@ impl Daemon {
         let access = Access::SameUser(connection.clone());
         serve(&connection, Templates::open(Arc::clone(&fleet)), access, news_inbox).await.unwrap();
         fleet.classify().await;
+        fleet.be_ready();
         let client = bus.connect().await;
         let manager = ManagerProxy::builder(&client)
             .cache_properties(zbus::proxy::CacheProperties::No)

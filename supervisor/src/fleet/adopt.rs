@@ -144,6 +144,10 @@ impl Fleet {
             let _ = view.wait_for(told).await;
         });
         let _ = timeout(CLASSIFY, join_all(known)).await;
+    }
+
+    /// From now on the fleet is as it is meant to be: nothing that an earlier daemon left is in the way any more.
+    pub fn be_ready(&self) {
         self.ready.store(true, Ordering::SeqCst);
         self.context.tell(News::FleetChanged);
     }

@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use dbus_api::network::NetworkSpec;
 use dbus_api::spec::VmSpec;
@@ -23,6 +24,10 @@ use crate::fleet::seats::Seats;
 /// A definition is text written by people; a megabyte is none.
 const MAX_RECORD: u64 = 1 << 20;
 const FORMAT: u32 = 1;
+/// How long the directory may be held by what a killed daemon was about to start: a child has its descriptors until it executes.
+const LEFT_OVER: Duration = Duration::from_secs(1);
+/// Between two tries: the lock cannot be waited for with a limit.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Name of the plan's file.
 const PLAN: &str = "autostart";
 
@@ -401,10 +406,14 @@ fn lock(dir: &Path) -> Result<File, StoreError> {
         l_len: 0,
         l_pid: 0,
     };
-    match nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)) {
-        Ok(_) => Ok(file),
-        Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(StoreError::InUse(dir.to_owned())),
-        Err(errno) => Err(io_error("lock", &path)(errno.into())),
+    let end = Instant::now() + LEFT_OVER;
+    loop {
+        match nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)) {
+            Ok(_) => return Ok(file),
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) if Instant::now() < end => std::thread::sleep(PAUSE),
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) => return Err(StoreError::InUse(dir.to_owned())),
+            Err(errno) => return Err(io_error("lock", &path)(errno.into())),
+        }
     }
 }
 

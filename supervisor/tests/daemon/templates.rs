@@ -19,12 +19,17 @@ async fn with_a_vm(append: &str) -> Lab {
 }
 
 async fn define(lab: &Lab, append: &str) {
+    define_with(lab, append, json!([])).await;
+}
+
+async fn define_with(lab: &Lab, append: &str, nics: Value) {
     for name in ["disk", "cdrom"] {
         std::fs::File::create(lab.path(name)).unwrap().set_len(1 << 20).unwrap();
         std::fs::write(lab.path(name), name.repeat(1024)).unwrap();
     }
     let disks = json!([{ "path": lab.path("disk") }, { "path": lab.path("cdrom"), "readonly": true, "serial": "cd" }]);
-    lab.define("web", json!({ "disks": disks, "append": append, "labels": { "a": "b" } })).await.unwrap();
+    let members = json!({ "disks": disks, "nics": nics, "append": append, "labels": { "a": "b" } });
+    lab.define("web", members).await.unwrap();
 }
 
 fn names(lab: &Lab, directory: &str) -> Vec<String> {
@@ -171,51 +176,82 @@ async fn what_fails_leaves_nothing() {
     assert!(lab.path("state/templates/base/disk0").exists());
 }
 
-/// Microseconds after the first request at which the daemon is killed: from before its first step to after its last.
-const INSTANTS: [u64; 14] =
-    [0, 300, 700, 1500, 3000, 5000, 8000, 12_000, 17_000, 23_000, 30_000, 40_000, 60_000, 90_000];
+/// Instants at which the daemon is killed: up to a little after its last step, the same in every run.
+fn instants() -> impl Iterator<Item = Duration> {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(move || {
+        // xorshift64; early instants are as likely as late ones.
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        Duration::from_micros(100 << (seed % 10)) + Duration::from_micros(seed >> 32 & 0xfff)
+    })
+    .take(20)
+}
+
+/// Names of the VMs that are there, all of them running.
+async fn running(lab: &Lab) -> Vec<String> {
+    let mut names = Vec::new();
+    for row in lab.manager.list_vms().await.unwrap() {
+        lab.until(&row.0, "running").await;
+        names.push(row.0);
+    }
+    names.sort();
+    names
+}
 
 #[tokio::test]
 async fn a_daemon_killed_at_any_instant_leaves_whole_things_only() {
-    let mut lab = with_a_vm("").await;
+    let mut lab = Lab::bare().await;
+    lab.own_network();
+    lab.start_daemon().await;
+    lab.manager.define_network("lan", "{}", none()).await.unwrap();
+    define_with(&lab, "", json!([{ "network": "lan" }])).await;
+    lab.start("web").await.unwrap();
     make(&lab, "base", "resume").await.unwrap();
-    for (round, instant) in INSTANTS.into_iter().enumerate() {
+    for (round, instant) in instants().enumerate() {
         // Nobody waits for the answers: there may be none.
         let (manager, name) = (lab.manager.clone(), format!("t{round}"));
         let asked = tokio::spawn(async move {
             let _ = manager.create_template("web", &name, none()).await;
             let _ = manager.clone_vms("base", 3, "w-%", none()).await;
         });
-        tokio::time::sleep(Duration::from_micros(instant)).await;
+        tokio::time::sleep(instant).await;
         lab.end_daemon(Signal::SIGKILL);
         asked.abort();
         lab.start_daemon().await;
-        // What is not whole goes as soon as the VMs are known.
+        lab.settle(async || lab.manager.state().await.unwrap() != "starting").await;
+
+        let about = |what: &str| format!("{what}, killed after {instant:?}:\n{}", lab.log());
+        let half = |name: &String| lab.path("state/clones").join(name).join("making").exists();
+        let clones = names(&lab, "state/clones");
+        assert!(!clones.iter().any(half), "{}", about("a clone is half made"));
+        let templates = names(&lab, "state/templates");
+        assert!(!templates.iter().any(|name| name.starts_with('.')), "{}", about("a template is half made"));
+        let vms = running(&lab).await;
+        lab.until_responsive("web").await;
+        assert!(vms.iter().any(|name| name == "web"), "{}", about("the VM is lost"));
+        let cloned: Vec<_> = vms.iter().filter(|name| *name != "web").cloned().collect();
+        assert_eq!(cloned, clones, "{}", about("clones and their directories"));
+        let listed: Vec<String> =
+            lab.manager.list_templates().await.unwrap().into_iter().map(|row| row.0).collect();
+        assert_eq!(listed, templates, "{}", about("templates and their directories"));
+        // Each VM has its tap and its process, and there are no others.
+        let wanted: Vec<String> = vms.iter().map(|name| netsetup::tap_name(name, 0)).collect();
         lab.settle(async || {
-            let half = names(&lab, "state/templates").iter().any(|name| name.starts_with('.'));
-            let clones = names(&lab, "state/clones");
-            !half && clones.iter().all(|name| !lab.path("state/clones").join(name).join("making").exists())
+            let ports = lab.ip("-o link show master flbr-lan");
+            ports.lines().count() == wanted.len() && wanted.iter().all(|tap| ports.contains(tap))
         })
         .await;
-        lab.until("web", "running").await;
-        lab.until_responsive("web").await;
-        let mut vms: Vec<String> = Vec::new();
-        for row in lab.manager.list_vms().await.unwrap() {
-            if row.0 != "web" {
-                lab.until(&row.0, "running").await;
-                vms.push(row.0);
-            }
+        lab.settle(async || lab.processes() == vms.len()).await;
+
+        for name in templates.iter().filter(|name| **name != "base") {
+            lab.job(lab.manager.verify_template(name, none())).await.unwrap();
+            lab.manager.delete_template(name, none()).await.unwrap();
         }
-        vms.sort();
-        assert_eq!(vms, names(&lab, "state/clones"), "after {instant} us:\n{}", lab.log());
-        let templates: Vec<String> =
-            lab.manager.list_templates().await.unwrap().into_iter().map(|row| row.0).collect();
-        assert_eq!(templates, names(&lab, "state/templates"));
-        for name in templates {
-            lab.job(lab.manager.verify_template(&name, none())).await.unwrap();
-        }
-        for name in vms {
+        for name in cloned {
             lab.manager.undefine_vm(&name, HashMap::from([("force", Variant::from(true))])).await.unwrap();
         }
     }
+    lab.job(lab.manager.verify_template("base", none())).await.unwrap();
 }

@@ -330,6 +330,16 @@ impl Lab {
         }
     }
 
+    /// How many VMMs run.
+    pub(crate) fn processes(&self) -> usize {
+        self.pids().filter(|number| runs_in(*number, self.directory.path())).count()
+    }
+
+    fn pids(&self) -> impl Iterator<Item = u32> + use<> {
+        let entries = std::fs::read_dir(self.path("pids")).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+    }
+
     /// A client of a VM's QMP socket.
     pub(crate) async fn qmp(&self, name: &str) -> Qmp {
         let path = self.vm(name).await.qmp_socket().await.unwrap();
@@ -348,10 +358,7 @@ impl Drop for Lab {
             let _ = child.wait();
         }
         // VMMs outlive the daemon on purpose. Only those of this host: their command line names its directory.
-        for entry in std::fs::read_dir(self.path("pids")).into_iter().flatten().flatten() {
-            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
+        for number in self.pids() {
             if runs_in(number, self.directory.path()) {
                 let _ = kill(pid(number), Signal::SIGKILL);
             }

@@ -4,6 +4,8 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use serde_json::json;
+
 use tests::console::Console;
 use tests::host::Host;
 use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
@@ -137,6 +139,72 @@ fn disks_take_and_keep_what_the_guest_writes() -> Outcome {
         check(first == "0", || "a read-only disk was written to".into())?;
     }
     place.host.ok(&format!("rm -f {image}"))?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_another_process_serves_is_one_like_any_other() -> Outcome {
+    let place = place()?;
+    if place.host.run("command -v qemu-storage-daemon")?.code != 0 {
+        println!("SKIPPED: no qemu-storage-daemon to serve a disk");
+        return Ok(());
+    }
+    let dir = format!("/var/tmp/flotilla-test-{}-served", std::process::id());
+    let (image, socket) = (format!("{dir}/image"), format!("{dir}/disk.sock"));
+    place.host.ok(&format!("rm -rf {dir}; mkdir -p {dir}; truncate -s 16M {image}"))?;
+    let serve = || -> Outcome {
+        place.host.ok(&format!(
+            "(setsid qemu-storage-daemon --blockdev driver=file,node-name=f,filename={image},locking=off \
+             --blockdev driver=raw,node-name=d,file=f \
+             --export type=vhost-user-blk,id=e,addr.type=unix,addr.path={socket},node-name=d,writable=on \
+             < /dev/null > {dir}/out 2>&1 & echo $! > {dir}/pid)"
+        ))?;
+        place.host.eventually(SOON, &format!("test -S {socket}"))?;
+        Ok(())
+    };
+    let stop = || {
+        place.host.ok(&format!("kill $(cat {dir}/pid); while kill -0 $(cat {dir}/pid) 2>/dev/null; do sleep 0.1; done; rm -f {socket}"))
+    };
+    serve()?;
+    let disk = format!(
+        "-object memory-backend-memfd,id=ram,size=256M -chardev socket,id=c,path={socket} -device vhost-user-blk-device,chardev=c,id=served"
+    );
+    let (vmm, mut console) = place.up("served", &disk)?;
+    console.enter("devices")?;
+    console.expect("vdg 16 MiB", SOON)?;
+    for command in ["disk vdg write 5 1000 7", "disk vdg check 5 1000 7", "disk vdg flush"] {
+        console.enter(command)?;
+        console.expect("sectors in", SOON)?;
+    }
+    let mut qmp = vmm.qmp()?;
+    for command in ["stop", "cont"] {
+        qmp.ask(command)?;
+    }
+    console.enter("disk vdg check 5 1000 7")?;
+    console.expect("1000 sectors as written", SOON)?;
+    // Another driver of the same device: the guest starts again.
+    qmp.ask("system_reset")?;
+    console.expect("is up.", SOON)?;
+    console.enter("disk vdg check 5 1000 7")?;
+    console.expect("1000 sectors as written", SOON)?;
+
+    // Its process goes: one line says so, the VM lives, and with the next driver the device works again.
+    stop()?;
+    place
+        .host
+        .eventually(SOON, &format!("grep -c 'the device stands still' {} | grep -x 1", vmm.path("out")))?;
+    check(qmp.ask("query-status")?["status"] == "running", || "the VM has died with its disk".into())?;
+    serve()?;
+    qmp.ask("system_reset")?;
+    console.expect("is up.", SOON)?;
+    console.enter("disk vdg check 5 1000 7")?;
+    console.expect("1000 sectors as written", SOON)?;
+    let refused = qmp.execute("migrate", &json!({ "uri": format!("file:{dir}/snapshot") }), SOON);
+    check(refused.is_err(), || "a snapshot of what another process serves".into())?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    stop()?;
+    place.host.ok(&format!("rm -rf {dir}"))?;
     Ok(())
 }
 

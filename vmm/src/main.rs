@@ -327,6 +327,7 @@ fn needs(config: &VmConfig) -> Needs {
         seccomp: !config.process.disable_seccomp,
         rotates_log: config.process.log_file.is_some(),
         removes_names: names.peek().is_some(),
+        talks: config.devices.iter().any(|d| config.vhost_user_chardev(&d.driver).is_some()),
         plugs_cpus: config.smp.max_cpus > config.smp.cpus,
         saves: !config.monitors.is_empty() && config.snapshot_exclusion().is_none(),
         // Only root can do something about another user's directory, and only with its capability.
@@ -381,7 +382,8 @@ impl HostEnds {
 /// Opens every `-chardev`; those that carry QMP or a guest's byte stream, of which nothing may be lost, as messages.
 fn open_chardevs(config: &VmConfig, ops: &mut Ops<'_>) -> Result<HostEnds, ChardevError> {
     let mut ends = HostEnds::default();
-    for chardev in &config.chardevs {
+    // What another process serves a device through is the device's to open.
+    for chardev in config.chardevs.iter().filter(|c| !config.is_vhost_user(&c.id)) {
         let carries_qmp = config.monitors.contains(&Monitor::Chardev(chardev.id.clone()));
         let is_stream = |device: &Device| matches!(&device.driver, DeviceDriver::VirtSerialPort { chardev: id, .. } if *id == chardev.id);
         let traffic = if carries_qmp || config.devices.iter().any(is_stream) {

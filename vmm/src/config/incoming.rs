@@ -54,9 +54,10 @@ impl VmConfig {
                 DeviceDriver::VirtioNet { netdev, .. } => {
                     netdev_exclusion(self.netdevs.iter().find(|n| n.id == *netdev)?)?
                 }
-                driver @ (DeviceDriver::VirtioBalloon { .. } | DeviceDriver::VhostVsock { .. }) => {
-                    driver.name()
-                }
+                driver @ (DeviceDriver::VirtioBalloon { .. }
+                | DeviceDriver::VhostVsock { .. }
+                | DeviceDriver::VhostUserFs { .. }
+                | DeviceDriver::VhostUserBlk { .. }) => driver.name(),
                 _ => return None,
             };
             Some(format!("device \"{}\": {what}", device.id))

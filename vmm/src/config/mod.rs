@@ -12,6 +12,7 @@ mod pci;
 mod serial_ports;
 mod smbios;
 mod validate;
+mod vhost_user;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -524,6 +525,22 @@ pub enum DeviceDriver {
         /// `port=`: number of the slot as the guest shows it.
         port: u8,
     },
+    /// `vhost-user-fs-*`: a directory of the host, served by another process.
+    VhostUserFs {
+        /// `chardev=`: where that process listens.
+        chardev: String,
+        /// `tag=`: by which name the guest mounts it; 1 to 36 bytes.
+        tag: String,
+    },
+    /// `vhost-user-blk-*`: a disk that another process serves.
+    VhostUserBlk {
+        /// `chardev=`: where that process listens.
+        chardev: String,
+        /// `num-queues=`, 1 to 32.
+        num_queues: u16,
+        /// `queue-size=`, a power of two, 4 to 1024.
+        queue_size: u16,
+    },
     /// `vhost-vsock-*`.
     VhostVsock {
         /// `guest-cid=`, 3 to 0xffff_fffe.
@@ -545,6 +562,8 @@ impl DeviceDriver {
             Self::VirtioBalloon { .. } => "virtio-balloon-device",
             Self::VirtioRng { .. } => "virtio-rng-device",
             Self::PcieRootPort { .. } => "pcie-root-port",
+            Self::VhostUserFs { .. } => "vhost-user-fs-device",
+            Self::VhostUserBlk { .. } => "vhost-user-blk-device",
             Self::VhostVsock { .. } => "vhost-vsock-device",
         }
     }
@@ -559,6 +578,8 @@ impl DeviceDriver {
             Self::VirtioSerial { .. } => "virtio-serial-pci",
             Self::VirtioBalloon { .. } => "virtio-balloon-pci",
             Self::VirtioRng { .. } => "virtio-rng-pci",
+            Self::VhostUserFs { .. } => "vhost-user-fs-pci",
+            Self::VhostUserBlk { .. } => "vhost-user-blk-pci",
             Self::VhostVsock { .. } => "vhost-vsock-pci",
             Self::VirtConsole { .. } | Self::VirtSerialPort { .. } | Self::PcieRootPort { .. } => self.name(),
         }

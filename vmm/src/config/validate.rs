@@ -24,6 +24,7 @@ pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     netdevs(config)?;
     chardevs(config)?;
     devices(config)?;
+    super::vhost_user::validate(config)?;
     if config.incoming.is_some()
         && let Some(what) = config.snapshot_exclusion()
     {
@@ -146,9 +147,7 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     let mut names = BTreeSet::new();
     for netdev in &config.netdevs {
         let id = &netdev.id;
-        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
-            return bad(format!("netdev \"{id}\": vhost-user is not supported in this version"));
-        };
+        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else { continue };
         if !*vhost && !vhost_fds.is_empty() {
             return bad(format!(
                 "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device: add vhost=on, or leave them out"
@@ -213,10 +212,17 @@ fn chardevs(config: &VmConfig) -> Result<(), InvalidConfig> {
         }
     }
     for Device { id, driver, .. } in &config.devices {
-        if let DeviceDriver::VirtConsole { chardev, .. } | DeviceDriver::VirtSerialPort { chardev, .. } =
-            driver
+        if let DeviceDriver::VirtConsole { chardev, .. }
+        | DeviceDriver::VirtSerialPort { chardev, .. }
+        | DeviceDriver::VhostUserFs { chardev, .. }
+        | DeviceDriver::VhostUserBlk { chardev, .. } = driver
         {
             claim(chardev, &format!("device \"{id}\""))?;
+        }
+    }
+    for netdev in &config.netdevs {
+        if let Some(chardev) = netdev.vhost_user_chardev() {
+            claim(chardev, &format!("netdev \"{}\"", netdev.id))?;
         }
     }
     let all = || config.chardevs.iter().map(|c| &c.kind).chain(&config.serial);
@@ -300,6 +306,8 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                 &None
             }
             DeviceDriver::PcieRootPort { .. }
+            | DeviceDriver::VhostUserFs { .. }
+            | DeviceDriver::VhostUserBlk { .. }
             | DeviceDriver::VirtioSerial { .. }
             | DeviceDriver::VirtConsole { .. }
             | DeviceDriver::VirtSerialPort { .. } => &None,
@@ -340,11 +348,10 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
             drives.len()
         ));
     }
-    if netdevs.len() > MICROVM_NET_SLOTS {
-        return bad(format!(
-            "{} network devices are too many: a microvm has {MICROVM_NET_SLOTS}",
-            netdevs.len()
-        ));
+    let own_slots = config.netdevs.iter().filter(|n| n.vhost_user_chardev().is_some());
+    let replaceable = netdevs.len() - own_slots.filter(|n| netdevs.contains(&n.id)).count();
+    if replaceable > MICROVM_NET_SLOTS {
+        return bad(format!("{replaceable} network devices are too many: a microvm has {MICROVM_NET_SLOTS}"));
     }
     Ok(())
 }

@@ -337,7 +337,8 @@ impl Table {
         for drive in &config.drives {
             table.blocks.add(&drive.id, drive.clone())?;
         }
-        for netdev in &config.netdevs {
+        // One that another process serves is in no replaceable slot.
+        for netdev in config.netdevs.iter().filter(|n| n.vhost_user_chardev().is_none()) {
             table.nets.add(&netdev.id, netdev.clone())?;
         }
         for (kind, slot, device, backend) in plugged {

@@ -43,6 +43,7 @@ use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use crate::virtio::rng::RngError;
 use crate::virtio::state::StateError;
+use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::vsock::VsockError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
@@ -149,6 +150,9 @@ pub enum MachineError {
     /// The guest's address on the host.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// Another process that is to serve a device.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// More devices than slots.
     #[error("device \"{device}\": too many {what}: a microvm has {slots} slots for them")]
     TooMany {

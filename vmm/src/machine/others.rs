@@ -6,14 +6,19 @@ use std::sync::Arc;
 use super::MachineError;
 use super::slots::no_such;
 use crate::chardev::CharBackend;
-use crate::config::{DeviceDriver, SerialPort, VmConfig};
+use crate::config::{ChardevKind, DeviceDriver, MICROVM_NET_SLOTS, SerialPort, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
+use crate::net;
 use crate::virtio::balloon::{self, Balloon, BalloonOptions};
 use crate::virtio::console::{Console, PortOptions};
 use crate::virtio::rng::{Rng, RngOptions, Source};
+use crate::virtio::vhost_user::{Model, VhostUser, VhostUserOptions};
 use crate::virtio::vsock::{Vsock, VsockOptions};
 use crate::virtio::{VirtioDevice, Worker};
+
+/// Entries of each queue of a file system, as QEMU has it.
+const FS_QUEUE: u16 = 128;
 
 /// What they are made from, and what the machine keeps of them.
 pub(super) struct Others {
@@ -67,7 +72,49 @@ impl Others {
                 let options = VsockOptions { device: id, guest_cid, vhost_fd, inherited, worker };
                 Ok(Box::new(Vsock::open(options)?))
             }
-            driver => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
+            driver => match config.vhost_user_chardev(driver) {
+                Some(chardev) => self.vhost_user(id, driver, chardev, config),
+                None => Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() }),
+            },
         }
+    }
+
+    /// A device that the process behind `chardev` serves.
+    fn vhost_user(
+        &self,
+        id: &str,
+        driver: &DeviceDriver,
+        chardev: &str,
+        config: &VmConfig,
+    ) -> Result<Box<dyn VirtioDevice>, MachineError> {
+        let found = config.chardevs.iter().find(|c| c.id == chardev).map(|c| &c.kind);
+        let Some(ChardevKind::UnixSocket { path, .. }) = found else {
+            return Err(no_such(id, "chardev", chardev, "-chardev socket,path=…"));
+        };
+        let (model, queue_size) = match driver {
+            DeviceDriver::VhostUserFs { tag, .. } => (Model::Fs { tag: tag.clone() }, FS_QUEUE),
+            DeviceDriver::VhostUserBlk { num_queues, queue_size, .. } => {
+                (Model::Blk { queues: *num_queues }, *queue_size)
+            }
+            DeviceDriver::VirtioNet { mac, queue_size, .. } => {
+                // Its default address is behind those of the NICs that are not served so, however many there are.
+                let nics =
+                    config.devices.iter().filter(|d| matches!(d.driver, DeviceDriver::VirtioNet { .. }));
+                let number =
+                    nics.clone().position(|d| d.id == id).unwrap_or(0) + MICROVM_NET_SLOTS.max(nics.count());
+                (Model::Net { mac: mac.unwrap_or_else(|| net::default_mac(number as u8)) }, *queue_size)
+            }
+            driver => {
+                return Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() });
+            }
+        };
+        Ok(Box::new(VhostUser::open(VhostUserOptions {
+            device: id.to_owned(),
+            chardev: chardev.to_owned(),
+            socket: path.clone(),
+            model,
+            queue_size,
+            main_loop: self.main_loop.clone(),
+        })?))
     }
 }

@@ -147,7 +147,9 @@ impl Replaceable {
                 DeviceDriver::VirtioBlk { drive, .. } => {
                     (SlotKind::Block, seating.block(blocks), &mut blocks, drive)
                 }
-                DeviceDriver::VirtioNet { netdev, .. } => {
+                driver @ DeviceDriver::VirtioNet { netdev, .. }
+                    if config.vhost_user_chardev(driver).is_none() =>
+                {
                     (SlotKind::Net, seating.net(nets), &mut nets, netdev)
                 }
                 _ => return None,

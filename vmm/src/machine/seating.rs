@@ -4,7 +4,7 @@
 //! left over when the ones before them went. Its devices find their slots by their names; those whose names the snapshot does not know take the
 //! slots that were in use, in order.
 
-use crate::config::{DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
+use crate::config::{Device, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
 
 /// Slot numbers by position on the command line, of each kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +17,9 @@ impl Seating {
     /// `before`: who was in each slot, disks first, when the VM was saved; empty for a VM that is not restored.
     pub(super) fn new(config: &VmConfig, before: &[Option<String>]) -> Self {
         let names = |wanted: fn(&DeviceDriver) -> bool| -> Vec<&str> {
-            config.devices.iter().filter(|d| wanted(&d.driver)).map(|d| d.id.as_str()).collect()
+            let replaceable =
+                |d: &&Device| wanted(&d.driver) && config.vhost_user_chardev(&d.driver).is_none();
+            config.devices.iter().filter(replaceable).map(|d| d.id.as_str()).collect()
         };
         let (block_slots, net_slots) = before.split_at_checked(MICROVM_BLOCK_SLOTS).unwrap_or_default();
         Self {

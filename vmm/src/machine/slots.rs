@@ -117,7 +117,7 @@ pub(super) fn fill(
                 }
                 disks += 1;
             }
-            DeviceDriver::VirtioNet { .. } => {
+            DeviceDriver::VirtioNet { .. } if config.vhost_user_chardev(driver).is_none() => {
                 check_room(id, "network devices", nics, MICROVM_NET_SLOTS)?;
                 let slot = seating.net(nics);
                 if let Some(device) = devices::nic(id, driver, slot, config, inherited, workers)?

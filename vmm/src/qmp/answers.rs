@@ -36,6 +36,8 @@ pub(super) fn types() -> Value {
         ("none-machine", "machine"),
         ("pcie-root-port", "pci-device"),
         ("q35-machine", "machine"),
+        ("vhost-user-blk-device", "virtio-device"),
+        ("vhost-user-fs-device", "virtio-device"),
         ("vhost-vsock-device", "virtio-device"),
         ("virtconsole", "device"),
         ("virtio-balloon-device", "virtio-device"),
@@ -72,6 +74,11 @@ const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
             ("romfile", "str"),
         ],
     ),
+    (
+        "vhost-user-blk-device",
+        &[("bootindex", "int32"), ("chardev", "str"), ("num-queues", "uint16"), ("queue-size", "uint16")],
+    ),
+    ("vhost-user-fs-device", &[("chardev", "str"), ("tag", "str")]),
     ("vhost-vsock-device", &[("guest-cid", "uint64"), ("vhostfd", "str")]),
     ("virtconsole", &[("chardev", "str"), ("nr", "uint32")]),
     (
@@ -155,6 +162,8 @@ mod tests {
                 "virtio-net" => ",netdev=x",
                 "virtio-rng" => ",rng=x",
                 "vhost-vsock" => ",guest-cid=3",
+                "vhost-user-blk" => ",chardev=x",
+                "vhost-user-fs" => ",chardev=x,tag=x",
                 "virtconsole" | "virtserialport" => ",chardev=x",
                 _ => "",
             };

@@ -104,6 +104,12 @@ const MAIN: &[c_long] = &[
     libc::SYS_kill,
 ];
 
+/// vCPU and I/O threads besides, when other processes serve devices: on sockets that are connected.
+const TALKING: &[c_long] = &[libc::SYS_recvfrom, libc::SYS_sendmsg, libc::SYS_shutdown];
+
+/// The main thread besides, when one of them may have to be connected to again.
+const CONNECTING: &[c_long] = &[libc::SYS_connect];
+
 /// The main thread besides, when there are names to take away at the end: sockets, the pid file.
 const REMOVAL: &[c_long] = &[
     #[cfg(target_arch = "x86_64")]
@@ -211,6 +217,11 @@ pub(super) fn compile(kind: Kind, needs: Needs) -> Result<BpfProgram, SandboxErr
         if needs.removes_names || needs.saves {
             allow(REMOVAL);
         }
+        if needs.talks {
+            allow(CONNECTING);
+        }
+    } else if needs.talks {
+        allow(TALKING);
     }
     if rotates_log {
         allow(ROTATION);
@@ -483,6 +494,21 @@ mod tests {
                 want,
                 "{number} {arguments:?}"
             );
+        }
+    }
+
+    #[test]
+    fn threads_talk_where_others_serve_devices_and_only_the_main_thread_connects() {
+        for (kind, talks, send, connect) in [
+            (Kind::Worker, false, false, false),
+            (Kind::Worker, true, true, false),
+            (Kind::Main, false, true, false),
+            (Kind::Main, true, true, true),
+        ] {
+            let program = compile(kind, Needs { talks, ..Needs::default() }).unwrap();
+            let allows = |n: c_long| allows(&program, u32::try_from(n).unwrap(), [0; 6]);
+            assert!(TALKING.iter().all(|n| allows(*n) == send), "{kind:?} {talks}");
+            assert_eq!(allows(libc::SYS_connect), connect, "{kind:?} {talks}");
         }
     }
 

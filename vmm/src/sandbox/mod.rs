@@ -42,6 +42,8 @@ pub struct Needs {
     pub rotates_log: bool,
     /// Remove sockets or the pid file at the end.
     pub removes_names: bool,
+    /// Speak to the processes that serve devices (vhost-user), and connect to them again.
+    pub talks: bool,
     /// Start vCPUs when a client asks for more.
     pub plugs_cpus: bool,
     /// Make a snapshot when a client asks for one.

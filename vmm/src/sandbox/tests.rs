@@ -42,6 +42,7 @@ const NEEDS: Needs = Needs {
     seccomp: true,
     rotates_log: false,
     removes_names: false,
+    talks: false,
     plugs_cpus: false,
     saves: false,
     foreign_directory: false,

@@ -171,6 +171,16 @@ impl Double {
         rustix::io::read(&self.lock().rings[&index].kick, &mut [0; 8]).is_ok()
     }
 
+    /// What the driver has accepted, as a back end hears of it.
+    pub(super) fn set_features(&self, features: u64) {
+        self.lock().features = features;
+    }
+
+    /// Guest address, length, address in this process.
+    pub(super) fn set_memory(&self, regions: Vec<(u64, u64, u64)>) {
+        self.lock().regions = regions;
+    }
+
     pub(super) fn prepare(&self, features: u64, memory: &GuestMemory) -> io::Result<()> {
         let state = &mut *self.lock();
         assert!(state.rings.values().all(|ring| !ring.running), "set up while it runs");

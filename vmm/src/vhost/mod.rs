@@ -1,4 +1,4 @@
-//! The kernel's own ends of virtio rings: owns `/dev/vhost-net` and `/dev/vhost-vsock`.
+//! Ends of virtio rings that somebody else serves: owns the kernel's, `/dev/vhost-net` and `/dev/vhost-vsock`; `user` those of other processes.
 //!
 //! `net` opens them for NICs, `virtio::vsock` for itself. The kernel reads the driver's kicks and moves the data; interrupts and
 //! complaints about a ring come back through event descriptors, because a virtio-mmio interrupt has a status bit to set.
@@ -22,6 +22,7 @@ use crate::memory::GuestMemory;
 #[cfg(test)]
 pub(crate) mod double;
 mod ioctl;
+pub mod user;
 
 /// Which device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

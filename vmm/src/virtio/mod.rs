@@ -40,6 +40,7 @@ pub mod rng;
 mod spin;
 pub mod state;
 pub mod status;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

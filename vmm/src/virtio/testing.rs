@@ -33,6 +33,18 @@ pub(crate) fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&ranges).unwrap())
 }
 
+/// The same, in a file: another process could map it.
+pub(crate) fn shared_memory() -> Arc<GuestMemory> {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(RAM + HIGH_END - HIGH).unwrap();
+    let range = |base, size: u64, offset| {
+        let offset = vm_memory::FileOffset::from_arc(Arc::clone(&file), offset);
+        (GuestAddress(base), size as usize, Some(offset))
+    };
+    let ranges = [range(0, RAM, 0), range(HIGH, HIGH_END - HIGH, RAM)];
+    Arc::new(GuestMemory::from_ranges_with_files(ranges).unwrap())
+}
+
 /// Counts edges.
 #[derive(Default)]
 pub(crate) struct TestLine {
@@ -90,7 +102,10 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(device: impl VirtioDevice + 'static) -> Self {
-        let memory = memory();
+        Self::with_memory(device, memory())
+    }
+
+    pub(crate) fn with_memory(device: impl VirtioDevice + 'static, memory: Arc<GuestMemory>) -> Self {
         let (line, doorbell) = (Arc::new(TestLine::default()), Arc::new(TestDoorbell::default()));
         let transport = MmioTransport::new(
             Box::new(device),

@@ -128,12 +128,20 @@ fn cache_size(props: &mut Props, key: &'static str) -> Result<Option<u64>, Cmdli
     }
 }
 
+fn vhost_user(mut props: Props) -> Result<Netdev, CmdlineError> {
+    let id = props.required_id()?;
+    let chardev = props.required("chardev")?;
+    let queues = props.number("queues", 1..=QUEUE_PAIRS_MAX)?.and_then(|n| u16::try_from(n).ok());
+    props.finish()?;
+    Ok(Netdev { id, backend: NetBackend::VhostUser { chardev, queues: queues.unwrap_or(1) } })
+}
+
 fn netdev(text: &str) -> Result<Netdev, CmdlineError> {
     let mut props = Props::parse("-netdev", text, Some("type"))?;
     match props.word("type")?.as_deref() {
         Some("tap") => {}
-        Some("vhost-user") => return Err(props.unsupported("vhost-user")),
-        Some(other) => return Err(props.bad(format!("unknown kind '{other}': use tap"))),
+        Some("vhost-user") => return vhost_user(props),
+        Some(other) => return Err(props.bad(format!("unknown kind '{other}': use tap or vhost-user"))),
         None => return Err(props.bad("the kind is missing: write -netdev tap,id=ID,ifname=NAME")),
     }
     let id = props.required_id()?;

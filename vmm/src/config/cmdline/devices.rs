@@ -5,7 +5,7 @@ use super::{CmdlineError, Given};
 use crate::config::{Device, DeviceDriver, VmConfig};
 
 /// Drivers of this version, by their name on a machine without PCI.
-const DRIVERS: [&str; 8] = [
+const DRIVERS: [&str; 10] = [
     "virtio-blk-device",
     "virtio-net-device",
     "virtio-serial-device",
@@ -14,18 +14,16 @@ const DRIVERS: [&str; 8] = [
     "virtio-balloon-device",
     "virtio-rng-device",
     "vhost-vsock-device",
+    "vhost-user-fs-device",
+    "vhost-user-blk-device",
 ];
 /// Those of them that a machine with PCI has under the same name.
 const WITHOUT_BUS: [&str; 2] = ["virtconsole", "virtserialport"];
 const ROOT_PORT: &str = "pcie-root-port";
 
 /// Drivers that a later version will have.
-const KNOWN: [&str; 20] = [
+const KNOWN: [&str; 16] = [
     "vfio-pci",
-    "vhost-user-fs-device",
-    "vhost-user-fs-pci",
-    "vhost-user-blk-device",
-    "vhost-user-blk-pci",
     "virtio-scsi-pci",
     "scsi-hd",
     "scsi-cd",
@@ -101,6 +99,10 @@ fn device(text: &str, iothreads: &[String]) -> Result<(Option<String>, String, D
     let driver = match model.as_str() {
         "virtio-blk-device" => virtio_blk(&mut props)?,
         "virtio-net-device" => virtio_net(&mut props, iothreads)?,
+        "vhost-user-blk-device" => vhost_user_blk(&mut props)?,
+        "vhost-user-fs-device" => {
+            DeviceDriver::VhostUserFs { chardev: props.required("chardev")?, tag: props.required("tag")? }
+        }
         ROOT_PORT => root_port(&mut props)?,
         _ => super::small_devices::driver(&model, &mut props)?,
     };
@@ -147,6 +149,18 @@ fn virtio_blk(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
         num_queues: props.number("num-queues", 1..=32)?.and_then(|n| u16::try_from(n).ok()),
         queue_size: queue_size(props, 4..=1024)?,
         boot_index: props.number("bootindex", 0..=255)?.and_then(|n| u8::try_from(n).ok()),
+    })
+}
+
+fn vhost_user_blk(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+    let chardev = props.required("chardev")?;
+    let num_queues = props.number("num-queues", 1..=32)?.and_then(|n| u16::try_from(n).ok());
+    // There is no firmware that would look for a disk to boot from.
+    props.number("bootindex", 0..=255)?;
+    Ok(DeviceDriver::VhostUserBlk {
+        chardev,
+        num_queues: num_queues.unwrap_or(1),
+        queue_size: queue_size(props, 4..=1024)?,
     })
 }
 

@@ -101,7 +101,9 @@ pub(super) const OPTIONS: &[Spec] = &[
          virtio-serial-device[,max_ports=N], then virtconsole|virtserialport,chardev=ID[,nr=N][,name=TEXT]\n\
          virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on][,auto-balloon=on[,membuf-percent=N][,monitor-interval=SECONDS]]\n\
          virtio-rng-device,rng=ID[,max-bytes=N,period=MILLISECONDS]\n\
-         vhost-vsock-device,guest-cid=N[,vhostfd=N]\ta device of the guest",
+         vhost-vsock-device,guest-cid=N[,vhostfd=N]\n\
+         vhost-user-fs-device,chardev=ID,tag=TEXT\n\
+         vhost-user-blk-device,chardev=ID[,num-queues=N][,queue-size=N]\ta device of the guest",
     ),
     used(
         "-chardev",

@@ -307,8 +307,8 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -device nonsense,id=x",
             "-device: unknown driver 'nonsense': use virtio-blk-device, virtio-net-device, virtio-serial-device, \
              virtconsole, virtserialport, virtio-balloon-device, virtio-rng-device, vhost-vsock-device, \
-             virtio-blk-pci, virtio-net-pci, virtio-serial-pci, virtio-balloon-pci, virtio-rng-pci, \
-             vhost-vsock-pci, pcie-root-port",
+             vhost-user-fs-device, vhost-user-blk-device, virtio-blk-pci, virtio-net-pci, virtio-serial-pci, virtio-balloon-pci, virtio-rng-pci, \
+             vhost-vsock-pci, vhost-user-fs-pci, vhost-user-blk-pci, pcie-root-port",
         ),
         (
             "-kernel /k -drive file=/x,id=d -device virtio-blk-pci,drive=d,bus=pcie.0,addr=0x1",
@@ -348,7 +348,31 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -netdev tap,id=a,ifname=abcdefghijklmnop",
             "netdev \"a\": \"abcdefghijklmnop\" is no interface name of 1 to 15 bytes",
         ),
-        ("-kernel /k -netdev user,id=a", "-netdev: unknown kind 'user': use tap"),
+        ("-kernel /k -netdev user,id=a", "-netdev: unknown kind 'user': use tap or vhost-user"),
+        (
+            "-kernel /k -chardev socket,id=c,path=/s -device vhost-user-fs-device,chardev=c,tag=t,id=f",
+            "device \"f\": another process serves it and needs guest memory: add mem-share=on to -machine",
+        ),
+        (
+            "-kernel /k -machine microvm,mem-share=on -chardev socket,id=c,path=/s,server,nowait -device vhost-user-blk-device,chardev=c,id=f",
+            "device \"f\": chardev \"c\": the back end is the server: leave out 'server' and 'nowait'",
+        ),
+        (
+            "-kernel /k -machine microvm,mem-share=on -chardev pty,id=c -netdev vhost-user,id=n,chardev=c",
+            "netdev \"n\": chardev \"c\" is no unix socket, which a vhost-user back end needs: write socket,id=c,path=PATH",
+        ),
+        (
+            "-kernel /k -machine microvm,mem-share=on -chardev socket,id=c,path=/s -device vhost-user-fs-device,chardev=c,id=f,tag=0123456789012345678901234567890123456",
+            "device \"f\": tag=0123456789012345678901234567890123456: write 1 to 36 bytes",
+        ),
+        (
+            "-kernel /k -machine microvm,mem-share=on -chardev socket,id=c,path=/s -device vhost-user-blk-device,chardev=c,id=f -netdev vhost-user,id=n,chardev=c",
+            "netdev \"n\": chardev \"c\" is used by something else already",
+        ),
+        (
+            "-kernel /k -netdev vhost-user,id=n,chardev=c",
+            "netdev \"n\": chardev \"c\" not found: add -chardev …,id=c",
+        ),
         (
             "-kernel /k -qmp unix:/s",
             "-qmp: 'server' and 'nowait' must both be there: write unix:PATH,server,nowait or tcp:IP:PORT,server,nowait",

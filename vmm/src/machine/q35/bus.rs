@@ -148,7 +148,7 @@ pub(super) fn open(
                     Model { driver: driver.pci_name(), device: Box::new(disk), end }
                 })
             }
-            DeviceDriver::VirtioNet { netdev, .. } => {
+            DeviceDriver::VirtioNet { netdev, .. } if config.vhost_user_chardev(driver).is_none() => {
                 nics += 1;
                 devices::nic(id, driver, nics - 1, config, inherited, workers)?.map(|nic| {
                     let end = End::Nic(netdev.clone(), nic.port());

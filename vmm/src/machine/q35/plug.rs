@@ -177,7 +177,9 @@ impl Shelves {
     pub(super) fn new(config: &VmConfig, seats: &[Seat]) -> Self {
         let (mut drives, mut nets) = (Shelf(Vec::new()), Shelf(Vec::new()));
         config.drives.iter().for_each(|drive| drives.add(&drive.id, drive.clone()));
-        config.netdevs.iter().for_each(|netdev| nets.add(&netdev.id, netdev.clone()));
+        // One that another process serves comes and goes with its device.
+        let kernel = config.netdevs.iter().filter(|n| n.vhost_user_chardev().is_none());
+        kernel.for_each(|netdev| nets.add(&netdev.id, netdev.clone()));
         let mut nics = 0;
         for seat in seats {
             match &seat.end {

@@ -1,0 +1,93 @@
+//! What devices that another process serves (vhost-user) need of the rest of a VM: a socket of their own, and guest memory that can be
+//! shared. Pure.
+
+use super::validate::bad;
+use super::{
+    ChardevKind, Device, DeviceDriver, InvalidConfig, MemoryBackendKind, NetBackend, Netdev, VmConfig,
+};
+
+/// Most bytes of a file system's tag (virtio 1.2 §5.11.4).
+const TAG_MAX: usize = 36;
+
+impl Netdev {
+    /// The chardev, of a netdev that another process serves.
+    pub fn vhost_user_chardev(&self) -> Option<&str> {
+        match &self.backend {
+            NetBackend::VhostUser { chardev, .. } => Some(chardev),
+            NetBackend::Tap { .. } => None,
+        }
+    }
+}
+
+impl VmConfig {
+    /// The chardev through which another process serves a device of this driver.
+    pub fn vhost_user_chardev<'a>(&'a self, driver: &'a DeviceDriver) -> Option<&'a str> {
+        match driver {
+            DeviceDriver::VhostUserFs { chardev, .. } | DeviceDriver::VhostUserBlk { chardev, .. } => {
+                Some(chardev)
+            }
+            DeviceDriver::VirtioNet { netdev, .. } => {
+                self.netdevs.iter().find(|n| n.id == *netdev)?.vhost_user_chardev()
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a chardev is such a process's: it carries no characters.
+    pub fn is_vhost_user(&self, chardev: &str) -> bool {
+        let devices = self.devices.iter().filter_map(|d| self.vhost_user_chardev(&d.driver));
+        devices.chain(self.netdevs.iter().filter_map(Netdev::vhost_user_chardev)).any(|id| id == chardev)
+    }
+
+    /// Whether another process can be given all of guest memory: it is that of a file, and writes go there.
+    fn memory_is_shared(&self) -> bool {
+        let (memory, backends) = (&self.memory, &self.memory.backends);
+        if backends.is_empty() {
+            return self.machine.mem_share;
+        }
+        let anonymous = |kind: &MemoryBackendKind| *kind == MemoryBackendKind::Ram && memory.path.is_none();
+        backends.iter().all(|b| b.share || self.machine.mem_share && anonymous(&b.kind))
+    }
+}
+
+/// Checks all of them. That each chardev is there and has one user is checked with the chardevs.
+pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
+    for Device { id, driver, .. } in &config.devices {
+        let Some(chardev) = config.vhost_user_chardev(driver) else { continue };
+        check_socket(config, &format!("device \"{id}\""), chardev)?;
+        if !config.memory_is_shared() {
+            return bad(format!(
+                "device \"{id}\": another process serves it and needs guest memory: add mem-share=on to -machine"
+            ));
+        }
+        if let DeviceDriver::VhostUserFs { tag, .. } = driver
+            && !(1..=TAG_MAX).contains(&tag.len())
+        {
+            return bad(format!("device \"{id}\": tag={tag}: write 1 to {TAG_MAX} bytes"));
+        }
+    }
+    for netdev in &config.netdevs {
+        if let NetBackend::VhostUser { chardev, queues } = &netdev.backend {
+            check_socket(config, &format!("netdev \"{}\"", netdev.id), chardev)?;
+            if *queues > 1 {
+                return bad(format!(
+                    "netdev \"{}\": vhost-user with queues={queues} is not supported in this version: leave it out",
+                    netdev.id
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_socket(config: &VmConfig, user: &str, chardev: &str) -> Result<(), InvalidConfig> {
+    match config.chardevs.iter().find(|c| c.id == chardev).map(|c| &c.kind) {
+        Some(ChardevKind::UnixSocket { server: false, .. }) | None => Ok(()),
+        Some(ChardevKind::UnixSocket { .. }) => bad(format!(
+            "{user}: chardev \"{chardev}\": the back end is the server: leave out 'server' and 'nowait'"
+        )),
+        Some(_) => bad(format!(
+            "{user}: chardev \"{chardev}\" is no unix socket, which a vhost-user back end needs: write socket,id={chardev},path=PATH"
+        )),
+    }
+}

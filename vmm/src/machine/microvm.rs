@@ -166,7 +166,7 @@ impl Microvm {
         match source {
             Some(mut source) => {
                 source.apply_core(&vm, &vcpus, serial.as_deref())?;
-                source.apply_devices(&identity, &stands(&slots))?;
+                source.apply_devices(&identity, &stands_of(&slots))?;
                 // Another VM than the one that was saved, and than all that go on from the same.
                 wiring.generation.write(&memory).map_err(SnapshotError::Memory)?;
             }
@@ -206,12 +206,17 @@ impl Microvm {
             return Ok(self.vcpus.start(paused)?);
         }
         self.vcpus.start(true)?;
-        wake(&self.vcpus, stands(&self.slots))?;
+        wake(&self.vcpus, self.stands())?;
         KvmLine::new(Arc::clone(&self.vm), GENERATION_IRQ).trigger();
         if !paused {
             self.vcpus.resume();
         }
         Ok(())
+    }
+
+    /// The devices by slot.
+    pub(super) fn stands(&self) -> Vec<Stand> {
+        stands_of(&self.slots)
     }
 
     /// What a snapshot holds of it.
@@ -220,7 +225,7 @@ impl Microvm {
             identity: self.identity.clone(),
             excluded: self.excluded.as_ref(),
             occupants: self.replaceable.occupants(),
-            devices: stands(&self.slots),
+            devices: self.stands(),
             vcpus: &self.vcpus,
             vm: &self.vm,
             memory: &self.memory,
@@ -280,8 +285,7 @@ impl Microvm {
     }
 }
 
-/// The devices by slot.
-fn stands(slots: &[Slot]) -> Vec<Stand> {
+fn stands_of(slots: &[Slot]) -> Vec<Stand> {
     let stand = |(slot, number): (&Slot, u32)| Stand {
         name: slot.name(number as usize),
         instance: number,

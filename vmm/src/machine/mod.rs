@@ -50,6 +50,7 @@ use microvm::Microvm;
 pub use q35::PlugError;
 use q35::Q35;
 pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice, Plugged};
+use snapshot::Stand;
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -239,6 +240,14 @@ impl Board {
             Self::Q35(board) => Some(&board.vcpus),
         }
     }
+
+    fn stands(&self) -> Vec<Stand> {
+        match self {
+            Self::None => Vec::new(),
+            Self::Microvm(board) => board.stands(),
+            Self::Q35(board) => board.stands(),
+        }
+    }
 }
 
 /// One virtual machine.
@@ -269,14 +278,19 @@ impl Machine {
         }
     }
 
-    /// Returns when no vCPU runs the guest. After an error (one did not stop within ten seconds) all of them go on.
+    /// Returns when no vCPU runs the guest and no other process that serves a device touches its memory. After an error (one did not stop
+    /// within its time) all of them go on.
     pub fn pause(&self) -> Result<(), MachineError> {
-        self.board.vcpus().map_or(Ok(()), |vcpus| vcpus.pause().map_err(Into::into))
+        let Some(vcpus) = self.board.vcpus() else { return Ok(()) };
+        vcpus.pause()?;
+        snapshot::hold(&self.board.stands()).inspect_err(|_| self.resume())
     }
 
-    /// Lets the vCPUs run the guest.
+    /// Lets the vCPUs run the guest. A device that does not go on needs a reset, and a line in the log says why.
     pub fn resume(&self) {
         if let Some(vcpus) = self.board.vcpus() {
+            // Each failure is logged.
+            let _ = snapshot::go_on(&self.board.stands());
             vcpus.resume();
         }
     }

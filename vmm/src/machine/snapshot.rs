@@ -302,8 +302,13 @@ impl Machine {
     }
 }
 
+/// The machine is paused: has the devices that other processes serve stand still.
+pub(super) fn hold(devices: &[Stand]) -> Result<(), MachineError> {
+    devices.iter().try_for_each(|stand| stand.transport.hold().map_err(|source| stand.error(source)))
+}
+
 /// Lets all devices go on; the first failure is returned, the others are logged.
-fn go_on(devices: &[Stand]) -> Result<(), MachineError> {
+pub(super) fn go_on(devices: &[Stand]) -> Result<(), MachineError> {
     let mut result = Ok(());
     for stand in devices {
         if let Err(source) = stand.transport.resume() {

@@ -149,6 +149,10 @@ pub trait VirtioDevice: Send {
     fn wants_doorbell(&self) -> bool {
         true
     }
+    /// Whether another process works on the rings: it would write to guest memory while the VM is paused, so the device is suspended then.
+    fn is_served_elsewhere(&self) -> bool {
+        false
+    }
     /// Finishes what is in flight and stops touching rings and buffers; says where each ring stands. Only while the device runs, and the
     /// driver does not. `activate` lets it go on as if nothing had been. Waits with a deadline; after an error the device runs.
     fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {

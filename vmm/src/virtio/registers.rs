@@ -260,10 +260,16 @@ impl Registers {
 
     /// Stops the device where it stands; the driver must not run. After an error it goes on.
     pub(super) fn suspend(&mut self) -> Result<(), StateError> {
-        if self.running.is_some() {
+        // One that was held when the VM was paused stands still already.
+        if self.running.is_some() && self.suspended.is_none() {
             self.suspended = Some(self.device.suspend()?);
         }
         Ok(())
+    }
+
+    /// As [`suspend`](Self::suspend), of a device that another process serves.
+    pub(super) fn hold(&mut self) -> Result<(), StateError> {
+        if self.device.is_served_elsewhere() { self.suspend() } else { Ok(()) }
     }
 
     /// Lets a suspended device go on, with the queues where they stood, unless it is broken: such a one stands still until its driver
@@ -283,6 +289,7 @@ impl Registers {
             }
             Err(error) => {
                 before.detach(link.doorbell);
+                link.interrupt.needs_reset();
                 Err(error.into())
             }
         }

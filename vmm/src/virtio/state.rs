@@ -59,6 +59,9 @@ pub enum StateError {
 pub trait Suspend: Send + Sync {
     /// Stops the device where it stands; the driver must not run. After an error it goes on.
     fn suspend(&self) -> Result<(), StateError>;
+    /// The VM is paused: as [`suspend`](Self::suspend) for a device that another process serves. What serves the others is here, and may
+    /// finish what it is at.
+    fn hold(&self) -> Result<(), StateError>;
     /// The state of a transport that was suspended.
     fn save(&self) -> Result<TransportState, StateError>;
     /// Gives a new transport, whose device has not been driven, what was saved. The device stands still until [`resume`](Self::resume).

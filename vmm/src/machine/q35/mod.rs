@@ -30,7 +30,7 @@ use kvm_ioctls::VmFd;
 use super::others::Others;
 use super::replaceable::{BlockDevice, NetDevice};
 use super::slots::Workers;
-use super::snapshot::{Identity, Source, wake};
+use super::snapshot::{Identity, Source, Stand, wake};
 use super::{CpuInfo, Departure, Environment, GuestEvent, MachineError, guest};
 use crate::boot::{self, Board, BootFiles, Hardware, NumaNode, Pcie, Platform, SerialPort, Standard};
 use crate::bus::{Bus, BusDevice};
@@ -240,12 +240,17 @@ impl Q35 {
             return Ok(self.vcpus.start(paused)?);
         }
         self.vcpus.start(true)?;
-        wake(&self.vcpus, saved::stands(&self.seats))?;
+        wake(&self.vcpus, self.stands())?;
         KvmLine::new(Arc::clone(&self.vm), GENERATION_IRQ).trigger();
         if !paused {
             self.vcpus.resume();
         }
         Ok(())
+    }
+
+    /// The devices by place.
+    pub(in crate::machine) fn stands(&self) -> Vec<Stand> {
+        saved::stands(&self.seats)
     }
 
     /// Presses the power button. A guest that has not enabled it does not notice.

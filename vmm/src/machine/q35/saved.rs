@@ -107,7 +107,7 @@ impl Q35 {
             identity: identify(&self.identity, &self.slots, &self.seats),
             excluded: self.excluded.as_ref(),
             occupants: Vec::new(),
-            devices: stands(&self.seats),
+            devices: self.stands(),
             vcpus: &self.vcpus,
             vm: &self.vm,
             memory: &self.memory,

@@ -70,6 +70,13 @@ impl BackEnd {
         back
     }
 
+    /// Says what nobody has asked for; as much as goes without waiting.
+    pub(crate) fn say(&self, words: &[u8]) {
+        let live = self.live.lock().unwrap();
+        let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+        let _ = rustix::net::send(live.as_ref().unwrap(), words, flags);
+    }
+
     /// Ends the connection; the next one is taken.
     pub(crate) fn hang_up(&self) {
         if let Some(stream) = self.live.lock().unwrap().take() {

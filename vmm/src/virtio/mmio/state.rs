@@ -10,6 +10,10 @@ impl Suspend for MmioTransport {
         self.lock().suspend()
     }
 
+    fn hold(&self) -> Result<(), StateError> {
+        self.lock().hold()
+    }
+
     fn save(&self) -> Result<TransportState, StateError> {
         Ok(TransportState {
             needs_reset: self.signals.needs_reset.load(Ordering::Acquire),

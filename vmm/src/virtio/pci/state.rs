@@ -10,6 +10,10 @@ impl Suspend for PciTransport {
         self.shared.lock().suspend()
     }
 
+    fn hold(&self) -> Result<(), StateError> {
+        self.shared.lock().hold()
+    }
+
     fn save(&self) -> Result<TransportState, StateError> {
         let signals = &self.shared.signals;
         let (interrupt_status, needs_reset, config_generation) = signals.saved();

@@ -213,9 +213,14 @@ impl Served {
         let lent = std::mem::take(&mut self.lent);
         self.queues
             .iter_mut()
+            .zip(&self.calls)
             .take(lent)
-            .map(|queue| {
+            .map(|(queue, call)| {
                 queue.queue.take_back(front.stop_ring(queue.index.into(), end)?);
+                // What it has signalled last, and nobody has seen yet, the driver would wait for.
+                if call.read().is_ok() {
+                    self.interrupt.queue(queue.index);
+                }
                 Ok((queue.index, queue.queue.position(0)))
             })
             .collect()
@@ -301,6 +306,10 @@ impl VirtioDevice for VhostUser {
             let device = &self.peer.device;
             tracing::error!(device, "an I/O thread hangs; the device stays down until it does not");
         }
+    }
+
+    fn is_served_elsewhere(&self) -> bool {
+        true
     }
 
     fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {

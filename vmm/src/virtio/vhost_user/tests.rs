@@ -167,6 +167,108 @@ fn a_device_stands_still_and_goes_on() {
 }
 
 #[test]
+fn a_paused_vm_is_not_written_to() {
+    use crate::virtio::state::Suspend as _;
+    let (back, main) = (BackEnd::start(skills()), Main::start());
+    let rig = rig(&back, &main);
+    // No driver yet: nothing to hold.
+    rig.transport.hold().unwrap();
+    rig.transport.resume().unwrap();
+    let mut driver = start(&rig, &back.rings);
+    for request in 0..3u16 {
+        driver[1].add(&[(DATA, 44, false), (HIGH_END - 100, 100, true)]);
+        rig.kick(&driver[1]);
+        let edges = rig.line.edges();
+        // It serves one more, just as it is told to stop: the driver hears of it all the same.
+        back.rings.before_stop(1, Box::new(|_| vec![7; 100]));
+        rig.transport.hold().unwrap();
+        assert!(back.rings.running().is_empty());
+        assert!(rig.line.edges() > edges, "request {request}");
+        assert_eq!(rig.used(&mut driver[1]).1, 100);
+        // Nothing reaches it now, and to hold it twice is to hold it.
+        rig.transport.hold().unwrap();
+        driver[1].add(&[(DATA, 44, false), (HIGH_END - 100, 100, true)]);
+        assert_eq!(back.rings.serve(1, 1, |_| vec![1; 100]), 0);
+        assert_eq!(driver[1].next_used(), None);
+        rig.transport.resume().unwrap();
+        wait(|| back.rings.running() == [0, 1]);
+        assert!(back.rings.kicked(1), "what was queued meanwhile is seen");
+        assert_eq!(back.rings.serve(1, 2, |_| vec![1; 100]), 1);
+        assert_eq!(rig.used(&mut driver[1]).1, 100);
+    }
+    // A guest that is reset while it is paused has no driver to go on with.
+    rig.transport.hold().unwrap();
+    rig.set(0x70, 0);
+    rig.transport.resume().unwrap();
+    assert!(back.rings.running().is_empty());
+    let mut driver = start(&rig, &back.rings);
+    works(&rig, &back.rings, &mut driver);
+}
+
+#[test]
+fn a_back_end_that_goes_or_lies_while_the_vm_is_paused_costs_its_device_only() {
+    use crate::virtio::state::Suspend as _;
+    let (back, main) = (BackEnd::start(skills()), Main::start());
+    let goes = rig(&back, &main);
+    start(&goes, &back.rings);
+    goes.transport.hold().unwrap();
+    back.hang_up();
+    wait(|| back.rings.running().is_empty());
+    goes.transport.resume().unwrap();
+    // It is there again at once, as a process that a supervisor starts anew; the rings stand where they stood.
+    let mut driver: Vec<_> = (0..2).map(|index| DriverRing::new(&goes.memory, index, 128)).collect();
+    wait(|| back.rings.running() == [0, 1]);
+    works(&goes, &back.rings, &mut driver);
+    goes.transport.hold().unwrap();
+    std::fs::remove_file(&back.path).unwrap();
+    back.hang_up();
+    goes.transport.resume().unwrap();
+    goes.wait_needs_reset();
+
+    let lies: [fn(&mut Vec<u8>); 4] =
+        [|r| r[12] = 7, |r| r[18] = 1, |r| r[0] = 1, |r| r[8..12].copy_from_slice(&u32::MAX.to_ne_bytes())];
+    for lie in lies {
+        let wrong: Wrong = Arc::new(move |asked, reply| {
+            if asked == 11 {
+                lie(reply);
+            }
+        });
+        let back = BackEnd::start_wrong(skills(), wrong);
+        let rig = rig(&back, &main);
+        start(&rig, &back.rings);
+        rig.transport.hold().unwrap();
+        assert!(rig.needs_reset());
+        rig.transport.resume().unwrap();
+        rig.set(0x70, 0);
+        start(&rig, &back.rings);
+    }
+}
+
+#[test]
+fn one_that_speaks_unasked_is_not_listened_to() {
+    let (back, main) = (BackEnd::start(skills()), Main::start());
+    let rig = rig(&back, &main);
+    for words in [&[0; 1][..], &[0xff; 12], &[1; 100_000]] {
+        let mut driver = start(&rig, &back.rings);
+        works(&rig, &back.rings, &mut driver);
+        back.say(words);
+        rig.wait_needs_reset();
+        rig.set(0x70, 0);
+    }
+    // Signals without end, of rings that have nothing: interrupts, and complaints that end.
+    let mut driver = start(&rig, &back.rings);
+    for _ in 0..1000 {
+        back.rings.call(0);
+        back.rings.call(1);
+    }
+    works(&rig, &back.rings, &mut driver);
+    for _ in 0..1000 {
+        back.rings.complain(0);
+    }
+    rig.wait_needs_reset();
+}
+
+#[test]
 fn memory_of_its_own_is_not_given_away() {
     let (back, main) = (BackEnd::start(skills()), Main::start());
     let rig = Rig::new(open(&back, &main, fs()).unwrap());

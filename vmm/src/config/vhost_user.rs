@@ -1,7 +1,7 @@
 //! What devices that another process serves (vhost-user) need of the rest of a VM: a socket of their own, and guest memory that can be
 //! shared. Pure.
 
-use super::validate::bad;
+use super::invalid::bad;
 use super::{
     ChardevKind, Device, DeviceDriver, InvalidConfig, MemoryBackendKind, NetBackend, Netdev, VmConfig,
 };

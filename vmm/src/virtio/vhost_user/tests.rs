@@ -238,6 +238,7 @@ fn a_back_end_that_goes_or_lies_while_the_vm_is_paused_costs_its_device_only() {
         start(&rig, &back.rings);
         rig.transport.hold().unwrap();
         assert!(rig.needs_reset());
+        wait(|| back.rings.running().is_empty());
         rig.transport.resume().unwrap();
         rig.set(0x70, 0);
         start(&rig, &back.rings);
@@ -253,6 +254,8 @@ fn one_that_speaks_unasked_is_not_listened_to() {
         works(&rig, &back.rings, &mut driver);
         back.say(words);
         rig.wait_needs_reset();
+        // The end of the connection is the end of its work, which comes as soon as it sees it.
+        wait(|| back.rings.running().is_empty());
         rig.set(0x70, 0);
     }
     // Signals without end, of rings that have nothing: interrupts, and complaints that end.

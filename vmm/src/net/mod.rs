@@ -1,4 +1,4 @@
-//! Host side of network devices: owns taps.
+//! Host side of network devices: owns taps, and the ways to move packets in and out of them.
 //!
 //! `virtio::net` is the only caller. A tap is never made here: whoever starts the VM makes it, because only they know its bridge,
 //! its owner and when it goes.
@@ -14,11 +14,13 @@ use crate::config::{NetBackend, Netdev, TapSource};
 use crate::inherit::Inherited;
 use crate::vhost::{Kind, Vhost, VhostError};
 
+mod burst;
 mod ioctl;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub(crate) use burst::{Burst, is_unknown};
 pub use ioctl::Offloads;
 
 /// Bytes of `struct virtio_net_hdr_v1` before each packet (virtio 1.2 §5.1.6), on the tap as in the ring.

@@ -1,10 +1,13 @@
-//! From the guest: owns the check of packet headers. One `writev` per packet, straight from the guest's buffers.
+//! From the guest: owns the check of packet headers, and the packets between the ring and the tap.
+//!
+//! They leave straight from the guest's buffers, small ones by a copy: a packet in one part costs the kernel less than one in two. Those
+//! that wait together go together (`writev` for a few, a [`Burst`] for many, once a ring has often had many).
 
 use std::io;
 
 use super::feature;
 use super::turn::{BATCH, Ended, PUBLISH_EVERY, is_gone};
-use crate::net::{HEADER_BYTES, Tap};
+use crate::net::{Burst, HEADER_BYTES, Tap, is_unknown};
 use crate::virtio::queue::{Chain, MAX_BUFFERS, QueueError};
 use crate::virtio::{ActiveQueue, Interrupt};
 
@@ -12,22 +15,42 @@ use crate::virtio::{ActiveQueue, Interrupt};
 const LARGEST: u64 = 65_535 + 18;
 /// An Ethernet header: anything shorter is not a packet.
 const SHORTEST: u64 = 14;
+/// Packets that are copied.
+const SMALL: usize = 256;
+/// Packets that are worth a burst.
+const MANY: usize = 8;
+/// Times that there were so many before the ring has bursts.
+const OFTEN: u32 = 64;
 
 const NEEDS_CSUM: u8 = 1;
 const GSO_NONE: u8 = 0;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
 
+type Head = [u8; HEADER_BYTES + SMALL];
+
+/// A packet that was taken from the ring.
+struct Packet {
+    /// Its readable part begins with `head`, if it is to be sent.
+    chain: Chain,
+    /// The header, and all of a small packet. Of its own, so that it stays where it is.
+    head: Box<Head>,
+    fine: bool,
+}
+
 pub(super) struct Sender {
     pub(super) queue: ActiveQueue,
     features: u64,
-    chain: Chain,
-    header: [u8; HEADER_BYTES],
+    /// As many as have ever been taken together.
+    packets: Vec<Packet>,
+    /// Times that there were many.
+    many: u32,
+    burst: Option<Burst>,
 }
 
 impl Sender {
     pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
-        Self { queue, features, chain: Chain::default(), header: [0; HEADER_BYTES] }
+        Self { queue, features, packets: Vec::new(), many: 0, burst: None }
     }
 
     /// Sends what the driver has queued; drops it when there is no tap.
@@ -45,21 +68,30 @@ impl Sender {
     }
 
     fn batch(&mut self, tap: Option<&Tap>, interrupt: &dyn Interrupt) -> Result<Ended, QueueError> {
-        let mut packet = 0;
+        let (mut left, mut untold) = (BATCH as usize, 0);
         loop {
-            while self.queue.queue.pop(&mut self.chain)? {
-                let gone = tap.is_some_and(|tap| self.send(tap));
-                self.queue.queue.complete(self.chain.head, 0);
-                if gone {
-                    return Ok(Ended::TapGone);
-                }
-                packet += 1;
-                if packet % PUBLISH_EVERY == 0 {
+            let (count, broken) = self.take(left.min(Burst::MOST));
+            let gone = tap.is_some_and(|tap| self.send(count, tap));
+            for packet in &self.packets[..count] {
+                self.queue.queue.complete(packet.chain.head, 0);
+            }
+            broken?;
+            if gone {
+                return Ok(Ended::TapGone);
+            }
+            left -= count;
+            if left == 0 {
+                return Ok(Ended::Full);
+            }
+            if count > 0 {
+                untold += count;
+                if untold >= PUBLISH_EVERY as usize {
                     self.publish(interrupt);
+                    untold = 0;
+                } else {
+                    self.queue.queue.show();
                 }
-                if packet == BATCH {
-                    return Ok(Ended::Full);
-                }
+                continue;
             }
             if !self.queue.queue.enable_notify()? {
                 return Ok(Ended::Idle);
@@ -68,31 +100,105 @@ impl Sender {
         }
     }
 
-    /// Sends or drops the packet in `chain`. True: the tap is gone.
-    fn send(&mut self, tap: &Tap) -> bool {
+    /// Takes up to `most` packets from the ring; how many, and whether the ring made no sense then.
+    fn take(&mut self, most: usize) -> (usize, Result<(), QueueError>) {
+        for count in 0..most {
+            if count == self.packets.len() {
+                self.packets.push(Packet { chain: Chain::default(), head: empty(), fine: false });
+            }
+            let Some(packet) = self.packets.get_mut(count) else { return (count, Ok(())) };
+            match self.queue.queue.pop(&mut packet.chain) {
+                Ok(true) => packet.fine = packet.prepare(self.features),
+                Ok(false) => return (count, Ok(())),
+                Err(error) => return (count, Err(error)),
+            }
+        }
+        (most, Ok(()))
+    }
+
+    /// Sends the first `count` packets, without those that make no sense. True: the tap is gone.
+    fn send(&mut self, count: usize, tap: &Tap) -> bool {
+        if count >= MANY {
+            self.many = self.many.saturating_add(1);
+            if self.many == OFTEN {
+                // Without one it goes on as before.
+                self.burst = Burst::new().ok();
+            }
+        }
+        if count >= MANY
+            && let Some(gone) = self.send_many(count, tap)
+        {
+            return gone;
+        }
+        let mut gone = false;
+        for packet in self.packets[..count].iter().filter(|p| p.fine) {
+            // SAFETY: guest RAM, kept by the queue, and the header.
+            gone |= unsafe { write(tap, packet.chain.readable.parts()) };
+        }
+        gone
+    }
+
+    /// The same by one call. `None`: there are no bursts, and nothing was sent.
+    fn send_many(&mut self, count: usize, tap: &Tap) -> Option<bool> {
+        let fine = self.packets[..count].iter().filter(|p| p.fine).map(|p| p.chain.readable.parts());
+        let (mut gone, mut unknown) = (false, false);
+        let note = |error: &io::Error| {
+            gone |= is_gone(error);
+            unknown |= is_unknown(error);
+        };
+        // SAFETY: guest RAM, kept by the queue, and the headers.
+        if unsafe { self.burst.as_mut()?.send(tap, fine, note) }.is_err() {
+            // Never seen. What the kernel may still read, and from where, stays for good.
+            std::mem::forget(self.burst.take());
+            for packet in &mut self.packets {
+                std::mem::forget(std::mem::replace(&mut packet.head, empty()));
+            }
+        }
+        if unknown {
+            self.burst = None;
+            return None;
+        }
+        Some(gone)
+    }
+}
+
+fn empty() -> Box<Head> {
+    Box::new([0; HEADER_BYTES + SMALL])
+}
+
+impl Packet {
+    /// Puts it together; false: it makes no sense.
+    fn prepare(&mut self, features: u64) -> bool {
         let packet = &mut self.chain.readable;
-        if packet.take(&mut self.header) < HEADER_BYTES {
+        let Some((header, small)) = self.head.split_first_chunk_mut() else { return false };
+        if packet.take(header) < HEADER_BYTES {
             return false;
         }
         let len = packet.len();
         // The header is checked in, and sent from, our own copy: the guest could change its own in between.
-        if !(SHORTEST..=LARGEST).contains(&len) || !header_is_fine(&self.header, len, self.features) {
+        if !(SHORTEST..=LARGEST).contains(&len) || !header_is_fine(header, len, features) {
             return false;
         }
-        self.header[10..].fill(0);
-        // SAFETY: `header` lives in this value and is not touched before the chain is used up.
-        unsafe { packet.prepend(self.header.as_mut_ptr(), HEADER_BYTES) };
-        if packet.parts().len() > MAX_BUFFERS {
-            return false;
-        }
-        loop {
-            // SAFETY: guest RAM, kept by the queue, and the header.
-            match unsafe { tap.write(packet.parts()) } {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return is_gone(&e),
-                // The kernel takes a packet whole or not at all. One that it refuses (interface down, no memory) is dropped.
-                Ok(_) => return false,
-            }
+        header[10..].fill(0);
+        let copied = small.get_mut(..len as usize).map_or(0, |small| packet.take(small));
+        // SAFETY: `head` lives as long as this value, which does not leave its place before the packet is sent, and is not touched.
+        unsafe { packet.prepend(self.head.as_mut_ptr(), HEADER_BYTES + copied) };
+        packet.parts().len() <= MAX_BUFFERS
+    }
+}
+
+/// Writes one packet. True: the tap is gone.
+///
+/// # Safety
+/// Each part must be good for reading.
+unsafe fn write(tap: &Tap, parts: &[libc::iovec]) -> bool {
+    loop {
+        // SAFETY: passed on.
+        match unsafe { tap.write(parts) } {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return is_gone(&e),
+            // The kernel takes a packet whole or not at all. One that it refuses (interface down, no memory) is dropped.
+            Ok(_) => return false,
         }
     }
 }

@@ -329,6 +329,7 @@ fn needs(config: &VmConfig) -> Needs {
         removes_names: names.peek().is_some(),
         talks: config.devices.iter().any(|d| config.vhost_user_chardev(&d.driver).is_some()),
         plugs_cpus: config.smp.max_cpus > config.smp.cpus,
+        rings: !(config.drives.is_empty() && config.netdevs.is_empty() && config.monitors.is_empty()),
         saves: !config.monitors.is_empty() && config.snapshot_exclusion().is_none(),
         // Only root can do something about another user's directory, and only with its capability.
         foreign_directory: me.is_root() && names.any(foreign),

@@ -48,6 +48,8 @@ pub struct Needs {
     pub plugs_cpus: bool,
     /// Make a snapshot when a client asks for one.
     pub saves: bool,
+    /// Move data through io_uring: a disk or a NIC is there, or a client can bring one.
+    pub rings: bool,
     /// Remove sockets or the pid file from a directory of another user, as root: keeps CAP_DAC_OVERRIDE.
     pub foreign_directory: bool,
 }

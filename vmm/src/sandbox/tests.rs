@@ -45,6 +45,7 @@ const NEEDS: Needs = Needs {
     talks: false,
     plugs_cpus: false,
     saves: false,
+    rings: false,
     foreign_directory: false,
 };
 
@@ -60,6 +61,19 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
         text,
         "flotilla-vmm: killed: system call 041 is not allowed by the sandbox (see -disable-seccomp)\n"
     );
+}
+
+#[test]
+fn only_what_moves_data_has_rings() {
+    for (rings, want) in [(false, EXIT_CODE), (true, 0)] {
+        let (status, text) = in_child(|| {
+            confine(Needs { rings, ..NEEDS }).unwrap();
+            enter_worker().unwrap();
+            // SAFETY: asks for a ring without entries, which there is not, if it may.
+            unsafe { libc::syscall(libc::SYS_io_uring_setup, 0, std::ptr::null::<u8>()) };
+        });
+        assert_eq!(status, want, "{text}");
+    }
 }
 
 #[test]

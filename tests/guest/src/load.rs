@@ -19,6 +19,8 @@ const SIZE: u16 = 256;
 const RING: u64 = 3 * memory::PAGE;
 /// No answer for so long, in microseconds, is none.
 const PATIENCE: u64 = 5_000_000;
+/// What a processor fetches at once.
+const LINE: u64 = 64;
 const NEXT: u16 = 1;
 const FOR_DEVICE: u16 = 2;
 
@@ -96,9 +98,9 @@ impl Ring {
             window.write(register, address as u32);
             window.write(register + 4, (address >> 32) as u32);
         }
-        // No interrupts; with EVENT_IDX the flag means nothing, and `take` keeps the event out of reach.
+        // No interrupts; with EVENT_IDX the flag means nothing, and `took` keeps the event out of reach.
         poke(ring.driver(0), 1u16);
-        poke(ring.driver(4 + 2 * u64::from(size)), u16::MAX);
+        ring.took();
         window.write(reg::QUEUE_READY, 1);
         Ok(ring)
     }
@@ -130,7 +132,7 @@ impl Ring {
         if self.next == self.shown {
             return;
         }
-        fence(Ordering::SeqCst);
+        fence(Ordering::Release);
         poke(self.driver(2), self.next);
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
@@ -151,12 +153,15 @@ impl Ring {
         if peek::<u16>(self.device(2)) == self.seen {
             return None;
         }
-        fence(Ordering::SeqCst);
+        fence(Ordering::Acquire);
         let at = self.device(4 + 8 * u64::from(self.seen % self.size));
-        // The device is past this index already, so an event here never comes due.
-        poke(self.driver(4 + 2 * u64::from(self.size)), self.seen.wrapping_sub(1));
         self.seen = self.seen.wrapping_add(1);
         Some((peek::<u32>(at) as u16, peek(at + 4)))
+    }
+
+    /// Once some were taken, before more are shown: the event goes half the way round, where the device does not get before the next call.
+    fn took(&self) {
+        poke(self.driver(4 + 2 * u64::from(self.size)), self.seen.wrapping_add(1 << 15));
     }
 }
 
@@ -222,15 +227,17 @@ pub fn disk(
     let base = space(boot, RING + memory::PAGE + depth * bytes)?;
     let mut ring = Ring::new(window, 0, features, base)?;
     let depth = depth.min(u64::from(ring.size / 3));
-    let (header, data) = (base + RING, base + RING + memory::PAGE);
-    let status = header + 64 * 16;
+    let (requests, data) = (base + RING, base + RING + memory::PAGE);
+    // As drivers of real systems have them: each request's header and status lie together, and apart from those of others.
+    let header = |i: u64| requests + LINE * i;
+    let status = |i: u64| header(i) + 16;
     let writes = pattern == Pattern::Write;
     for i in 0..depth {
         let first = 3 * i as u16;
-        poke(header + 16 * i, u32::from(writes));
-        ring.describe(first, header + 16 * i, 16, NEXT);
+        poke(header(i), u32::from(writes));
+        ring.describe(first, header(i), 16, NEXT);
         ring.describe(first + 1, data + bytes * i, bytes as u32, NEXT | if writes { 0 } else { FOR_DEVICE });
-        ring.describe(first + 2, status + i, 1, FOR_DEVICE);
+        ring.describe(first + 2, status(i), 1, FOR_DEVICE);
     }
     window.start();
     let (mut random, mut position) = (0x9e37_79b9_7f4a_7c15u64, 0);
@@ -239,8 +246,8 @@ pub fn disk(
         random ^= random >> 7;
         random ^= random << 17;
         position = if pattern == Pattern::Scan { (position + 1) % places } else { random % places };
-        poke(header + 16 * i + 8, position * step);
-        poke(status + i, 0xffu8);
+        poke(header(i) + 8, position * step);
+        poke(status(i), 0xffu8);
         ring.offer(3 * i as u16);
     };
     (0..depth).for_each(|i| ask(&mut ring, i));
@@ -250,11 +257,14 @@ pub fn disk(
         let before = total;
         while let Some((head, _)) = ring.take() {
             let i = u64::from(head / 3) % depth;
-            if peek::<u8>(status + i) != 0 {
+            if peek::<u8>(status(i)) != 0 {
                 return Err("a request failed");
             }
             total += 1;
             ask(&mut ring, i);
+        }
+        if total != before {
+            ring.took();
         }
         if !watch.on(total, ring.bells, total == before)? {
             break;
@@ -293,6 +303,9 @@ pub fn transmit(boot: &BootInfo, window: Window, [length, milliseconds]: [u64; 2
             total += 1;
             ring.offer(head);
         }
+        if total != before {
+            ring.took();
+        }
         if !watch.on(total, ring.bells, total == before)? {
             break;
         }
@@ -329,6 +342,7 @@ pub fn receive(boot: &BootInfo, window: Window, milliseconds: u64) -> Result<Don
             total += u64::from(kind == EXPERIMENT.to_be() && u64::from(length) > HEADER + 14);
             ring.offer(head);
         }
+        ring.took();
         ring.show();
         if !watch.on(total, ring.bells, total == before)? {
             break;

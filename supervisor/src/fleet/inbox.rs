@@ -9,9 +9,8 @@ use dbus_api::spec::VmSpec;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::FleetError;
-use super::actor::plug::{Ask, How};
 use super::life::{Command, Exit, Verb};
-use super::plugger::Rewrite;
+use super::plug::{Ask, How, Rewrite};
 use super::view::View;
 use crate::launch::{Notice, Prepared};
 use crate::qmp::{Caller, Client, Monitor, QmpEvent, Told};

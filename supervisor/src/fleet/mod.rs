@@ -55,8 +55,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{Semaphore, mpsc};
 
-pub use actor::plug::{Ask, How};
 pub use error::FleetError;
+pub use plug::{Ask, How};
 pub use registry::Fleet;
 
 use crate::launch::Launcher;

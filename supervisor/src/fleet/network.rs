@@ -41,6 +41,11 @@ pub fn bridge_of(name: &str, spec: &NetworkSpec) -> String {
     spec.bridge.clone().unwrap_or_else(|| netsetup::bridge_name(name))
 }
 
+/// The bridge that a network wants.
+pub(super) fn wanted(name: &str, spec: &NetworkSpec) -> BridgeSpec {
+    BridgeSpec { name: bridge_of(name, spec), addresses: spec.addresses.clone(), mtu: spec.mtu }
+}
+
 /// Where a card's tap goes.
 struct Port {
     bridge: BridgeSpec,
@@ -130,7 +135,7 @@ impl Network {
     /// Makes the bridges of configuration and networks. Problems are logged: a VM that needs the bridge says so when it starts.
     pub async fn ensure_configured(&self) {
         let networks = self.all();
-        let networks = networks.iter().map(|(name, spec)| super::networks::wanted(name, spec));
+        let networks = networks.iter().map(|(name, spec)| wanted(name, spec));
         for bridge in self.bridges.iter().cloned().chain(networks) {
             let made = match self.net() {
                 Ok(net) => net.ensure_bridge(&bridge).await.map(drop).map_err(|error| failed(&error)),
@@ -165,7 +170,7 @@ impl Network {
     fn port(&self, nic: &Nic) -> Result<Port, FleetError> {
         if let Some(name) = &nic.network {
             let spec = self.get(name)?;
-            let bridge = super::networks::wanted(name, &spec);
+            let bridge = wanted(name, &spec);
             return Ok(Port { bridge, isolated: spec.isolated, mtu: spec.mtu });
         }
         // A bridge by its own name, which may be that of a network as well.
@@ -174,7 +179,7 @@ impl Network {
         let configured = self.bridges.iter().find(|bridge| bridge.name == nic.bridge);
         let plain = || BridgeSpec { name: nic.bridge.clone(), addresses: Vec::new(), mtu: None };
         let bridge = match network {
-            Some((name, spec)) => super::networks::wanted(name, spec),
+            Some((name, spec)) => wanted(name, spec),
             None => configured.cloned().unwrap_or_else(plain),
         };
         Ok(Port { bridge, isolated: false, mtu: None })

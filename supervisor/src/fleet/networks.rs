@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use dbus_api::network::NetworkSpec;
 use ipnet::IpNet;
-use netsetup::{BridgeSpec, Outcome};
+use netsetup::Outcome;
 use tracing::{error, info, warn};
 
 use super::FleetError;
-use super::network::bridge_of;
+use super::network::{bridge_of, wanted};
 use super::registry::Fleet;
 use super::spec::{check_link_name, check_name};
 use super::view::News;
@@ -53,11 +53,6 @@ fn parse(text: &str) -> Result<NetworkSpec, FleetError> {
         return Err(FleetError::InvalidSpec("network: a list, not an object".to_owned()));
     }
     serde_json::from_str(text).map_err(|error| FleetError::InvalidSpec(format!("network: {error}")))
-}
-
-/// The bridge that a network wants.
-pub(super) fn wanted(name: &str, spec: &NetworkSpec) -> BridgeSpec {
-    BridgeSpec { name: bridge_of(name, spec), addresses: spec.addresses.clone(), mtu: spec.mtu }
 }
 
 /// Addresses of `one` that `other` does not have.

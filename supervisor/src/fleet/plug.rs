@@ -14,8 +14,49 @@
 //!
 //! A disk has no tap, and what is not to be written down is not.
 
+use std::time::Duration;
+
 use super::FleetError;
-use super::seats::Kind;
+use super::seats::{Hardware, Kind};
+
+/// What is asked.
+#[derive(Debug, Clone)]
+pub enum Ask {
+    /// This device comes.
+    Attach(Hardware),
+    /// The device of this id goes.
+    Detach(Kind, String),
+}
+
+impl Ask {
+    /// The type of its job.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Attach(hardware) if hardware.kind() == Kind::Nic => "attach-nic",
+            Self::Attach(_) => "attach-disk",
+            Self::Detach(Kind::Nic, _) => "detach-nic",
+            Self::Detach(Kind::Disk, _) => "detach-disk",
+        }
+    }
+}
+
+/// How it is to be done.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// The definition changes, too.
+    pub persist: bool,
+    /// How long the guest has to let go of a device.
+    pub patience: Duration,
+}
+
+/// A change of the definition that the actor is asked for.
+#[derive(Debug, Clone)]
+pub enum Rewrite {
+    /// This device is a part of it from now on.
+    Add(Hardware),
+    /// The device of this id is no part of it any more.
+    Remove(String),
+}
 
 /// One thing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::inbox::{Internal, TAKEN};
 use super::monitor::map_error;
-use super::plug::{Action, Next, Plug, Went};
+use super::plug::{Action, Next, Plug, Rewrite, Went};
 use super::prepare;
 use super::seats::Hardware;
 use super::spec as rules;
@@ -22,15 +22,6 @@ use crate::qmp::{Monitor, QmpError, QmpEvent};
 
 /// How long the VMM has for one command. Opening an image is the slowest.
 const COMMAND: Duration = Duration::from_secs(10);
-
-/// A change of the definition that the actor is asked for.
-#[derive(Debug, Clone)]
-pub(super) enum Rewrite {
-    /// This device is a part of it from now on.
-    Add(Hardware),
-    /// The device of this id is no part of it any more.
-    Remove(String),
-}
 
 /// Everything that the actions need to know.
 pub(super) struct Plugger {

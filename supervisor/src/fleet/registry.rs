@@ -17,12 +17,12 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::actor::plug::{Ask, How};
 use super::actor::{self, Seed};
 use super::inbox::{Handle, Internal, Request, TAKEN};
 use super::jobs::Job;
 use super::life::{State, Verb};
 use super::monitor::map_error;
+use super::plug::{Ask, How};
 use super::spec as rules;
 use super::view::{News, View};
 use super::vm::Vm;

@@ -12,44 +12,14 @@ use super::{Actor, named};
 use crate::fleet::FleetError;
 use crate::fleet::inbox::{Answer, Internal};
 use crate::fleet::life::State;
-use crate::fleet::plug::{Action, Plug};
-use crate::fleet::plugger::{Plugger, Rewrite};
+use crate::fleet::plug::{Action, Ask, How, Plug, Rewrite};
+use crate::fleet::plugger::Plugger;
 use crate::fleet::seats::{Hardware, Kind, Seat, Seats};
 use crate::fleet::spec as rules;
 use crate::qmp::Monitor;
 
 /// How long a guest has to let go of a device that nobody waits for.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// What is asked.
-#[derive(Debug, Clone)]
-pub enum Ask {
-    /// This device comes.
-    Attach(Hardware),
-    /// The device of this id goes.
-    Detach(Kind, String),
-}
-
-impl Ask {
-    /// The type of its job.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Attach(hardware) if hardware.kind() == Kind::Nic => "attach-nic",
-            Self::Attach(_) => "attach-disk",
-            Self::Detach(Kind::Nic, _) => "detach-nic",
-            Self::Detach(Kind::Disk, _) => "detach-disk",
-        }
-    }
-}
-
-/// How it is to be done.
-#[derive(Debug, Clone, Copy)]
-pub struct How {
-    /// The definition changes, too.
-    pub persist: bool,
-    /// How long the guest has to let go of a device.
-    pub patience: Duration,
-}
 
 /// The device that comes or goes, and its job.
 #[derive(Debug, Clone)]

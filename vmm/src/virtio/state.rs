@@ -15,8 +15,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::ActivateError;
+use super::blk::saved::Saved as SavedBlk;
+use super::console::saved::Saved as SavedConsole;
+use super::net::saved::Saved as SavedNet;
 use super::queue::{Layout, Position};
-use super::{ActivateError, blk, console, net};
 use crate::pci::SavedVector;
 
 /// How long a device may take to finish what is in flight.
@@ -143,11 +146,11 @@ pub struct PciState {
 #[serde(rename_all = "lowercase")]
 pub enum DeviceState {
     /// A disk, or an empty slot.
-    Blk(blk::Saved),
+    Blk(SavedBlk),
     /// A NIC, or an empty slot.
-    Net(net::Saved),
+    Net(SavedNet),
     /// A virtio-serial device.
-    Console(console::Saved),
+    Console(SavedConsole),
     /// A source of random bytes, which has no state.
     Rng,
 }

@@ -18,8 +18,10 @@ use crate::event::Ops;
 pub mod fuzz;
 mod lanes;
 mod limit;
+mod medium;
 mod port;
 mod request;
+pub(super) mod saved;
 mod serve;
 mod state;
 
@@ -31,10 +33,11 @@ mod port_tests;
 mod tests;
 
 use lanes::Lanes;
-use port::{Medium, Session};
-pub use port::{Port, PortError, Stats};
+use medium::Medium;
+pub use medium::Stats;
+use port::Session;
+pub use port::{Port, PortError};
 use serve::Server;
-pub use state::Saved;
 
 const DEVICE_TYPE: u32 = 2;
 

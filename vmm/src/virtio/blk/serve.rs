@@ -13,7 +13,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::lanes::{InFlight, Lanes};
 use super::limit::{Limit, borrow_timer};
-use super::port::{Counters, Medium};
+use super::medium::{Counters, Medium};
 use super::request::{ID_BYTES, Kind, Request, Rules, Status};
 use crate::block::{Around, Engine, Op};
 use crate::event::{EventFlags, Ops, Token};

@@ -1,4 +1,4 @@
-//! What is saved of a disk or an empty slot, and how a running device comes to a stand for it.
+//! How a running disk comes to a stand to be saved, and how one goes on from what was saved (`saved.rs`).
 //!
 //! ```text
 //!   runs ── quiesce: takes no new requests ──▶ nothing in flight, all told ── gate closed ──▶ suspended ── activate ──▶ runs
@@ -12,45 +12,13 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-
 use super::port::Port;
+use super::saved::{Saved, SavedDisk};
 use super::serve;
 use crate::block::SECTOR;
 use crate::event::Ops;
 use crate::virtio::queue::Position;
 use crate::virtio::state::{SUSPEND_DEADLINE, StateError, same};
-
-/// A block device as its guest knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
-    /// As it was offered to the driver.
-    features: u64,
-    /// `None`: an empty slot.
-    disk: Option<SavedDisk>,
-    /// The guest is to be told that something has changed.
-    #[serde(skip)]
-    renewed: bool,
-}
-
-impl Saved {
-    /// A disk that is read-only here is what it is here: it may come to an empty slot, or be in the place of another read-only one. One that is
-    /// written must be the one that was saved.
-    pub(in crate::virtio) fn take_identity(&mut self, here: &Self) {
-        let replaceable = self.disk.as_ref().is_none_or(|disk| disk.read_only);
-        if replaceable && here.disk.as_ref().is_some_and(|disk| disk.read_only) && self.disk != here.disk {
-            self.disk.clone_from(&here.disk);
-            self.renewed = true;
-        }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct SavedDisk {
-    sectors: u64,
-    serial: String,
-    read_only: bool,
-}
 
 impl Port {
     /// Ends the session with nothing in flight; says where each ring stands. After an error the session goes on.

@@ -4,7 +4,7 @@
 //! `serve` moves bytes. All of it runs on the main loop, where the character devices are too, so nothing here waits for another thread.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::queue::Position;
@@ -21,6 +21,7 @@ mod control;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod port;
+pub(super) mod saved;
 mod serve;
 mod state;
 
@@ -29,7 +30,6 @@ mod tests;
 
 use port::PortEnd;
 use serve::Server;
-pub use state::Saved;
 
 const DEVICE_TYPE: u32 = 3;
 const QUEUE_SIZE: u16 = 128;
@@ -63,7 +63,7 @@ pub struct Console {
     main_loop: LoopHandle,
     session: Option<Arc<Gate<Server>>>,
     /// How the ports of a suspended device stood.
-    carried: Option<Vec<state::Carried>>,
+    carried: Option<Vec<saved::Carried>>,
 }
 
 /// The queues of port `nr`: (to the driver, from the driver).
@@ -137,8 +137,9 @@ impl VirtioDevice for Console {
             server.go_on(carried);
         }
         let gate = Gate::new(server);
+        let session = Arc::downgrade(&gate);
         for port in &self.ports {
-            port.connect(Some(&gate));
+            port.connect(Some(session.clone() as Weak<dyn port::Session>));
         }
         let (on_loop, ports) = (Arc::clone(&gate), self.ports.clone());
         self.main_loop.post(move |ops: &mut Ops<'_>| {

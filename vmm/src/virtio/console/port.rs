@@ -4,9 +4,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::PortOptions;
-use super::serve::Server;
 use crate::chardev::{CharBackend, FrontEnd};
-use crate::virtio::worker::Gate;
+
+/// What serves the ports while a driver runs. Once that has ended nothing happens.
+pub(super) trait Session: Send + Sync {
+    /// How much port `nr` takes now, in bytes.
+    fn room(&self, nr: u8) -> usize;
+    /// Bytes for the guest.
+    fn receive(&self, nr: u8, data: &[u8]);
+    /// Somebody has come to the host's side of the port, or has gone.
+    fn host_changed(&self, nr: u8, open: bool);
+    /// The host's side takes bytes again.
+    fn writable(&self, nr: u8);
+}
 
 pub(super) struct PortEnd {
     pub(super) nr: u8,
@@ -15,7 +25,7 @@ pub(super) struct PortEnd {
     pub(super) backend: Arc<dyn CharBackend>,
     /// Somebody is at the other end of `backend`.
     connected: AtomicBool,
-    gate: Mutex<Option<Weak<Gate<Server>>>>,
+    session: Mutex<Option<Weak<dyn Session>>>,
 }
 
 impl PortEnd {
@@ -27,15 +37,15 @@ impl PortEnd {
             name,
             backend,
             connected: AtomicBool::new(false),
-            gate: Mutex::new(None),
+            session: Mutex::new(None),
         });
         port.backend.attach(Arc::clone(&port) as Arc<dyn FrontEnd>);
         port
     }
 
     /// The session that serves the port from now on.
-    pub(super) fn connect(&self, gate: Option<&Arc<Gate<Server>>>) {
-        *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = gate.map(Arc::downgrade);
+    pub(super) fn connect(&self, session: Option<Weak<dyn Session>>) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
     }
 
     /// Whether the guest should see the port as open. A terminal is there even if nobody looks.
@@ -43,32 +53,37 @@ impl PortEnd {
         self.console || self.connected.load(Ordering::Acquire)
     }
 
-    fn enter<R>(&self, work: impl FnOnce(&mut Server) -> R) -> Option<R> {
-        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()?;
-        gate.enter(work)
+    fn session(&self) -> Option<Arc<dyn Session>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
+    }
+
+    fn tell(&self, what: impl FnOnce(&dyn Session)) {
+        if let Some(session) = self.session() {
+            what(&*session);
+        }
     }
 }
 
 impl FrontEnd for PortEnd {
     fn can_receive(&self) -> usize {
-        self.enter(|server| server.room(self.nr)).unwrap_or(0)
+        self.session().map_or(0, |session| session.room(self.nr))
     }
 
     fn receive(&self, data: &[u8]) {
-        self.enter(|server| server.receive(self.nr, data));
+        self.tell(|session| session.receive(self.nr, data));
     }
 
     fn opened(&self) {
         self.connected.store(true, Ordering::Release);
-        self.enter(|server| server.host_changed(self.nr, true));
+        self.tell(|session| session.host_changed(self.nr, true));
     }
 
     fn closed(&self) {
         self.connected.store(false, Ordering::Release);
-        self.enter(|server| server.host_changed(self.nr, false));
+        self.tell(|session| session.host_changed(self.nr, false));
     }
 
     fn writable(&self) {
-        self.enter(|server| server.writable(self.nr));
+        self.tell(|session| session.writable(self.nr));
     }
 }

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Effect};
-use super::port::PortEnd;
-use super::state::Carried;
+use super::port::{PortEnd, Session};
+use super::saved::Carried;
 use super::{CONTROL_FROM_DRIVER, CONTROL_TO_DRIVER, queues_of};
 use crate::virtio::queue::{Chain, Position, QueueError};
+use crate::virtio::worker::Gate;
 use crate::virtio::{ActiveQueue, Interrupt, complain};
 
 /// Bytes of one port on their way to the guest.
@@ -96,6 +97,24 @@ impl Ring {
             // The watch is edge-triggered: this makes an edge. It cannot fail: the counter is far from full.
             let _ = self.queue.notify.write(1);
         }
+    }
+}
+
+impl Session for Gate<Server> {
+    fn room(&self, nr: u8) -> usize {
+        self.enter(|server| server.room(nr)).unwrap_or(0)
+    }
+
+    fn receive(&self, nr: u8, data: &[u8]) {
+        self.enter(|server| server.receive(nr, data));
+    }
+
+    fn host_changed(&self, nr: u8, open: bool) {
+        self.enter(|server| server.host_changed(nr, open));
+    }
+
+    fn writable(&self, nr: u8) {
+        self.enter(|server| server.writable(nr));
     }
 }
 
@@ -203,14 +222,14 @@ impl Server {
     }
 
     /// Bytes that port `nr` takes from the host now.
-    pub(super) fn room(&self, nr: u8) -> usize {
+    fn room(&self, nr: u8) -> usize {
         let port = self.position(nr).and_then(|at| self.ports.get(at));
         port.filter(|p| p.guest_open && !self.broken)
             .map_or(0, |p| STAGED_MAX - p.staged.len().min(STAGED_MAX))
     }
 
     /// Bytes from the host, at most [`room`](Self::room).
-    pub(super) fn receive(&mut self, nr: u8, data: &[u8]) {
+    fn receive(&mut self, nr: u8, data: &[u8]) {
         let Some(at) = self.position(nr) else { return };
         if let Some(port) = self.ports.get_mut(at) {
             port.staged.extend(data);
@@ -219,7 +238,7 @@ impl Server {
     }
 
     /// A client has come or gone.
-    pub(super) fn host_changed(&mut self, nr: u8, open: bool) {
+    fn host_changed(&mut self, nr: u8, open: bool) {
         let Some(at) = self.position(nr) else { return };
         if !self.ports.get(at).is_some_and(|p| p.end.console) {
             self.control.host(nr, open);
@@ -229,7 +248,7 @@ impl Server {
     }
 
     /// The character device has room again.
-    pub(super) fn writable(&mut self, nr: u8) {
+    fn writable(&mut self, nr: u8) {
         if let Some(at) = self.position(nr) {
             self.act(|s| s.collect(at));
         }

@@ -21,10 +21,13 @@ use super::{
 use crate::net::Backend;
 
 mod control;
+mod face;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod lend;
 mod port;
 mod rx;
+pub(super) mod saved;
 mod serve;
 mod session;
 mod state;
@@ -36,7 +39,6 @@ mod vhost;
 mod tests;
 
 pub use port::{NotInserted, Port, PortError};
-pub use state::Saved;
 
 use port::State;
 use serve::{Rings, Server};
@@ -88,7 +90,7 @@ pub struct Net {
     port: Arc<Port>,
     queue_sizes: Vec<u16>,
     /// What the driver of a suspended device had set up.
-    carried: Option<state::Carried>,
+    carried: Option<saved::Carried>,
     /// The driver is to look at the link again once the device goes on.
     link_changed: bool,
 }

@@ -9,10 +9,11 @@
 //! Locks: the transport's registers, then `state`. It is held over a wait for the I/O thread, which therefore never takes
 //! it: what the guest reads meanwhile is in `Face`, which has no lock.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::face::Face;
 use super::session::{Session, SessionError, settle};
 use crate::event::LoopHandle;
 use crate::net::Backend;
@@ -70,32 +71,6 @@ pub struct NotInserted {
     pub backend: Option<Backend>,
 }
 
-/// What the guest sees in configuration space.
-pub(super) struct Face {
-    mac: AtomicU64,
-    link: AtomicBool,
-}
-
-impl Face {
-    pub(super) fn mac(&self) -> [u8; 6] {
-        let [mac @ .., _, _] = self.mac.load(Ordering::Acquire).to_le_bytes();
-        mac
-    }
-
-    pub(super) fn set_mac(&self, [a, b, c, d, e, f]: [u8; 6]) {
-        self.mac.store(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]), Ordering::Release);
-    }
-
-    pub(super) fn link(&self) -> bool {
-        self.link.load(Ordering::Acquire)
-    }
-
-    /// Returns what it was.
-    pub(super) fn set_link(&self, up: bool) -> bool {
-        self.link.swap(up, Ordering::AcqRel)
-    }
-}
-
 pub(super) struct State {
     pub(super) backend: Option<Arc<Backend>>,
     pub(super) session: Option<Session>,
@@ -118,8 +93,7 @@ pub struct Port {
 
 impl Port {
     pub(super) fn new(backend: Option<Backend>, pairs: usize, mac: [u8; 6], worker: Worker) -> Arc<Self> {
-        let face = Face { mac: AtomicU64::new(0), link: AtomicBool::new(backend.is_some()) };
-        face.set_mac(mac);
+        let face = Face::new(mac, backend.is_some());
         let occupied = AtomicBool::new(backend.is_some());
         let backend = backend.map(Arc::new);
         let state = Mutex::new(State { backend, session: None, io_thread: None, mac, worker });

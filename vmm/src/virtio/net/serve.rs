@@ -7,10 +7,10 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{self, Command};
+use super::face::Face;
 use super::feature;
-use super::port::Face;
 use super::rx::Receiver;
-use super::state::Carried;
+use super::saved::Carried;
 use super::turn::Ended;
 use super::tx::Sender;
 use super::vhost::LentPair;

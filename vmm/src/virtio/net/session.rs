@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use super::saved::Carried;
 use super::serve::Server;
-use super::state::Carried;
 use super::vhost::Events;
 use crate::event::{EventFlags, LoopHandle, Ops};
 use crate::net::Backend;

@@ -4,18 +4,15 @@
 //! goes over and comes back, what has been used stands in the ring itself.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::serve::Server;
 use crate::net::Backend;
-use crate::vhost::{Ring, Vhost};
-use crate::virtio::fd_of;
+use crate::vhost::Vhost;
 
 /// Numbers of the rings within a vhost-net device.
-const RINGS: [u32; 2] = [0, 1];
+pub(super) const RINGS: [u32; 2] = [0, 1];
 
 /// What the kernel signals for one pair.
 pub(super) struct Events {
@@ -35,17 +32,17 @@ impl Events {
 /// A pair that the kernel serves. Stops it when dropped: the server, in which it stands before the rings, keeps guest memory
 /// mapped until then.
 pub(super) struct LentPair {
-    backend: Arc<Backend>,
-    pair: usize,
-    _events: Events,
+    pub(super) backend: Arc<Backend>,
+    pub(super) pair: usize,
+    pub(super) _events: Events,
 }
 
 impl LentPair {
-    fn vhost(&self) -> Option<&Vhost> {
+    pub(super) fn vhost(&self) -> Option<&Vhost> {
         self.backend.vhosts().get(self.pair)
     }
 
-    fn stop(&self) {
+    pub(super) fn stop(&self) {
         for (index, vhost) in RINGS.into_iter().zip(std::iter::repeat(self.vhost())) {
             if let Some(Err(error)) = vhost.map(|v| v.set_tap(index, None)) {
                 tracing::error!(netdev = self.backend.id(), "vhost-net does not stop: {error}");
@@ -57,70 +54,5 @@ impl LentPair {
 impl Drop for LentPair {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-impl Server {
-    /// Hands both rings of a pair to the kernel. After an error it has neither.
-    pub(super) fn lend(&mut self, pair: usize, backend: &Arc<Backend>, events: Events) -> io::Result<()> {
-        let (Some(rings), Some(vhost), Some(tap)) =
-            (self.pairs.get_mut(pair), backend.vhosts().get(pair), backend.taps().get(pair))
-        else {
-            return Ok(());
-        };
-        vhost.prepare(self.features, &self.memory)?;
-        let notify = [&rings.rx.queue.notify, &rings.tx.queue.notify].map(Arc::clone);
-        let places = [rings.rx.lend(), rings.tx.queue.queue.lend(0)];
-        for (index, ((place, kick), call)) in
-            RINGS.into_iter().zip(places.iter().zip(&notify).zip(&events.calls))
-        {
-            vhost.start_ring(&Ring {
-                index,
-                size: place.size,
-                desc: place.desc,
-                avail: place.avail,
-                used: place.used,
-                base: place.base,
-                kick: fd_of(kick),
-                call: fd_of(call),
-                error: fd_of(&events.error),
-            })?;
-        }
-        // From here on what goes wrong is stopped by the drop.
-        let lent = LentPair { backend: Arc::clone(backend), pair, _events: events };
-        self.lent.push(lent);
-        for index in RINGS {
-            vhost.set_tap(index, Some(tap.as_fd()))?;
-        }
-        for kick in notify {
-            // What the driver queued while nobody looked.
-            let _ = kick.write(1);
-        }
-        Ok(())
-    }
-
-    /// Takes all rings back from the kernel. False: it had none.
-    pub(super) fn take_back(&mut self) -> bool {
-        let lent = std::mem::take(&mut self.lent);
-        for pair in &lent {
-            pair.stop();
-            let (Some(vhost), Some(rings)) = (pair.vhost(), self.pairs.get_mut(pair.pair)) else { continue };
-            match RINGS.map(|index| vhost.base(index)) {
-                [Ok(rx), Ok(tx)] => {
-                    for (queue, base) in [(&mut rings.rx.queue, rx), (&mut rings.tx.queue, tx)] {
-                        queue.queue.take_back(base);
-                        // What the kernel signalled last may not have been passed on: nobody listens to it any more. The driver
-                        // would wait for that for ever, because with EVENT_IDX it asks for one interrupt, at a position
-                        // that is past. One too many does no harm.
-                        self.interrupt.queue(queue.index);
-                    }
-                }
-                [Err(error), _] | [_, Err(error)] => {
-                    let index = rings.rx.queue.index;
-                    self.break_down(index, format_args!("lost its place: {error}"));
-                }
-            }
-        }
-        !lent.is_empty()
     }
 }

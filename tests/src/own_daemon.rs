@@ -110,10 +110,18 @@ impl OwnDaemon {
         self.host.write(&file, definition.to_string())?;
         self.flotilla(&format!("define {file}"))?;
         self.flotilla(&format!("start {name}"))?;
-        let talk = format!("exec env {} console {name}", self.flotilla);
-        let mut console = Console::new(self.host.talk(&talk)?);
+        let mut console = self.console(name)?;
         console.expect("is up.", SOON)?;
         Ok(console)
+    }
+
+    /// The console of a VM.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub fn console(&self, name: &str) -> Outcome<Console> {
+        let talk = format!("exec env {} console {name}", self.flotilla);
+        Ok(Console::new(self.host.talk(&talk)?))
     }
 
     /// Runs a line for bash in the daemon's network.

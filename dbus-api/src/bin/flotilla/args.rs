@@ -3,6 +3,7 @@
 pub(crate) mod device;
 pub(crate) mod network;
 pub(crate) mod spec;
+pub(crate) mod template;
 pub(crate) mod watch;
 
 use std::path::PathBuf;
@@ -206,6 +207,19 @@ Examples:
     /// Give disks to a VM that runs, take them away, list them
     #[command(subcommand)]
     Disk(device::DiskVerb),
+    /// Make templates of VMs that run, list and remove them
+    #[command(subcommand)]
+    Template(template::TemplateVerb),
+    /// Make VMs from a template: they go on where it was, each with an identity of its own
+    ///
+    /// A clone has its own name, uuid, sockets, taps, hardware addresses and disks; it is a VM like any other. Its guest learns who it is from a
+    /// small read-only disk with the serial number flotilla-identity, in cloud-init's NoCloud format.
+    #[command(after_help = "\
+Examples:
+  flotilla clone base --name web
+  flotilla clone base --count 20 --name web-%%
+  flotilla clone base -n 3 --user-data user-data.yaml --label role=web --json")]
+    Clone(template::CloneArgs),
     /// Show what happens to the VMs, as it happens
     ///
     /// First how each stands, then every change: numbered, in order, none left out. When some were missed all of them are shown anew.

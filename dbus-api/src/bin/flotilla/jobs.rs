@@ -84,6 +84,7 @@ impl Jobs {
                 self.follow_phase(client, vm.clone(), job.clone());
             }
         }
+        let many = jobs.len() > SHOWN;
         let mut outcomes: HashMap<OwnedObjectPath, Result<(), Failure>> = HashMap::new();
         while jobs.iter().any(|(_, job)| !outcomes.contains_key(job)) {
             let trouble = match tokio::time::timeout_at(deadline, self.news.recv()).await {
@@ -93,6 +94,10 @@ impl Jobs {
                         result => Err(failure::of_job(result, &name, &text)),
                     };
                     outcomes.insert(job, outcome);
+                    if many {
+                        let done = jobs.iter().filter(|(_, job)| outcomes.contains_key(job)).count();
+                        self.line.show(&format!("{doing}: {done} of {}", jobs.len()));
+                    }
                     continue;
                 }
                 Ok(Some(News::Phase { vm, phase })) => {
@@ -131,12 +136,31 @@ impl Jobs {
         self.tasks.push(tokio::spawn(async move {
             // The job may be over already: then there is nothing to show.
             let Ok(job) = JobProxy::new(&connection, job).await else { return };
+            // Told after the phase that it belongs to; most jobs have none.
+            let mut progress = job.receive_progress_changed().await;
             let mut phases = job.receive_phase_changed().await;
-            while let Some(change) = phases.next().await {
-                if let Ok(phase) = change.get().await
-                    && !phase.is_empty()
-                    && to.send(News::Phase { vm: vm.clone(), phase }).is_err()
-                {
+            let mut phase = String::new();
+            loop {
+                let text = tokio::select! {
+                    change = phases.next() => match change {
+                        Some(change) => match change.get().await {
+                            Ok(new) => {
+                                phase = new;
+                                phase.clone()
+                            }
+                            Err(_) => continue,
+                        },
+                        None => return,
+                    },
+                    change = progress.next() => match change {
+                        Some(change) => match change.get().await {
+                            Ok(progress) => with_part(&phase, progress),
+                            Err(_) => continue,
+                        },
+                        None => return,
+                    },
+                };
+                if !text.is_empty() && to.send(News::Phase { vm: vm.clone(), phase: text }).is_err() {
                     return;
                 }
             }
@@ -157,6 +181,14 @@ fn status(doing: &str, vm: &str, phase: &str) -> String {
         "defined" | "stopped" | "running" | "paused" | "failed" => format!("{doing} {vm}"),
         phase if phase == doing => format!("{doing} {vm}"),
         phase => format!("{doing} {vm}: {phase}"),
+    }
+}
+
+/// A phase with how much of it is done; just the phase when nobody knows.
+fn with_part(phase: &str, (done, all): (u64, u64)) -> String {
+    match u128::from(done).saturating_mul(100).checked_div(u128::from(all)) {
+        Some(part) if !phase.is_empty() => format!("{phase}, {part} %"),
+        _ => phase.to_owned(),
     }
 }
 
@@ -195,5 +227,7 @@ mod tests {
         assert_eq!(status("starting", "web", "defined"), "starting web");
         assert_eq!(status("starting", "web", "starting"), "starting web");
         assert_eq!(status("starting", "web", "network"), "starting web: network");
+        assert_eq!(with_part("copying disks", (1, 3)), "copying disks, 33 %");
+        assert_eq!((with_part("pausing", (0, 0)), with_part("", (1, 2))), ("pausing".into(), String::new()));
     }
 }

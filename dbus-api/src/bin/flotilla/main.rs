@@ -1,6 +1,6 @@
 //! The `flotilla` command: the first client of the API. Here: from the command line to a verb, and from its outcome to an exit status.
 //!
-//! Rooms, upper first: `run` uses `console`, `define` and `power`; those, `inspect` and `logs` use `jobs` and `client`; all use `output`,
+//! Rooms, upper first: `run` uses `console`, `define` and `power`, `template` uses `power`; those, `inspect` and `logs` use `jobs` and `client`; all use `output`,
 //! `failure` and `args`.
 
 mod args;
@@ -20,6 +20,7 @@ mod output;
 mod power;
 mod run;
 mod stream;
+mod template;
 mod watch;
 
 use clap::Parser;
@@ -72,6 +73,8 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Network(verb) => network::network(&client, verb).await,
         Verb::Nic(verb) => device::nic(&client, verb).await,
         Verb::Disk(verb) => device::disk(&client, verb).await,
+        Verb::Template(verb) => template::template(&client, verb).await,
+        Verb::Clone(args) => template::clone(&client, args).await,
         Verb::Events(args) => watch::events(&client, args).await,
         Verb::Wait(args) => watch::wait(&client, args).await,
         Verb::Drain(args) => power::drain(&client, args).await,

@@ -123,7 +123,7 @@ fn unique(names: &[String]) -> impl Iterator<Item = &String> {
 }
 
 /// Prints all failures but the last and returns that one with the first one's status.
-fn report(mut failures: Vec<Failure>) -> Result<(), Failure> {
+pub(crate) fn report(mut failures: Vec<Failure>) -> Result<(), Failure> {
     let exit = failures.first().map(|failure| failure.exit);
     let last = failures.pop();
     failures.dedup();

@@ -373,6 +373,18 @@ impl Around {
     }
 }
 
+/// Opens a plain file or block device whose bytes are wanted as they are, and locks it until it is closed; with its size. Its descriptor is good for
+/// unaligned reads and writes.
+pub fn open_plain(drive: &Drive, inherited: &Inherited) -> Result<(File, u64), BlockError> {
+    let open = || {
+        let file = open_locked(drive, inherited)?;
+        let metadata = file.metadata().map_err(|e| Problem::Host("examine it", e))?;
+        let size = length(&file, &metadata)?;
+        Ok((file, size))
+    };
+    open().map_err(|problem| BlockError { drive: drive.id.clone(), path: drive.file.clone(), problem })
+}
+
 /// Opens, examines and locks the file of `drive`.
 fn open_locked(drive: &Drive, inherited: &Inherited) -> Result<File, Problem> {
     let file = match inherited.take_path(&drive.file) {

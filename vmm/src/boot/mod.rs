@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 pub use cmdline::CmdlineError;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{Board, BootFiles, load};
+pub use x86_64::{AcpiFiles, Board, BootFiles, FirmwareFiles, acpi_files, items, load, shadow};
 
 use crate::device::GenerationId;
 
@@ -154,7 +154,7 @@ pub struct Platform<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The VM has no kernel.
-    #[error("-kernel is missing: this machine type has no firmware and boots a kernel directly")]
+    #[error("-kernel is missing: a machine without firmware boots a kernel directly")]
     NoKernel,
     /// There is no such file.
     #[error("{option} {}: no such file", path.display())]

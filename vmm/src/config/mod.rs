@@ -63,6 +63,8 @@ pub struct VmConfig {
     pub boot: BootConfig,
     /// `-drive`, in command-line order.
     pub drives: Vec<Drive>,
+    /// `-drive if=pflash`: where firmware lies. No device uses them.
+    pub flash: Vec<Drive>,
     /// `-netdev`, in command-line order.
     pub netdevs: Vec<Netdev>,
     /// `-chardev`, in command-line order.
@@ -100,6 +102,7 @@ impl Default for VmConfig {
             smbios: Vec::new(),
             boot: BootConfig::default(),
             drives: Vec::new(),
+            flash: Vec::new(),
             netdevs: Vec::new(),
             chardevs: Vec::new(),
             serial: None,

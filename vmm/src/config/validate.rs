@@ -70,7 +70,8 @@ fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
             config.memory.size
         ));
     }
-    if has_guest && config.boot.kernel.is_none() {
+    firmware(config)?;
+    if has_guest && config.boot.kernel.is_none() && config.flash.is_empty() {
         return bad("a kernel is needed: add -kernel FILE");
     }
     if !has_guest && !config.devices.is_empty() {
@@ -83,6 +84,30 @@ fn board(config: &VmConfig) -> Result<(), InvalidConfig> {
         ));
     }
     unique("iothread", config.iothreads.iter().map(String::as_str))
+}
+
+fn firmware(config: &VmConfig) -> Result<(), InvalidConfig> {
+    let Some(first) = config.flash.first() else { return Ok(()) };
+    if config.machine.kind != MachineKind::Q35 {
+        return bad(format!("drive \"{}\": if=pflash is for -machine q35: leave it out", first.id));
+    }
+    let mut units = BTreeSet::new();
+    for drive in &config.flash {
+        if !units.insert(drive.pflash_unit) {
+            let unit = drive.pflash_unit.unwrap_or_default();
+            return bad(format!(
+                "drive \"{}\": there is a pflash with unit={unit} already: leave one of them out",
+                drive.id
+            ));
+        }
+    }
+    if !units.contains(&Some(0)) {
+        return bad(format!(
+            "drive \"{}\": the firmware itself is missing: add -drive if=pflash,unit=0,readonly=on,file=FIRMWARE",
+            first.id
+        ));
+    }
+    Ok(())
 }
 
 fn memory(config: &VmConfig) -> Result<(), InvalidConfig> {
@@ -113,7 +138,7 @@ fn memory(config: &VmConfig) -> Result<(), InvalidConfig> {
 }
 
 fn drives(config: &VmConfig) -> Result<(), InvalidConfig> {
-    unique("drive", config.drives.iter().map(|d| d.id.as_str()))?;
+    unique("drive", config.drives.iter().chain(&config.flash).map(|d| d.id.as_str()))?;
     config.drives.iter().try_for_each(drive)
 }
 
@@ -133,7 +158,7 @@ pub(super) fn drive(drive: &Drive) -> Result<(), InvalidConfig> {
         _ => {}
     }
     if drive.pflash_unit.is_some() {
-        return bad(format!("drive \"{id}\": if=pflash is not supported in this version"));
+        return bad(format!("drive \"{id}\": if=pflash is for the command line only"));
     }
     if drive.format == ImageFormat::Raw && !drive.backing.is_empty() {
         return bad(format!("drive \"{id}\": a raw image has no backing file: add format=qcow2"));

@@ -47,8 +47,8 @@ use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::vsock::VsockError;
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
-pub use q35::PlugError;
 use q35::Q35;
+pub use q35::{FirmwareError, PlugError};
 pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice, Plugged};
 use snapshot::Stand;
 
@@ -139,6 +139,9 @@ pub enum MachineError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// Firmware.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
     /// A tap.
     #[error(transparent)]
     Net(#[from] NetError),

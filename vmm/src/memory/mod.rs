@@ -6,6 +6,7 @@
 mod backing;
 pub mod discard;
 pub mod layout;
+mod rom;
 mod sparse;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use crate::config::{
     MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig, Placement, PlacementPolicy,
 };
 use backing::Backing;
+pub use rom::Rom;
 pub use sparse::data_in;
 
 /// Guest RAM as every device sees it. Built once, before the vCPUs start.

@@ -25,7 +25,7 @@ use std::sync::Arc;
 pub use bar::Window;
 pub use intx::Intx;
 pub use msix::{Msix, SavedVector, TABLE_SIZE};
-pub use platform::{host_bridge, lpc};
+pub use platform::{HostBridge, lpc};
 pub use port::{PortEvents, PortOptions, RootPort, SavedPort};
 pub use root::{Address, Root, RootError};
 pub use slot::Pending;

@@ -14,6 +14,8 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// What the reset register of a q35 takes for "now" (ICH9 §13.7.5).
 const RESET_NOW: u8 = 0x0f;
+/// Where the clock keeps the century.
+const CENTURY: u8 = 0x32;
 // Bytes of the fixed registers.
 const EVENTS: u8 = 4;
 const CONTROL: u8 = 2;
@@ -40,6 +42,8 @@ pub(super) fn full(dsdt: u64, facs: u64, pcie: &Pcie) -> FADT {
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton)
+        // Set: the clock wakes nobody from sleep.
+        .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);
     fadt.sci_int = (pcie.sci as u16).into();
@@ -51,7 +55,8 @@ pub(super) fn full(dsdt: u64, facs: u64, pcie: &Pcie) -> FADT {
     fadt.x_pm1a_cnt_blk = block(control, CONTROL, AccessSize::WordAccess);
     fadt.x_pm_tmr_blk = block(timer, TIMER, AccessSize::DwordAccess);
     (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (NO_C2.into(), NO_C3.into());
-    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.iapc_boot_arch = NO_VGA.into();
+    fadt.century = CENTURY;
     fadt.reset_reg = register(pcie.reset);
     fadt.reset_value = RESET_NOW;
     fadt.sleep_control_reg = register(pcie.sleep);

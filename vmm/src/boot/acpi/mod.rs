@@ -2,12 +2,13 @@
 //! and a PCI Express root.
 //!
 //! One file for each table. The blob is built in host memory and written once: RSDP first, where kernels that are not told its
-//! address look for it.
+//! address look for it. Firmware takes the tables where it likes, and is told what to change in them (`loader`).
 
 mod cpus;
 mod dsdt;
 mod fadt;
 mod generation;
+mod loader;
 mod madt;
 mod numa;
 mod pci;
@@ -21,6 +22,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{BootError, Hardware, Platform};
 use crate::memory::GuestMemory;
+
+pub(super) use loader::Files;
 
 const OEM_ID: [u8; 6] = *b"FLOTIL";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
@@ -55,14 +58,26 @@ impl Aml for Facs {
 /// Writes all tables from `at` on; returns the address of the RSDP.
 pub(super) fn write(memory: &GuestMemory, at: u64, platform: &Platform<'_>) -> Result<u64, BootError> {
     memory
-        .write_slice(&tables(at, platform), GuestAddress(at))
+        .write_slice(&tables(at, platform).blob, GuestAddress(at))
         .map_err(|source| BootError::Memory { what: "the ACPI tables", source })?;
     let generation = platform.generation.write(memory);
     generation.map_err(|source| BootError::Memory { what: "the VM Generation ID", source })?;
     Ok(at)
 }
 
-fn tables(at: u64, platform: &Platform<'_>) -> Vec<u8> {
+/// The tables as files for firmware.
+pub(super) fn files(platform: &Platform<'_>) -> Files {
+    loader::files(tables(0, platform))
+}
+
+/// Tables in one piece, the RSDP first, and where in it those lie that point to others.
+struct Tables {
+    blob: Vec<u8>,
+    fadt: usize,
+    xsdt: usize,
+}
+
+fn tables(at: u64, platform: &Platform<'_>) -> Tables {
     let mut blob = vec![0; Rsdp::len()];
     let mut add = |table: &dyn Aml| {
         blob.resize(blob.len().next_multiple_of(ALIGN), 0);
@@ -98,7 +113,8 @@ fn tables(at: u64, platform: &Platform<'_>) -> Vec<u8> {
     let mut rsdp = Vec::with_capacity(Rsdp::len());
     Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
     blob[..rsdp.len()].copy_from_slice(&rsdp);
-    blob
+    let offset = |address: u64| (address - at) as usize;
+    Tables { blob, fadt: offset(fadt), xsdt: offset(xsdt) }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! \_SB.PCI0._PRT   INTx: pin p of slot s is GSI first + (s + p) mod 4
 //! \_SB.PCI0._OSC   gives the guest native hot-plug and the PCI Express capability, and nothing else
 //! \_SB.RES0        PNP0C02: ECAM and the ACPI registers are taken
+//! \_SB.RTC0        PNP0B00: the clock, with its memory
 //! ```
 
 use acpi_tables::aml::{
@@ -14,7 +15,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
+use super::interrupt;
 use crate::boot::Pcie;
+use crate::device::Rtc;
 
 /// Which document the `_OSC` call speaks of: PCI host bridges.
 const OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
@@ -72,6 +75,16 @@ impl Aml for Host {
                 &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
                 &Name::new("_UID".into(), &0u8),
                 &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &pm, &sleep])),
+            ],
+        )
+        .to_aml_bytes(sink);
+        let (ports, irq) = (Rtc::PORT as u16, interrupt(Rtc::GSI));
+        let io = IO::new(ports, ports, 1, Rtc::PORTS as u8);
+        Device::new(
+            "RTC0".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io, &irq])),
             ],
         )
         .to_aml_bytes(sink);

@@ -31,11 +31,15 @@ fn blob(cpus: u8, serial: bool) -> Vec<u8> {
         generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
-    tables(AT, &platform)
+    tables(AT, &platform).blob
 }
 
 /// A q35 with two processors, and more if `processors` has more.
 fn q35(processors: &[bool], numa: bool) -> Vec<u8> {
+    q35_tables(processors, numa, AT).blob
+}
+
+fn q35_tables(processors: &[bool], numa: bool, address: u64) -> Tables {
     let most = processors.len() as u8;
     let smp = Smp { cpus: 2, max_cpus: most, sockets: 1, dies: 1, clusters: 1, cores: most, threads: 1 };
     let pcie = Pcie {
@@ -73,7 +77,53 @@ fn q35(processors: &[bool], numa: bool) -> Vec<u8> {
         generation: crate::device::GenerationId::new(),
         dirty_memory: false,
     };
-    tables(AT, &platform)
+    tables(address, &platform)
+}
+
+/// What firmware does with the files: it puts them somewhere, and carries the script out.
+#[test]
+fn firmware_puts_the_tables_together_elsewhere() {
+    const TABLES: u64 = 0x7e00_0040;
+    let Files { rsdp, tables, loader } = loader::files(q35_tables(&[true; 2], true, 0));
+    let mut files = [("etc/acpi/tables", TABLES, tables), ("etc/acpi/rsdp", 0xf_5040, rsdp)];
+    assert_eq!(loader.len() % 128, 0);
+    for command in loader.chunks(128) {
+        let name =
+            |from: usize| std::str::from_utf8(&command[from..from + 56]).unwrap().trim_end_matches('\0');
+        let find = |name: &str| files.iter().position(|(n, ..)| *n == name).unwrap();
+        let word = |from: usize| number(&command[from..from + 4]);
+        match word(0) {
+            1 => assert!(matches!((find(name(4)), word(60), command[64]), (0, 64, 1) | (1, 16, 2))),
+            2 => {
+                let (file, at, size) = (find(name(4)), word(116), usize::from(command[120]));
+                assert_eq!(find(name(60)), 0);
+                let field = &mut files[file].2[at..at + size];
+                let value = number(field) as u64 + TABLES;
+                field.copy_from_slice(&value.to_le_bytes()[..size]);
+            }
+            3 => {
+                let bytes = &mut files[find(name(4))].2;
+                let (at, start, len) = (word(60), word(64), word(68));
+                bytes[at] = bytes[start..start + len].iter().fold(0u8, |sum, b| sum.wrapping_sub(*b));
+            }
+            other => panic!("command {other}"),
+        }
+    }
+    let [(_, _, tables), (_, _, rsdp)] = &files;
+    assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(rsdp)), (&b"RSD PTR "[..], 0, 0));
+    let get = |address: usize| {
+        let at = address - TABLES as usize;
+        let len = number(&tables[at + 4..at + 8]);
+        &tables[at..at + len]
+    };
+    let xsdt = get(number(&rsdp[24..32]));
+    assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+    let all: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| get(number(entry))).collect();
+    let signatures: Vec<&[u8]> = all.iter().map(|t| &t[..4]).collect();
+    assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG", b"SRAT", b"SLIT"]);
+    assert!(all.iter().all(|t| sum(t) == 0));
+    let (facs, dsdt) = (get(number(&all[0][36..40])), get(number(&all[0][140..148])));
+    assert_eq!((&facs[..4], &dsdt[..4], sum(dsdt)), (&b"FACS"[..], &b"DSDT"[..], 0));
 }
 
 #[test]

@@ -23,6 +23,19 @@ pub(super) fn is(head: &[u8]) -> bool {
     head.get(MAGIC..MAGIC + 4) == Some(b"HdrS")
 }
 
+/// Bytes before the protected-mode part; none in a file of another kind.
+pub(super) fn setup_size(head: &[u8]) -> u64 {
+    match head.get(HEADER) {
+        Some(sectors) if is(head) => setup_bytes(*sectors),
+        _ => 0,
+    }
+}
+
+fn setup_bytes(sectors: u8) -> u64 {
+    let sectors = if sectors == 0 { 4 } else { u64::from(sectors) };
+    (sectors + 1) * SECTOR
+}
+
 pub(super) fn load(
     file: &mut BootFile,
     head: &[u8],
@@ -52,11 +65,7 @@ pub(super) fn load(
         return Err(file.not_a_kernel("is a 32-bit kernel; an x86_64 kernel is needed"));
     }
 
-    let setup_sectors = match header.setup_sects {
-        0 => 4,
-        n => u64::from(n),
-    };
-    let payload = (setup_sectors + 1) * SECTOR;
+    let payload = setup_bytes(header.setup_sects);
     // `syssize` counts the protected-mode part in paragraphs; the file may be longer (signatures) but never shorter.
     let claimed = u64::from(header.syssize) * 16;
     let size = file.len().saturating_sub(payload);

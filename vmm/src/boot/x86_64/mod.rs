@@ -7,6 +7,7 @@
 
 mod bzimage;
 mod elf;
+mod firmware;
 mod initrd;
 mod linux64;
 mod mptable;
@@ -24,6 +25,7 @@ use crate::inherit::Inherited;
 use crate::memory::GuestMemory;
 use crate::memory::layout::{EBDA_START, GAP_END, GAP_START, HIGH_RAM_START};
 
+pub use firmware::{AcpiFiles, FirmwareFiles, acpi_files, items, shadow};
 pub use smbios::Board;
 
 const GDT: u64 = 0x500;

@@ -40,16 +40,22 @@ pub(super) fn write_all(
     board: &Board,
     platform: &Platform<'_>,
 ) -> Result<(), BootError> {
-    let tables = tables(board, platform);
     let at = ANCHOR + 32;
+    let (anchor, tables) = files(board, platform, at);
+    write(memory, ANCHOR, &anchor, "the SMBIOS anchor")?;
+    write(memory, at, &tables, "the SMBIOS tables")
+}
+
+/// The anchor, and the tables, which come to lie at `at`.
+pub(super) fn files(board: &Board, platform: &Platform<'_>, at: u64) -> (Vec<u8>, Vec<u8>) {
+    let tables = tables(board, platform);
     let mut anchor = b"_SM3_\0".to_vec();
     // Length, version 3.0, revision of the anchor.
     anchor.extend([ANCHOR_SIZE, 3, 0, 0, 1, 0]);
     anchor.extend((tables.len() as u32).to_le_bytes());
     anchor.extend(at.to_le_bytes());
     anchor[5] = anchor.iter().fold(0u8, |sum, b| sum.wrapping_sub(*b));
-    write(memory, ANCHOR, &anchor, "the SMBIOS anchor")?;
-    write(memory, at, &tables, "the SMBIOS tables")
+    (anchor, tables)
 }
 
 /// One table in the making: its formatted part, and the texts that follow.

@@ -21,7 +21,12 @@ const QUEUE_PAIRS_MAX: u64 = 16;
 /// Reads the options of this file out of `given` into `config`.
 pub(super) fn read(given: &mut Given, config: &mut VmConfig) -> Result<(), CmdlineError> {
     for text in given.many("-drive") {
-        config.drives.push(drive(&text)?);
+        let drive = drive(&text)?;
+        if drive.pflash_unit.is_some() {
+            config.flash.push(drive);
+        } else {
+            config.drives.push(drive);
+        }
     }
     for text in given.many("-netdev") {
         config.netdevs.push(netdev(&text)?);
@@ -60,8 +65,8 @@ pub(super) fn drive(text: &str) -> Result<Drive, CmdlineError> {
     let interface = props.text("if")?.unwrap_or_else(|| "none".to_owned());
     match interface.as_str() {
         "none" => {}
-        "pflash" => return Err(props.unsupported("if=pflash (firmware)")),
-        other => return Err(props.bad(format!("if={other}: use none"))),
+        "pflash" => return pflash(props),
+        other => return Err(props.bad(format!("if={other}: use none or pflash"))),
     }
     let id = props.required_id()?;
     let file = PathBuf::from(props.required("file")?);
@@ -117,6 +122,26 @@ pub(super) fn drive(text: &str) -> Result<Drive, CmdlineError> {
         refcount_cache_size,
         ..Drive::new(id, file)
     })
+}
+
+/// Firmware in flash. It needs no name: nothing refers to it.
+fn pflash(mut props: Props) -> Result<Drive, CmdlineError> {
+    let Some(unit) = props.number("unit", 0..=1)? else {
+        return Err(
+            props.bad("'unit' is missing for 'pflash' device: add unit=0 for code, or unit=1 for variables")
+        );
+    };
+    let id = props.id()?.unwrap_or_else(|| format!("pflash{unit}"));
+    let file = PathBuf::from(props.required("file")?);
+    let readonly = props.boolean("readonly")?.unwrap_or(false);
+    if let Some(format) = props.text("format")?.filter(|format| format != "raw") {
+        return Err(props.bad(format!("format={format}: flash is raw")));
+    }
+    // It is read at once and written in bytes, which a direct way does not do.
+    props.boolean("direct")?;
+    props.finish()?;
+    let unit = u8::try_from(unit).ok();
+    Ok(Drive { readonly, direct: false, pflash_unit: unit, ..Drive::new(id, file) })
 }
 
 /// `key=SIZE`, at most 32 MiB.

@@ -1,11 +1,12 @@
-//! The registers that the first vCPU starts with: one state for the Linux 64-bit boot protocol, one for PVH.
+//! The registers that the first vCPU starts with: one state for the Linux 64-bit boot protocol, one for PVH, and that after a reset for firmware.
 //!
 //! The `boot` room puts kernel, parameters, page tables and `gdt` into guest memory; the machine then calls [`BootState::apply`].
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::super::CpuError;
+use super::{MSR_MTRR_DEF_TYPE, msrs};
 use crate::irq::LAPIC_BASE;
 
 /// Where and how a kernel is entered. All addresses are guest physical ones.
@@ -33,6 +34,8 @@ pub enum BootState {
         /// Descriptor table with the content of `gdt`.
         gdt: u64,
     },
+    /// Firmware: real mode, sixteen bytes below 4 GiB (Intel SDM vol. 3 table 10-1).
+    Reset,
 }
 
 /// Selectors that the Linux boot protocol fixes: `__BOOT_CS` and `__BOOT_DS`.
@@ -43,9 +46,19 @@ const TASK: u16 = 0x20;
 /// Entries of the descriptor table.
 pub const GDT_ENTRIES: usize = 5;
 
+/// Of the reset state: a segment as real mode has it, the one with the first instruction, and that instruction's place in it.
+const REAL_LIMIT: u32 = 0xffff;
+const RESET_BASE: u64 = 0xffff_0000;
+const RESET_SELECTOR: u16 = 0xf000;
+const RESET_RIP: u64 = 0xfff0;
+/// Family 6, no more than that.
+const RESET_RDX: u64 = 0x600;
+
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_PG: u64 = 1 << 31;
+/// Caches off: CD and NW.
+const CR0_UNCACHED: u64 = 0x6000_0000;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
@@ -92,11 +105,19 @@ impl BootState {
     /// The descriptor table that matches the segments of this state.
     pub fn gdt(&self) -> [u64; GDT_ENTRIES] {
         let long = matches!(self, Self::Linux64 { .. });
+        if *self == Self::Reset {
+            return [0; GDT_ENTRIES];
+        }
         [0, 0, descriptor(&code(long)), descriptor(&data()), descriptor(&task())]
     }
 
     /// Puts the first vCPU into this state.
     pub fn apply(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
+        if *self == Self::Reset {
+            // Firmware sets the memory types up itself, and expects to find none.
+            let entry = kvm_msr_entry { index: MSR_MTRR_DEF_TYPE, data: 0, ..Default::default() };
+            msrs::write(vcpu, &[entry])?;
+        }
         vcpu.set_sregs(&self.sregs()).map_err(CpuError::kvm("set the special registers"))?;
         vcpu.set_regs(&self.regs()).map_err(CpuError::kvm("set the registers"))
     }
@@ -114,6 +135,7 @@ impl BootState {
             Self::Pvh { entry, start_info, .. } => {
                 kvm_regs { rip: entry.into(), rbx: start_info.into(), rflags: RFLAGS, ..Default::default() }
             }
+            Self::Reset => kvm_regs { rip: RESET_RIP, rdx: RESET_RDX, rflags: RFLAGS, ..Default::default() },
         }
     }
 
@@ -121,6 +143,7 @@ impl BootState {
     fn sregs(&self) -> kvm_sregs {
         let gdt = match *self {
             Self::Linux64 { gdt, .. } | Self::Pvh { gdt, .. } => gdt,
+            Self::Reset => return reset_sregs(),
         };
         let data = data();
         let mut sregs = kvm_sregs {
@@ -145,9 +168,30 @@ impl BootState {
                 sregs.cr4 = CR4_PAE;
                 sregs.efer = EFER_LME | EFER_LMA;
             }
-            Self::Pvh { .. } => sregs.cs = code(false),
+            Self::Pvh { .. } | Self::Reset => sregs.cs = code(false),
         }
         sregs
+    }
+}
+
+fn reset_sregs() -> kvm_sregs {
+    let data = kvm_segment { limit: REAL_LIMIT, type_: 3, present: 1, s: 1, ..Default::default() };
+    let cs = kvm_segment { base: RESET_BASE, selector: RESET_SELECTOR, type_: 0xb, ..data };
+    let table = kvm_dtable { base: 0, limit: REAL_LIMIT as u16, ..Default::default() };
+    kvm_sregs {
+        cs,
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: kvm_segment { limit: REAL_LIMIT, type_: 0xb, present: 1, ..Default::default() },
+        ldt: kvm_segment { limit: REAL_LIMIT, type_: 2, present: 1, ..Default::default() },
+        gdt: table,
+        idt: table,
+        cr0: CR0_ET | CR0_UNCACHED,
+        apic_base: u64::from(LAPIC_BASE) | APIC_BASE_ENABLE | APIC_BASE_BSP,
+        ..Default::default()
     }
 }
 

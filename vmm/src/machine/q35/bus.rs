@@ -13,7 +13,7 @@ use crate::machine::others::Others;
 use crate::machine::slots::{Workers, no_such};
 use crate::machine::{Departure, MachineError, OnLeft, devices};
 use crate::memory::GuestMemory;
-use crate::pci::{Address, Function, PortEvents, PortOptions, Root, RootPort, host_bridge, lpc};
+use crate::pci::{Address, Function, HostBridge, PortEvents, PortOptions, Root, RootPort, lpc};
 use crate::virtio::pci::{PciTransport, Place, Wires};
 use crate::virtio::{Doorbell, VirtioDevice, blk, net};
 
@@ -170,11 +170,14 @@ pub(super) fn open(
 /// Puts the chipset, the root ports and the devices onto the root bus.
 pub(super) fn populate(
     root: &Arc<Root>,
+    bridge: &Arc<HostBridge>,
     plan: Plan,
     fixtures: &Fixtures,
 ) -> Result<(Vec<Slot>, Vec<Seat>), MachineError> {
-    root.add(Address { device: 0, function: 0 }, host_bridge(map::ECAM))?;
+    root.add(Address { device: 0, function: 0 }, Arc::clone(bridge) as _)?;
     root.add(Address { device: 31, function: 0 }, lpc(map::PM_BASE))?;
+    // The others have no address yet.
+    root.sync();
     let mut slots = Vec::with_capacity(plan.ports.len());
     for (id, addr, options) in plan.ports {
         let events = Left { port: id.clone(), tell: Arc::clone(&fixtures.on_left) };

@@ -1,15 +1,16 @@
-//! q35 on x86_64: PCI Express, ACPI with its fixed hardware, direct kernel boot.
+//! q35 on x86_64: PCI Express, ACPI with its fixed hardware, direct kernel boot or firmware.
 //!
 //! ```text
 //! I/O ports                                     memory
 //! 0x61        KVM (PIT)                         0            RAM, to 2 GiB at most
 //! 0x64        reset line of the 8042            0xb000_0000  ECAM, 256 MiB
-//! 0x70, 0x71  no clock                          0xc000_0000  BARs, 768 MiB
+//! 0x70, 0x71  clock, GSI 8                      0xc000_0000  BARs, 768 MiB
 //! 0x3f8..400  serial, GSI 4                     0xfec0_0000  IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
 //! 0x600..60c  ACPI registers, GSI 9             4 GiB        the rest of RAM
 //! 0xce9, 0xcea  sleep                           behind it    64-bit BARs, 32 GiB
 //!                                               0xf000_0000  with maxcpus: events, processors; GSI 10
-//! 0xcf8..d00  configuration space, reset
+//! 0xcf8..d00  configuration space, reset        to 4 GiB     flash, with firmware
+//! 0x510..51c  fw_cfg, with firmware
 //!
 //! pcie.0: 00.0 host bridge · 1f.0 LPC · devices and root ports where bus= and addr= put them · INTx on GSI 16 to 19
 //! ```
@@ -18,6 +19,7 @@
 
 mod bus;
 mod cpus;
+mod firmware;
 mod map;
 mod plug;
 mod saved;
@@ -38,22 +40,26 @@ use crate::config::{self, VmConfig};
 use crate::cpu::x86_64::VcpuMaker;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{
-    GENERATION_IRQ, GenerationId, I8042Reset, NoClock, PmRegisters, PowerRequest, SerialDevice, SleepRegister,
+    GENERATION_IRQ, GenerationId, I8042Reset, PmRegisters, PowerRequest, Rtc, RtcPorts, SerialDevice,
+    SleepRegister,
 };
 use crate::inherit::Inherited;
 use crate::irq::{self, KvmLine, Line as _, SharedLine};
 use crate::memory::{self, GuestMemory, layout};
-use crate::pci::Root;
+use crate::pci::{HostBridge, Root};
 use crate::snapshot::SnapshotError;
 use crate::virtio::balloon;
 use bus::{Fixtures, Seat, Slot};
 use cpus::HotCpus;
+use firmware::Firmware;
+pub use firmware::FirmwareError;
 pub use plug::PlugError;
 use plug::Shelves;
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 
 /// What a guest is told about the machine each time it starts.
+#[derive(Clone)]
 struct Wiring {
     cpus: u8,
     max_cpus: u8,
@@ -71,15 +77,48 @@ struct Wiring {
 
 impl Wiring {
     fn platform(&self, dirty_memory: bool) -> Platform<'_> {
+        self.platform_with(self.pcie, dirty_memory)
+    }
+
+    /// The same with another map.
+    fn platform_with(&self, pcie: Pcie, dirty_memory: bool) -> Platform<'_> {
         Platform {
             boot_cpus: self.cpus,
             processors: &self.processors,
             topology: &self.topology,
-            hardware: Hardware::Pcie(self.pcie),
+            hardware: Hardware::Pcie(pcie),
             standard: Some(&self.standard),
             serial: self.has_serial.then_some(SERIAL),
             generation: self.generation,
             dirty_memory,
+        }
+    }
+}
+
+/// What a guest starts with.
+enum Start {
+    /// A kernel that is loaded, and entered.
+    Kernel(BootFiles),
+    Firmware(Firmware),
+}
+
+impl Start {
+    fn firmware(&self) -> Option<&Firmware> {
+        match self {
+            Self::Kernel(_) => None,
+            Self::Firmware(firmware) => Some(firmware),
+        }
+    }
+
+    fn load(
+        &mut self,
+        memory: &GuestMemory,
+        wiring: &Wiring,
+        dirty: bool,
+    ) -> Result<x86_64::BootState, MachineError> {
+        match self {
+            Self::Kernel(files) => Ok(boot::load(memory, files, &wiring.append, &wiring.platform(dirty))?),
+            Self::Firmware(firmware) => firmware.load(memory, wiring),
         }
     }
 }
@@ -96,14 +135,18 @@ pub(in crate::machine) struct Q35 {
     fixtures: Fixtures,
     inherited: Arc<Inherited>,
     wiring: Wiring,
-    files: BootFiles,
+    start: Start,
     serial: Option<Arc<SerialDevice>>,
+    bridge: Arc<HostBridge>,
     pm: Arc<PmRegisters>,
+    rtc: Arc<Rtc>,
     /// The guest has asked for a reset that has not come yet.
     resetting: Arc<AtomicBool>,
     pub(in crate::machine) balloon: Option<Arc<balloon::Port>>,
     /// What a snapshot says of the machine, but for its devices.
     identity: Identity,
+    /// And of its flash.
+    layout: Vec<String>,
     /// What it has that no snapshot can hold.
     excluded: Option<String>,
     /// It comes from a snapshot: until it is started its devices stand still.
@@ -129,7 +172,9 @@ impl Q35 {
             None => None,
         };
         let workers = Workers::new(config);
+        let clock_loop = main_loop.clone();
         let mut others = Others { chardevs, main_loop, balloon: None };
+        let images = firmware::open(config, &inherited)?;
         let plan = bus::open(config, &inherited, &workers, &mut others)?;
 
         let (kvm, vm) = cpu::open(&inherited)?;
@@ -139,30 +184,35 @@ impl Q35 {
             None => memory::build(&config.memory, &config.machine)?,
         });
         memory::register(&vm, &memory)?;
+        if let Some(images) = &images {
+            images.register(&vm)?;
+        }
         irq::create_controllers(&vm)?;
         let mut maker = VcpuMaker::new(&kvm, &topology)?;
         let vcpus = maker.make_first(&kvm, &vm, &topology, config.smp.cpus)?;
         let vm = Arc::new(vm);
 
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
-        let (windows, pcie) = map::windows(config.memory.size);
+        let (windows, pcie) = map::windows(config.memory.size, images.is_some());
         let root = Root::new(Arc::clone(&buses.mmio), windows);
+        let bridge = HostBridge::new(map::ECAM, root.ecam());
         let can_grow = config.smp.max_cpus > config.smp.cpus;
         let hot_cpus = can_grow
             .then(|| HotCpus::new(&config.smp, maker, &vm, Arc::clone(&device_left), &buses.mmio))
             .transpose()?;
         let fixtures = Fixtures::new(&vm, &memory, device_left);
-        let (slots, seats) = bus::populate(&root, plan, &fixtures)?;
+        let (slots, seats) = bus::populate(&root, &bridge, plan, &fixtures)?;
 
         let resetting = Arc::new(AtomicBool::new(false));
         let events = once_until_done(guest_events, &resetting);
         let on_power = guest::on_power(&events);
         let (power, reset) = (Arc::clone(&on_power), PowerRequest::Reset);
-        buses.mmio.insert(map::ECAM, map::ECAM_SIZE, root.ecam())?;
         let ports = &buses.ports;
         ports.insert(map::CONFIG_PORTS, 8, root.ports(Box::new(move || power(reset))))?;
         ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
-        ports.insert(NoClock::PORT, NoClock::PORTS, Arc::new(NoClock))?;
+        let line = SharedLine::new(Arc::clone(&vm), Rtc::GSI).share();
+        let rtc = Rtc::new(line, clock_loop, &memory_sizes(config.memory.size));
+        ports.insert(Rtc::PORT, Rtc::PORTS, Arc::new(RtcPorts::new(&rtc)))?;
         let sleep = SleepRegister::new(Arc::clone(&on_power));
         ports.insert(map::SLEEP.into(), SleepRegister::PORTS, Arc::new(sleep))?;
         let pm = PmRegisters::new(on_power, SharedLine::new(Arc::clone(&vm), map::SCI).share());
@@ -188,19 +238,29 @@ impl Q35 {
             generation: GenerationId::new(),
             clears_memory: !config.memory.prealloc,
         };
-        let mut files = BootFiles::open(&config.boot, &inherited)?;
+        let layout = images.as_ref().map(|images| images.layout().to_vec()).unwrap_or_default();
+        let mut start = match images {
+            Some(images) => Start::Firmware(images.connect(&vm, &memory, &bridge, &buses)?),
+            None => Start::Kernel(BootFiles::open(&config.boot, &inherited)?),
+        };
         let identity = Identity::new(config, serial.is_some());
         let from_snapshot = source.is_some();
         match source {
             Some(mut source) => {
                 source.apply_core(&vm, &vcpus, serial.as_deref())?;
-                saved::restore(source, &identity, (&root, &slots, &seats), &pm)?;
+                if let Some(firmware) = start.firmware() {
+                    firmware.tell(&wiring)?;
+                }
+                let (root, firmware) = (&root, start.firmware());
+                let chipset =
+                    saved::Board { root, bridge: &bridge, pm: &pm, rtc: &rtc, firmware, layout: &layout };
+                saved::restore(source, &identity, (&slots, &seats), &chipset)?;
                 // Another VM than the one that was saved, and than all that go on from the same.
                 wiring.generation.write(&memory).map_err(SnapshotError::Memory)?;
             }
             None => {
                 let dirty = memory::may_be_dirty(&config.memory);
-                let state = boot::load(&memory, &mut files, &wiring.append, &wiring.platform(dirty))?;
+                let state = start.load(&memory, &wiring, dirty)?;
                 if let Some(first) = vcpus.first() {
                     state.apply(first.fd())?;
                 }
@@ -219,12 +279,15 @@ impl Q35 {
             fixtures,
             inherited,
             wiring,
-            files,
+            start,
             serial,
+            bridge,
             pm,
+            rtc,
             resetting,
             balloon,
             identity,
+            layout,
             excluded: config.snapshot_exclusion(),
             asleep: from_snapshot,
             from_snapshot,
@@ -262,6 +325,7 @@ impl Q35 {
     pub(in crate::machine) fn reset(&mut self) -> Result<(), MachineError> {
         self.root.reset();
         self.pm.reset();
+        self.rtc.reset();
         if let Some(serial) = &self.serial {
             serial.reset();
         }
@@ -275,8 +339,7 @@ impl Q35 {
         } else if self.wiring.clears_memory {
             guest::clear(&self.memory);
         }
-        let platform = self.wiring.platform(true);
-        let state = boot::load(&self.memory, &mut self.files, &self.wiring.append, &platform)?;
+        let state = self.start.load(&self.memory, &self.wiring, true)?;
         guest::reset_vcpus(&self.vcpus, &self.wiring.topology, self.wiring.max_cpus, state)?;
         self.resetting.store(false, Ordering::Release);
         Ok(())
@@ -315,6 +378,21 @@ impl Q35 {
         }
         result
     }
+}
+
+/// Where firmware has looked for the size of RAM since there were PCs: bytes of the clock's memory, in units of 64 KiB, low byte first.
+fn memory_sizes(ram: u64) -> [(u8, u8); 5] {
+    // From 16 MiB up to the hole, and behind it.
+    let low = ram.min(layout::Q35_GAP_START).saturating_sub(16 << 20) >> 16;
+    let high = ram.saturating_sub(layout::Q35_GAP_START) >> 16;
+    let byte = |number: u64, at: usize| number.to_le_bytes().get(at).copied().unwrap_or(0);
+    [
+        (0x34, byte(low, 0)),
+        (0x35, byte(low, 1)),
+        (0x5b, byte(high, 0)),
+        (0x5c, byte(high, 1)),
+        (0x5d, byte(high, 2)),
+    ]
 }
 
 /// What the tables say beyond the devices.

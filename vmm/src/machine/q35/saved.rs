@@ -10,11 +10,12 @@ use std::sync::Arc;
 use super::Q35;
 use super::bus::{Seat, Slot};
 use super::cpus::HotCpus;
+use super::firmware::{Firmware, SavedFirmware};
 use crate::config::PciAddr;
-use crate::device::{PmRegisters, SavedPm};
+use crate::device::{PmRegisters, Rtc, SavedPm, SavedRtc};
 use crate::machine::MachineError;
 use crate::machine::snapshot::{Identity, Parts, Section, Source, Stand, json};
-use crate::pci::{Root, SavedPort};
+use crate::pci::{HostBridge, Root, SavedPort};
 use crate::virtio::state::StateError;
 
 /// Section names.
@@ -28,6 +29,13 @@ struct Chipset {
     pm: SavedPm,
     /// What port 0xcf8 holds.
     selected: u32,
+    /// Not in what the first versions saved: they had none of these.
+    #[serde(default)]
+    bridge: Option<Vec<u8>>,
+    #[serde(default)]
+    rtc: Option<SavedRtc>,
+    #[serde(default)]
+    firmware: Option<SavedFirmware>,
 }
 
 fn number(addr: PciAddr) -> u32 {
@@ -35,7 +43,7 @@ fn number(addr: PciAddr) -> u32 {
 }
 
 /// Identity with the places of all devices.
-pub(super) fn identify(base: &Identity, slots: &[Slot], seats: &[Seat]) -> Identity {
+pub(super) fn identify(base: &Identity, flash: &[String], slots: &[Slot], seats: &[Seat]) -> Identity {
     let port = |slot: &Slot| (number(slot.addr), "pcie-root-port");
     let mut places: Vec<_> =
         slots.iter().map(port).chain(seats.iter().map(|s| (instance(s), s.driver))).collect();
@@ -45,7 +53,8 @@ pub(super) fn identify(base: &Identity, slots: &[Slot], seats: &[Seat]) -> Ident
         let behind = if place & BEHIND != 0 { "behind " } else { "" };
         format!("{driver} {behind}{slot:#x}.{function}")
     };
-    base.with_devices(seats.len(), places.into_iter().map(text).collect())
+    let devices = flash.iter().cloned().chain(places.into_iter().map(text));
+    base.with_devices(seats.len(), devices.collect())
 }
 
 fn instance(seat: &Seat) -> u32 {
@@ -62,18 +71,47 @@ pub(super) fn stands(seats: &[Seat]) -> Vec<Stand> {
     seats.iter().map(stand).collect()
 }
 
+/// What has registers besides the devices.
+pub(super) struct Board<'a> {
+    pub(super) root: &'a Root,
+    pub(super) bridge: &'a HostBridge,
+    pub(super) pm: &'a PmRegisters,
+    pub(super) rtc: &'a Arc<Rtc>,
+    pub(super) firmware: Option<&'a Firmware>,
+    pub(super) layout: &'a [String],
+}
+
+impl Board<'_> {
+    fn take(&self, saved: &Chipset) -> Option<()> {
+        if let Some(bridge) = &saved.bridge {
+            self.bridge.restore(bridge)?;
+        }
+        if let Some(rtc) = &saved.rtc {
+            self.rtc.restore(rtc)?;
+        }
+        match (self.firmware, &saved.firmware) {
+            (Some(firmware), Some(saved)) => firmware.restore(saved),
+            // The layouts agree, so this was never written.
+            (Some(_), None) | (None, Some(_)) => None,
+            (None, None) => Some(()),
+        }
+    }
+}
+
 /// Gives a new board and its devices their state; BARs are mapped afterwards.
 pub(super) fn restore(
     mut source: Source,
     identity: &Identity,
-    (root, slots, seats): (&Root, &[Slot], &[Seat]),
-    pm: &PmRegisters,
+    (slots, seats): (&[Slot], &[Seat]),
+    chipset: &Board<'_>,
 ) -> Result<(), MachineError> {
-    let here = identify(identity, slots, seats);
+    let here = identify(identity, chipset.layout, slots, seats);
     source.check_devices(&here)?;
-    let Chipset { pm: saved, selected } = source.take(CHIPSET, 0)?;
-    pm.restore(&saved);
-    root.select(selected);
+    let saved: Chipset = source.take(CHIPSET, 0)?;
+    let root = chipset.root;
+    root.select(saved.selected);
+    chipset.pm.restore(&saved.pm);
+    chipset.take(&saved).ok_or_else(|| source.nonsense(CHIPSET, 0))?;
     for slot in slots {
         let instance = number(slot.addr);
         let saved: SavedPort = source.take(PORT, instance)?;
@@ -98,13 +136,19 @@ impl Q35 {
             let source = StateError::Excluded("a vCPU that was plugged");
             return Err(MachineError::State { device: format!("device \"{id}\""), source });
         }
-        let chipset = Chipset { pm: self.pm.saved(), selected: self.root.selected() };
+        let chipset = Chipset {
+            pm: self.pm.saved(),
+            selected: self.root.selected(),
+            bridge: Some(self.bridge.saved()),
+            rtc: Some(self.rtc.saved()),
+            firmware: self.start.firmware().map(Firmware::saved),
+        };
         let mut own: Vec<Section> = vec![(CHIPSET, 0, json(&chipset)?)];
         for slot in &self.slots {
             own.push((PORT, number(slot.addr), json(&slot.port.saved())?));
         }
         Ok(Parts {
-            identity: identify(&self.identity, &self.slots, &self.seats),
+            identity: identify(&self.identity, &self.layout, &self.slots, &self.seats),
             excluded: self.excluded.as_ref(),
             occupants: Vec::new(),
             devices: self.stands(),

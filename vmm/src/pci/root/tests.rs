@@ -8,7 +8,7 @@ use super::*;
 use crate::pci::config::{BarKind, COMMAND, ConfigSpace, Identity};
 use crate::pci::intx::tests::Wire;
 use crate::pci::msix::tests::Sent;
-use crate::pci::{PortEvents, PortOptions, host_bridge, lpc};
+use crate::pci::{HostBridge, PortEvents, PortOptions, lpc};
 
 const WINDOWS: [Window; 2] =
     [Window { base: 0xc000_0000, size: 0x3000_0000 }, Window { base: 4 << 30, size: 1 << 30 }];
@@ -100,7 +100,7 @@ fn rig() -> Rig {
     mmio.insert(0xf010_0000, 0x1000, Arc::new(Region(0xed))).unwrap();
     let root = Root::new(Arc::clone(&mmio), WINDOWS.to_vec());
     let cards = [10, 20, 30].map(Card::new);
-    root.add(at(0), host_bridge(0xb000_0000)).unwrap();
+    root.add(at(0), HostBridge::new(0xb000_0000, root.ecam())).unwrap();
     root.add(at(31), lpc(0x600)).unwrap();
     root.add(at(2), Arc::clone(&cards[0]) as _).unwrap();
     root.add(at(3), Arc::clone(&cards[1]) as _).unwrap();

@@ -230,6 +230,8 @@ fn is_option(text: &str) -> bool {
 }
 
 #[cfg(test)]
+mod firmware_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod whole_line_tests;

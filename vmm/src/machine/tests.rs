@@ -76,6 +76,10 @@ fn rig_on(kind: MachineKind, code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
     config.smp.cpus = cpus;
     config.smp.max_cpus = cpus;
     config.smp.cores = cpus;
+    Some(rig_of(&config, kernel))
+}
+
+fn rig_of(config: &VmConfig, kernel: tempfile::NamedTempFile) -> Rig {
     let event_loop = EventLoop::new().unwrap();
     let (tx, events) = channel();
     let (screen_tx, screen) = channel();
@@ -89,8 +93,8 @@ fn rig_on(kind: MachineKind, code: &[u8], pvh: bool, cpus: u8) -> Option<Rig> {
         serial: Some(Arc::new(Screen(screen_tx))),
         chardevs: HashMap::new(),
     };
-    let machine = Machine::build(&config, environment).unwrap();
-    Some(Rig { machine, events, screen, _event_loop: event_loop, _kernel: kernel })
+    let machine = Machine::build(config, environment).unwrap();
+    Rig { machine, events, screen, _event_loop: event_loop, _kernel: kernel }
 }
 
 /// `mov dx, port; mov al, value; out dx, al` in 64-bit and in 32-bit mode.
@@ -157,6 +161,75 @@ fn a_q35_has_configuration_space_and_ends_in_each_way() {
         rig.machine.resume();
         assert_eq!(rig.events.recv_timeout(LIMIT), Ok(expected), "again after a reset");
         rig.machine.shut_down().unwrap();
+    }
+}
+
+/// Firmware of one sector, entered where a processor begins: in real mode, sixteen bytes below 4 GiB.
+fn firmware() -> Vec<u8> {
+    // mov dx, port; mov al, value; out dx, al
+    let out = |port: u16, value: u8| {
+        let [low, high] = port.to_le_bytes();
+        vec![0xba, low, high, 0xb0, value, 0xee]
+    };
+    // mov dx, 0x3f8; out dx, al
+    let print = vec![0xba, 0xf8, 0x03, 0xee];
+    // mov byte cs:[0xe123], value
+    let flash = |value: u8| vec![0x2e, 0xc6, 0x06, 0x23, 0xe1, value];
+    // mov al, cs:[0xe123]
+    let variable = vec![0x2e, 0xa0, 0x23, 0xe1];
+    // mov dx, 0x510; xor ax, ax; out dx, ax; inc dx; in al, dx: the first byte of the signature.
+    let fw_cfg = vec![0xba, 0x10, 0x05, 0x31, 0xc0, 0xef, 0x42, 0xec];
+    let mut code = [
+        out(0x3f8, b'f'),
+        [fw_cfg, print.clone()].concat(),
+        [variable.clone(), print.clone()].concat(),
+        // It is programmed, the status is read, and then memory again.
+        [flash(0x10), flash(b'v'), variable.clone(), print.clone()].concat(),
+        [flash(0xff), variable, print].concat(),
+        out(0x64, 0xfe),
+        SPIN.to_vec(),
+    ]
+    .concat();
+    code.resize(4096 - 16, 0xff);
+    // jmp 0xf000
+    code.extend([0xe9, 0x0d, 0xf0]);
+    code.resize(4096, 0xff);
+    code
+}
+
+#[test]
+fn firmware_runs_from_flash_and_keeps_its_variables() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return;
+    }
+    let image = |bytes: &[u8]| {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    };
+    let (code, vars) = (image(&firmware()), image(&[0xff; 4096]));
+    let line = format!(
+        "-machine q35 -drive if=pflash,unit=0,readonly=on,file={} -drive if=pflash,unit=1,file={}",
+        code.path().display(),
+        vars.path().display()
+    );
+    let request = crate::config::cmdline::parse(line.split_whitespace().map(Into::into)).unwrap();
+    let crate::config::cmdline::Request::Run(config) = request else { panic!("no machine") };
+    // The second is another process's, that comes later.
+    for first in [*b"fQ\xff\x80v", *b"fQv\x80v"] {
+        let mut rig = rig_of(&config, image(&[]));
+        rig.machine.start(false).unwrap();
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::Reset));
+        assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), first);
+        rig.machine.pause().unwrap();
+        rig.machine.reset().unwrap();
+        rig.machine.resume();
+        assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::Reset));
+        assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), b"fQv\x80v");
+        rig.machine.shut_down().unwrap();
+        let kept = std::fs::read(vars.path()).unwrap();
+        assert_eq!((kept[0x123], kept[0x122]), (b'v', 0xff));
+        assert_eq!(std::fs::read(code.path()).unwrap(), firmware());
     }
 }
 

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::bar::{Window, grant};
 use super::{Function, Mapping, RootPort};
@@ -186,7 +186,7 @@ impl Root {
 
     /// All of configuration space in memory, 256 MiB.
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn BusDevice> {
-        Arc::new(Ecam(Arc::clone(self)))
+        Arc::new(Ecam(Arc::downgrade(self)))
     }
 
     /// I/O ports 0xcf8 to 0xcff. `on_reset` is told of the guest's wish for a reset.
@@ -195,7 +195,8 @@ impl Root {
     }
 }
 
-struct Ecam(Arc<Root>);
+/// The root has it, by way of the host bridge: it must not keep the root.
+struct Ecam(Weak<Root>);
 
 impl Ecam {
     /// Bytes of one function.
@@ -212,15 +213,15 @@ impl Ecam {
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match Self::split(offset, data.len()) {
-            Some((bus, at, register)) => self.0.read(bus, at, register, data),
-            None => data.fill(0xff),
+        match (Self::split(offset, data.len()), self.0.upgrade()) {
+            (Some((bus, at, register)), Some(root)) => root.read(bus, at, register, data),
+            _ => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((bus, at, register)) = Self::split(offset, data.len()) {
-            self.0.write(bus, at, register, data);
+        if let (Some((bus, at, register)), Some(root)) = (Self::split(offset, data.len()), self.0.upgrade()) {
+            root.write(bus, at, register, data);
         }
     }
 }

@@ -37,7 +37,7 @@ pub(super) fn run(line: &str) -> VmConfig {
     }
 }
 
-fn error(line: &str) -> String {
+pub(super) fn error(line: &str) -> String {
     match parse(words(line)) {
         Err(e) => e.to_string(),
         Ok(request) => panic!("{line}: {request:?}"),

@@ -281,3 +281,88 @@ impl Firmware {
         Some(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    fn config(line: &str) -> VmConfig {
+        use crate::config::cmdline::{Request, parse};
+        match parse(line.split_whitespace().map(Into::into)) {
+            Ok(Request::Run(config)) => *config,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_order_of_devices_is_that_of_their_numbers() {
+        let common = "-machine q35 -drive if=pflash,unit=0,file=/c -device pcie-root-port,id=o,bus=pcie.0,addr=0x5,multifunction=on -device pcie-root-port,id=p,bus=pcie.0,addr=0x5.0x1 \
+             -drive file=/a,id=a -drive file=/b,id=b -drive file=/d,id=d -drive file=/e,id=e";
+        let line = |rest: &str| boot_order(&config(&format!("{common} {rest}"))).unwrap();
+        assert_eq!(line("-device virtio-blk-pci,drive=a,id=a,bus=pcie.0,addr=2"), "");
+        let list = line(
+            "-device virtio-blk-pci,drive=a,id=a,bus=pcie.0,addr=0x1c,bootindex=7 -device virtio-blk-pci,drive=b,id=b,bus=p,addr=0,bootindex=1 \
+             -device virtio-blk-pci,drive=d,id=d,bus=pcie.0,addr=0x3.0x2,bootindex=7 -device virtio-blk-pci,drive=e,id=e,bus=pcie.0,addr=0x3,multifunction=on",
+        );
+        let want = [
+            "/pci@i0cf8/pci-bridge@5,1/scsi@0/disk@0,0",
+            "/pci@i0cf8/scsi@1c/disk@0,0",
+            "/pci@i0cf8/scsi@3,2/disk@0,0",
+        ];
+        assert_eq!(list, want.join("\n"));
+    }
+
+    #[test]
+    fn images_are_whole_sectors_and_fit() {
+        let image = |size: u64| {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(b"first").unwrap();
+            file.as_file().set_len(size).unwrap();
+            file
+        };
+        let none = open(&config("-machine q35 -kernel /k"), &Inherited::default()).unwrap();
+        assert!(none.is_none());
+        for (code, vars, want) in [
+            (0, 4096, "drive \"pflash0\": the image has 0 bytes: flash has whole sectors of 4096 bytes"),
+            (
+                4096,
+                4097,
+                "drive \"pflash1\": the image has 4097 bytes: flash has whole sectors of 4096 bytes",
+            ),
+            (
+                16 << 20,
+                4096,
+                "drive \"pflash1\": with 16781312 bytes the images of pflash are too large: together they can have 16777216",
+            ),
+            (15 << 20, 1 << 20, ""),
+            (4096, 4096, ""),
+        ] {
+            let (code, vars) = (image(code), image(vars));
+            // Not in their order.
+            let line = format!(
+                "-machine q35 -drive if=pflash,unit=1,file={} -drive if=pflash,unit=0,readonly=on,file={}",
+                vars.path().display(),
+                code.path().display()
+            );
+            match open(&config(&line), &Inherited::default()) {
+                Err(error) => assert_eq!(error.to_string(), want),
+                Ok(images) => {
+                    assert_eq!(want, "");
+                    let images = images.unwrap();
+                    let at: Vec<u64> = images.units.iter().map(|unit| unit.rom.base()).collect();
+                    let sizes: Vec<u64> = images.units.iter().map(|unit| unit.size).collect();
+                    assert_eq!(at[0] + sizes[0], GAP_END);
+                    assert_eq!(at[1] + sizes[1], at[0]);
+                    assert_eq!(images.units.iter().map(|u| u.writable).collect::<Vec<_>>(), [false, true]);
+                    let mut start = [0; 6];
+                    images.units[1].rom.read(0, &mut start);
+                    assert_eq!(&start, b"first\0");
+                }
+            }
+        }
+        let missing = config("-machine q35 -drive if=pflash,unit=0,file=/nowhere/code.fd");
+        let error = open(&missing, &Inherited::default()).err().unwrap().to_string();
+        assert!(error.contains("/nowhere/code.fd: no such file"), "{error}");
+    }
+}

@@ -151,8 +151,7 @@ impl Receiver {
                 }
             }
             packet += 1;
-            let room = self.gather(self.want)?;
-            if room == 0 {
+            if self.gather(self.want)? == 0 {
                 // Out of buffers: the driver tells us when it has given some, and the tap keeps its packets until then.
                 if self.queue.queue.enable_notify()? {
                     self.queue.queue.disable_notify();
@@ -160,7 +159,8 @@ impl Receiver {
                 }
                 return Ok(Ended::Idle);
             }
-            match self.read(tap) {
+            let (read, room) = self.read(tap);
+            match read {
                 // The end of a stream; a tap has none.
                 Ok(0) => self.ran_dry(),
                 Ok(n) => {
@@ -327,10 +327,17 @@ impl Receiver {
         Ok(room)
     }
 
-    fn read(&mut self, tap: &Tap) -> io::Result<usize> {
+    /// Reads one packet. Also says how many bytes of the driver's buffers it was offered.
+    fn read(&mut self, tap: &Tap) -> (io::Result<usize>, usize) {
         self.parts.clear();
+        let mut room = 0;
         for chain in self.chains.iter().take(self.span()) {
+            // Short ones and then a very long one: more than a list can hold.
+            if room > 0 && self.parts.parts().len() + chain.writable.parts().len() > MAX_BUFFERS {
+                break;
+            }
             self.parts.append(&chain.writable);
+            room += chain.writable.len() as usize;
         }
         // A single chain may be as long as a list can be; it has no room for our own buffer then, and needs none.
         if self.parts.parts().len() < MAX_BUFFERS {
@@ -338,7 +345,7 @@ impl Receiver {
             unsafe { self.parts.push(self.overflow.as_mut_ptr(), self.overflow.len()) };
         }
         // SAFETY: guest RAM, kept by the queue, and our own buffer.
-        unsafe { tap.read(self.parts.parts()) }
+        (unsafe { tap.read(self.parts.parts()) }, room)
     }
 
     /// Gives the driver a packet of `n` bytes, header included, that was read into `room` bytes of its buffers and our own.

@@ -9,7 +9,7 @@ use crate::inherit::Inherited;
 use crate::net::tests::{in_a_namespace, ip, named};
 use crate::net::{Burst, HEADER_BYTES};
 use crate::virtio::state::{Suspend as _, TransportState};
-use crate::virtio::testing::{DATA, NEXT, PLAIN, RAM, Rig, Ring};
+use crate::virtio::testing::{DATA, INDIRECT, NEXT, PLAIN, RAM, Rig, Ring, WRITE};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 
@@ -200,6 +200,33 @@ fn a_flood_comes_in_its_order() {
         }
         assert!(!nic.rig.needs_reset());
     }
+}
+
+#[test]
+fn a_short_buffer_before_one_of_very_many_parts() {
+    // More parts than one read takes: read into the first, copied on to the second.
+    let mut nic = start(!0);
+    let (table, parts, many) = (DATA + 0x8000, DATA + 0x10000, 1024);
+    for i in 0..many {
+        let (flags, next) = if i + 1 < many { (WRITE | NEXT, i + 1) } else { (WRITE, 0) };
+        nic.rx.put(table, i, parts + 2 * u64::from(i), 2, flags, next);
+    }
+    for seed in 0..3 {
+        let short = nic.rx.add(&[(DATA, 600, true)]);
+        let long = 200;
+        nic.rx.put(nic.rx.desc, long, table, 16 * u32::from(many), INDIRECT, 0);
+        nic.rx.offer(long);
+        nic.rig.kick(&nic.rx);
+        let whole = packet(1500, seed);
+        nic.arrive(&whole);
+        assert_eq!(nic.rig.used(&mut nic.rx), (u32::from(short), 600));
+        assert_eq!(nic.rig.used(&mut nic.rx), (u32::from(long), 912));
+        let mut bytes = [nic.guest(DATA, 600), nic.guest(parts, 912)].concat();
+        assert_eq!(bytes[10..12], 2u16.to_le_bytes());
+        bytes[10..12].fill(0);
+        assert!(bytes == whole);
+    }
+    assert!(!nic.rig.needs_reset());
 }
 
 #[test]

@@ -113,9 +113,10 @@ fn template(kind: &str) -> Option<&'static str> {
             "--api-socket path={dir}/api.sock --kernel {kernel} --cmdline {command} --memory size={memory}M \
              --cpus boot=1 --serial tty --console off"
         }
-        // A model that every KVM can do: some lack what `host` wants, and nothing here depends on it.
+        // A model that every KVM can do: some lack what `host` wants, and nothing here depends on it. With ACPI it would not name its
+        // devices on the command line.
         "qemu" => {
-            "-M microvm -enable-kvm -cpu qemu64 -m {memory} -kernel {kernel} -append {command} -nodefaults \
+            "-M microvm,acpi=off -enable-kvm -cpu qemu64 -m {memory} -kernel {kernel} -append {command} -nodefaults \
              -no-user-config -display none -serial stdio -qmp unix:{dir}/qmp.sock,server,nowait"
         }
         _ => return None,

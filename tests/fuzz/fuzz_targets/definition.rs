@@ -31,6 +31,7 @@ fuzz_target!(|data: &[u8]| {
         uuid: spec.uuid.unwrap_or_default(),
         sockets: Path::new("/run/flotilla-vm/web"),
         taps: &taps,
+        incoming: None,
         paused: false,
     };
     let line = build(&spec, &place);

@@ -64,6 +64,7 @@ fuzz_target!(|data: &[u8]| {
     match load(&MEMORY, &mut files, &config.append, &platform) {
         Ok(BootState::Linux64 { entry, .. }) => assert!((MIB..RAM).contains(&entry), "{entry:#x}"),
         Ok(BootState::Pvh { entry, .. }) => assert!((MIB..RAM).contains(&entry.into()), "{entry:#x}"),
+        Ok(BootState::Reset) => panic!("a kernel was given, and the vCPU begins in firmware"),
         Err(error) => {
             let text = error.to_string();
             assert!(text.starts_with('-') && !text.contains('\n'), "{text}");

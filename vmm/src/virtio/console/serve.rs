@@ -222,14 +222,14 @@ impl Server {
     }
 
     /// Bytes that port `nr` takes from the host now.
-    fn room(&self, nr: u8) -> usize {
+    pub(super) fn room(&self, nr: u8) -> usize {
         let port = self.position(nr).and_then(|at| self.ports.get(at));
         port.filter(|p| p.guest_open && !self.broken)
             .map_or(0, |p| STAGED_MAX - p.staged.len().min(STAGED_MAX))
     }
 
     /// Bytes from the host, at most [`room`](Self::room).
-    fn receive(&mut self, nr: u8, data: &[u8]) {
+    pub(super) fn receive(&mut self, nr: u8, data: &[u8]) {
         let Some(at) = self.position(nr) else { return };
         if let Some(port) = self.ports.get_mut(at) {
             port.staged.extend(data);
@@ -238,7 +238,7 @@ impl Server {
     }
 
     /// A client has come or gone.
-    fn host_changed(&mut self, nr: u8, open: bool) {
+    pub(super) fn host_changed(&mut self, nr: u8, open: bool) {
         let Some(at) = self.position(nr) else { return };
         if !self.ports.get(at).is_some_and(|p| p.end.console) {
             self.control.host(nr, open);
@@ -248,7 +248,7 @@ impl Server {
     }
 
     /// The character device has room again.
-    fn writable(&mut self, nr: u8) {
+    pub(super) fn writable(&mut self, nr: u8) {
         if let Some(at) = self.position(nr) {
             self.act(|s| s.collect(at));
         }

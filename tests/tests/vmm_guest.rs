@@ -209,6 +209,51 @@ fn a_disk_that_another_process_serves_is_one_like_any_other() -> Outcome {
 }
 
 #[test]
+fn a_disk_that_another_process_serves_comes_to_a_standard_machine() -> Outcome {
+    let place = place()?;
+    if place.host.run("command -v qemu-storage-daemon")?.code != 0 {
+        println!("SKIPPED: no qemu-storage-daemon to serve a disk");
+        return Ok(());
+    }
+    let dir = format!("/var/tmp/flotilla-test-{}-comes", std::process::id());
+    let socket = format!("{dir}/disk.sock");
+    place.host.ok(&format!(
+        "rm -rf {dir}; mkdir -p {dir}; truncate -s 16M {dir}/image; (setsid qemu-storage-daemon \
+         --blockdev driver=file,node-name=f,filename={dir}/image,locking=off --blockdev driver=raw,node-name=d,file=f \
+         --export type=vhost-user-blk,id=e,addr.type=unix,addr.path={socket},node-name=d,writable=on \
+         < /dev/null > {dir}/out 2>&1 & echo $! > {dir}/pid)"
+    ))?;
+    place.host.eventually(SOON, &format!("test -S {socket}"))?;
+    // No vCPU runs: what a guest would let go leaves when it is reset.
+    let arguments = format!(
+        "-machine q35,mem-share=on -m 256M -S -kernel {} -device pcie-root-port,id=port,bus=pcie.0,addr=0x5,port=5",
+        place.guest
+    );
+    let name = format!("test-{}-comes", std::process::id());
+    let vmm = Vmm::start_as(&place.host, &place.vmm, &name, &arguments)?;
+    let mut qmp = vmm.qmp()?;
+    let addr = json!({ "type": "unix", "data": { "path": socket } });
+    let chardev =
+        json!({ "id": "c", "backend": { "type": "socket", "data": { "addr": addr, "server": false } } });
+    let disk = |id: &str| json!({ "id": id, "driver": "vhost-user-blk-pci", "chardev": "c", "bus": "port", "addr": "0x0" });
+    for id in ["a", "b", "c"] {
+        qmp.execute("chardev-add", &chardev, SOON)?;
+        qmp.execute("device_add", &disk(id), SOON)?;
+        qmp.ask("system_reset")?;
+        qmp.execute("device_del", &json!({ "id": id }), SOON)?;
+        qmp.ask("system_reset")?;
+        qmp.wait(SOON, |event, data| event == "DEVICE_DELETED" && data["device"] == id)?;
+        qmp.execute("chardev-remove", &json!({ "id": "c" }), SOON)?;
+    }
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())?;
+    place.host.ok(&format!(
+        "kill $(cat {dir}/pid); while kill -0 $(cat {dir}/pid) 2>/dev/null; do sleep 0.1; done; rm -rf {dir}"
+    ))?;
+    Ok(())
+}
+
+#[test]
 fn the_serial_line_goes_to_standard_output_and_a_file() -> Outcome {
     let place = place()?;
     for (name, to, file) in [("stdio", "stdio", "out"), ("file", "file,path={dir}/serial", "serial")] {

@@ -327,7 +327,8 @@ fn needs(config: &VmConfig) -> Needs {
         seccomp: !config.process.disable_seccomp,
         rotates_log: config.process.log_file.is_some(),
         removes_names: names.peek().is_some(),
-        talks: config.devices.iter().any(|d| config.vhost_user_chardev(&d.driver).is_some()),
+        talks: config.may_get_vhost_user()
+            || config.devices.iter().any(|d| config.vhost_user_chardev(&d.driver).is_some()),
         plugs_cpus: config.smp.max_cpus > config.smp.cpus,
         rings: !(config.drives.is_empty() && config.netdevs.is_empty() && config.monitors.is_empty()),
         saves: !config.monitors.is_empty() && config.snapshot_exclusion().is_none(),

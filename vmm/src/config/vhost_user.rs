@@ -3,7 +3,8 @@
 
 use super::invalid::bad;
 use super::{
-    ChardevKind, Device, DeviceDriver, InvalidConfig, MemoryBackendKind, NetBackend, Netdev, VmConfig,
+    ChardevKind, Device, DeviceDriver, InvalidConfig, MachineKind, MemoryBackendKind, NetBackend, Netdev,
+    VmConfig,
 };
 
 /// Most bytes of a file system's tag (virtio 1.2 §5.11.4).
@@ -39,8 +40,13 @@ impl VmConfig {
         devices.chain(self.netdevs.iter().filter_map(Netdev::vhost_user_chardev)).any(|id| id == chardev)
     }
 
+    /// Whether devices that other processes serve may come while the VM runs.
+    pub fn may_get_vhost_user(&self) -> bool {
+        self.machine.kind == MachineKind::Q35 && self.memory_is_shared() && !self.monitors.is_empty()
+    }
+
     /// Whether another process can be given all of guest memory: it is that of a file, and writes go there.
-    fn memory_is_shared(&self) -> bool {
+    pub fn memory_is_shared(&self) -> bool {
         let (memory, backends) = (&self.memory, &self.memory.backends);
         if backends.is_empty() {
             return self.machine.mem_share;

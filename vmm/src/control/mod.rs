@@ -54,6 +54,15 @@ pub enum Command {
     },
     /// `netdev_del`.
     NetdevDel(String),
+    /// `chardev-add`: the socket of a process that is to serve a device.
+    ChardevAdd {
+        /// Its name.
+        id: String,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// `chardev-remove`.
+    ChardevRemove(String),
     /// `device_add`.
     DeviceAdd(Box<NewDevice>),
     /// `device_del`.
@@ -339,6 +348,8 @@ impl Control {
                 return self.hotplug(Hotplug::AddNetdev { netdev, fds, vhost_fds }, None);
             }
             Command::NetdevDel(name) => return self.hotplug(Hotplug::RemoveNetdev(name), None),
+            Command::ChardevAdd { id, path } => return self.hotplug(Hotplug::AddChardev { id, path }, None),
+            Command::ChardevRemove(id) => return self.hotplug(Hotplug::RemoveChardev(id), None),
             Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(*device), None),
             Command::DeviceDel(id) => {
                 let deleted = Event { name: "DEVICE_DELETED", data: json!({ "device": id, "path": id }) };

@@ -54,6 +54,8 @@ pub struct NewDevice {
     pub drive: Option<String>,
     /// Name of the network back end; `id` without it.
     pub netdev: Option<String>,
+    /// Name of the chardev behind which another process serves it; machines with PCI only.
+    pub chardev: Option<String>,
     /// Slot, decimal or hexadecimal.
     pub addr: Option<String>,
     /// Root port to plug it into; machines with PCI only.
@@ -129,6 +131,16 @@ pub enum Refusal {
     /// The descriptors of a netdev have been used and closed.
     #[error("netdev {0} was made from descriptors that are closed: send new ones (getfd, netdev_add)")]
     DescriptorsGone(String),
+    /// `chardev-add` and `chardev-remove` on a machine whose slots have no use for them.
+    #[error(
+        "chardev_add not supported yet for microVM: write -chardev on the command line, or use -machine q35"
+    )]
+    NoChardevs,
+    /// What another process serves is in no replaceable slot.
+    #[error(
+        "netdev {0}: a vhost-user netdev cannot come to a running microvm: use type tap, or write -netdev vhost-user on the command line"
+    )]
+    NotReplaceable(String),
     /// A device that sits in no replaceable slot.
     #[error("Device {0} cannot be unplugged: only disks and network devices can")]
     Fixed(String),

@@ -20,6 +20,14 @@ use crate::virtio::{VirtioDevice, Worker};
 /// Entries of each queue of a file system, as QEMU has it.
 const FS_QUEUE: u16 = 128;
 
+/// The address of a NIC that another process serves.
+pub(super) fn served_mac(config: &VmConfig, id: &str, wanted: Option<[u8; 6]>) -> [u8; 6] {
+    // By default it is behind those of the NICs that are not served so, however many there are.
+    let nics = config.devices.iter().filter(|d| matches!(d.driver, DeviceDriver::VirtioNet { .. }));
+    let number = nics.clone().position(|d| d.id == id).unwrap_or(0) + MICROVM_NET_SLOTS.max(nics.count());
+    wanted.unwrap_or_else(|| net::default_mac(number as u8))
+}
+
 /// What they are made from, and what the machine keeps of them.
 pub(super) struct Others {
     /// Host ends by the name of their `-chardev`.
@@ -97,12 +105,7 @@ impl Others {
                 (Model::Blk { queues: *num_queues }, *queue_size)
             }
             DeviceDriver::VirtioNet { mac, queue_size, .. } => {
-                // Its default address is behind those of the NICs that are not served so, however many there are.
-                let nics =
-                    config.devices.iter().filter(|d| matches!(d.driver, DeviceDriver::VirtioNet { .. }));
-                let number =
-                    nics.clone().position(|d| d.id == id).unwrap_or(0) + MICROVM_NET_SLOTS.max(nics.count());
-                (Model::Net { mac: mac.unwrap_or_else(|| net::default_mac(number as u8)) }, *queue_size)
+                (Model::Net { mac: served_mac(config, id, *mac) }, *queue_size)
             }
             driver => {
                 return Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() });

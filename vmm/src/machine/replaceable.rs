@@ -22,6 +22,7 @@ use crate::cpu::CpuError;
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
 use crate::virtio::net::NotInserted;
+use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::{blk, net};
 
 /// What a client can ask for.
@@ -49,6 +50,15 @@ pub enum Hotplug {
     },
     /// `netdev_del`.
     RemoveNetdev(String),
+    /// `chardev-add`: the socket of a process that is to serve a device.
+    AddChardev {
+        /// Its name.
+        id: String,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// `chardev-remove`.
+    RemoveChardev(String),
     /// `device_add`.
     Plug(NewDevice),
     /// `device_del`: the device is gone when this returns.
@@ -88,6 +98,9 @@ pub enum HotplugError {
     /// A vCPU.
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    /// The process that is to serve a device.
+    #[error(transparent)]
+    Served(#[from] VhostUserError),
     /// A machine without slots.
     #[error("this machine has no replaceable slots")]
     NoSlots,
@@ -180,6 +193,10 @@ impl Replaceable {
             Hotplug::RemoveDrive(name) => {
                 self.table.blocks.remove(&name)?;
                 self.disks.remove(&name);
+            }
+            Hotplug::AddChardev { .. } | Hotplug::RemoveChardev(_) => return Err(Refusal::NoChardevs.into()),
+            Hotplug::AddNetdev { netdev, .. } if netdev.vhost_user_chardev().is_some() => {
+                return Err(Refusal::NotReplaceable(netdev.id).into());
             }
             Hotplug::AddNetdev { mut netdev, fds, vhost_fds } => {
                 self.table.nets.check_new(&netdev.id)?;

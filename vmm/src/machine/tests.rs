@@ -444,3 +444,105 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
     assert_eq!(devices, ["pcie.1", "rng"]);
     machine.shut_down().unwrap();
 }
+
+#[test]
+fn what_another_process_serves_comes_to_a_root_port_and_goes() {
+    use crate::vhost::user::double::{BackEnd, Skills};
+    let features = 1 << 32 | 1 << 30;
+    let skills = || Skills { features, protocol: 1 | 1 << 3 | 1 << 9, queues: 2, config: vec![0; 60] };
+    let (back, other) = (BackEnd::start(skills()), BackEnd::start(skills()));
+    let options = "-object memory-backend-memfd,id=ram,size=256M -chardev file,id=log,path=/dev/null \
+        -device pcie-root-port,id=pcie.1,bus=pcie.0,addr=0x1,port=1 -device pcie-root-port,id=pcie.2,bus=pcie.0,addr=0x2,port=2";
+    let Some((mut machine, left)) = q35(options) else { return };
+    let add = |id: &str, back: &BackEnd| Hotplug::AddChardev { id: id.into(), path: back.path.clone() };
+    let remove = |id: &str| Hotplug::RemoveChardev(id.into());
+    let netdev = |id: &str, chardev: &str| {
+        let backend = crate::config::NetBackend::VhostUser { chardev: chardev.into(), queues: 1 };
+        let netdev = crate::config::Netdev { id: id.into(), backend };
+        Hotplug::AddNetdev { netdev, fds: Vec::new(), vhost_fds: Vec::new() }
+    };
+    let plug = |id: &str, driver: &str, back: &str, port: &str| {
+        Hotplug::Plug(NewDevice {
+            id: id.into(),
+            driver: driver.into(),
+            chardev: Some(back.into()),
+            netdev: Some(back.into()),
+            bus: Some(port.into()),
+            addr: Some("0x0".into()),
+            num_queues: Some(2),
+            ..NewDevice::default()
+        })
+    };
+    let ask = |machine: &mut Machine, request, expected: &str| match machine.hotplug(request) {
+        Ok(done) => assert_eq!((expected, done), ("", Plugged::Done)),
+        Err(e) => assert!(!expected.is_empty() && e.to_string().contains(expected), "{e}"),
+    };
+    let disk = || plug("a", "vhost-user-blk-pci", "c", "pcie.1");
+    let m = &mut machine;
+    ask(m, disk(), "Chardev c not found");
+    ask(m, netdev("n", "c"), "Chardev c not found");
+    ask(m, netdev("n", "log"), "chardev log is in use by the command line");
+    ask(m, add("log", &back), "Chardev log is already registered.");
+    ask(m, remove("log"), "chardev log is in use by the command line");
+    ask(m, add("c", &back), "");
+    ask(m, add("c", &other), "Chardev c is already registered.");
+    ask(m, remove("c"), "");
+    ask(m, remove("c"), "Chardev c not found");
+    for round in 1..3 {
+        ask(m, add("c", &back), "");
+        ask(m, add("d", &other), "");
+        ask(m, disk(), "");
+        assert_eq!(back.clients.load(std::sync::atomic::Ordering::SeqCst), round);
+        ask(m, plug("b", "vhost-user-blk-pci", "c", "pcie.2"), "chardev c is in use by device a");
+        ask(m, netdev("n", "c"), "chardev c is in use by device a");
+        ask(m, remove("c"), "chardev c is in use by device a");
+        ask(m, netdev("n", "d"), "");
+        ask(m, netdev("n", "d"), "already registered");
+        ask(m, remove("d"), "chardev d is in use by netdev n");
+        ask(m, plug("b", "virtio-net-pci", "n", "pcie.1"), "pcie.1 is occupied");
+        ask(m, plug("b", "virtio-net-pci", "n", "pcie.2"), "");
+        ask(m, Hotplug::RemoveNetdev("n".into()), "in use by device b");
+        let nics = m.net_devices();
+        assert_eq!(
+            nics[0].device.as_ref().map(|(id, driver, _)| (id.as_str(), *driver)),
+            Some(("b", "virtio-net-pci"))
+        );
+        // The guest starts anew with both of them, and lets them go.
+        m.reset().unwrap();
+        for id in ["a", "b"] {
+            ask(m, Hotplug::Unplug(id.into()), "");
+        }
+        m.reset().unwrap();
+        for (port, id) in [("pcie.1", "a"), ("pcie.2", "b")] {
+            assert_eq!(left.try_recv(), Ok(Departure::Port(port.into())));
+            assert_eq!(m.device_left(&Departure::Port(port.into())).as_deref(), Some(id));
+        }
+        ask(m, remove("c"), "");
+        ask(m, Hotplug::RemoveNetdev("n".into()), "");
+        ask(m, remove("d"), "");
+    }
+    // A back end that is not there leaves all as it was.
+    ask(m, add("c", &back), "");
+    std::fs::remove_file(&back.path).unwrap();
+    ask(m, disk(), "start the vhost-user back end first");
+    ask(m, remove("c"), "");
+    machine.shut_down().unwrap();
+
+    let Some((mut machine, _)) = q35("-device pcie-root-port,id=pcie.1,bus=pcie.0,addr=0x1,port=1") else {
+        return;
+    };
+    ask(&mut machine, add("d", &other), "");
+    ask(&mut machine, plug("a", "vhost-user-blk-pci", "d", "pcie.1"), "guest memory is not shared");
+    ask(&mut machine, netdev("n", "d"), "guest memory is not shared");
+    ask(
+        &mut machine,
+        Hotplug::Plug(NewDevice {
+            id: "a".into(),
+            driver: "vhost-user-blk-pci".into(),
+            bus: Some("pcie.1".into()),
+            addr: Some("0".into()),
+            ..NewDevice::default()
+        }),
+        "'chardev' is missing",
+    );
+}

@@ -133,6 +133,10 @@ pub(super) const COMMANDS: &[Spec] = &[
     command("blockdev-del", plug::NODE_NAME, NOTHING, |a, _| {
         Ok(Action::Control(Command::BlockdevDel(plug::name(a, "node-name")?)))
     }),
+    command("chardev-add", plug::CHARDEV, NOTHING, |a, _| plug::chardev(a).map(Action::Control)),
+    command("chardev-remove", plug::ID, NOTHING, |a, _| {
+        Ok(Action::Control(Command::ChardevRemove(plug::name(a, "id")?)))
+    }),
     control!("cont", Cont, NOTHING),
     command("device-list-properties", &[must("typename", Text)], PROPERTIES, |a, _| {
         answers::properties(&a.text("typename").unwrap_or_default()).map(Action::Answer)

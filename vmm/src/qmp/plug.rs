@@ -20,6 +20,8 @@ use crate::machine::NewDevice;
 const ID_MAX: usize = 255;
 /// Longest file name.
 const PATH_MAX: usize = 4095;
+/// Longest name of a socket (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
 const SERIAL_MAX: usize = 20;
 /// Most images under one.
 const BACKING_MAX: usize = 64;
@@ -90,6 +92,20 @@ pub(super) const NETDEV: &[Member] = &[
     may("downscript", Text),
     may("dnssearch", Any),
     may("macnat", Bool),
+];
+
+pub(super) const CHARDEV: &[Member] = &[
+    must("id", Text),
+    must("backend", Object(&[must("type", Word(&["socket"])), must("data", Object(SOCKET))])),
+];
+
+/// The socket of a process that serves a device: of another kind no guest could see what comes now.
+const SOCKET: &[Member] = &[
+    must("addr", Object(&[must("type", Word(&["unix"])), must("data", Object(&[must("path", Text)]))])),
+    may("server", Bool),
+    may("wait", Bool),
+    may("nodelay", Bool),
+    may("reconnect", Int),
 ];
 
 pub(super) const DEVICE: &[Member] = &[
@@ -264,11 +280,53 @@ fn take(descriptors: &Descriptors, name: &str) -> Result<OwnedFd, QmpError> {
     descriptors.take(name).ok_or_else(missing)
 }
 
+/// `chardev-add`.
+pub(super) fn chardev(arguments: &Arguments) -> Result<Command, QmpError> {
+    let id = name(arguments, "id")?;
+    let data = arguments.object("backend").and_then(|b| b.object("data"));
+    if data.and_then(|d| d.boolean("server")).unwrap_or(false) {
+        return Err(bad(
+            "a chardev of a running VM is for vhost-user, whose back end is the server: say \"server\": false",
+        ));
+    }
+    let addr = data.and_then(|d| d.object("addr")).and_then(|a| a.object("data"));
+    let path = addr.and_then(|a| a.text("path")).unwrap_or_default();
+    if path.is_empty() || path.len() > SOCKET_PATH_MAX || path.contains('\0') {
+        return Err(bad(format!(
+            "argument 'backend.data.addr.data.path' must be a path of 1 to {SOCKET_PATH_MAX} bytes"
+        )));
+    }
+    Ok(Command::ChardevAdd { id, path: path.into() })
+}
+
+/// `netdev_add` for what another process serves.
+fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError> {
+    let Some(chardev) = arguments.text("chardev") else {
+        return Err(bad(
+            "argument 'chardev' of a vhost-user netdev is missing: add the socket of its process first (chardev-add)",
+        ));
+    };
+    let of_a_tap = ["ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds"];
+    if let Some(member) = of_a_tap.into_iter().find(|member| arguments.contains_key(*member)) {
+        return Err(bad(format!(
+            "argument '{member}' is for a tap, not for a vhost-user netdev: leave it out"
+        )));
+    }
+    if arguments.int("queues").is_some_and(|n| n != 1) {
+        return Err(bad("argument 'queues' of a vhost-user netdev must be 1 in this version"));
+    }
+    Ok(Command::NetdevAdd {
+        netdev: Netdev { id, backend: NetBackend::VhostUser { chardev, queues: 1 } },
+        fds: Vec::new(),
+        vhost_fds: Vec::new(),
+    })
+}
+
 /// `netdev_add`. Descriptors that it names are taken, whatever becomes of the request.
 pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result<Command, QmpError> {
     let id = name(arguments, "id")?;
     if arguments.text("type").as_deref() == Some("vhost-user") || arguments.contains_key("chardev") {
-        return Err(bad("a vhost-user netdev cannot be added while the VM runs: use type tap"));
+        return served_netdev(id, arguments);
     }
     let named = |one: &str, many: &str| -> Result<Vec<OwnedFd>, QmpError> {
         let text = match (arguments.text(one), arguments.text(many)) {
@@ -327,12 +385,14 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
     }
     let drive = arguments.text("drive");
     // A NIC's back end was called `chardev` by some versions of some clients.
-    let netdev = arguments.text("netdev").or_else(|| arguments.text("chardev"));
+    let chardev = arguments.text("chardev");
+    let netdev = arguments.text("netdev").or_else(|| chardev.clone());
     Ok(Command::DeviceAdd(Box::new(NewDevice {
         id: name(arguments, "id")?,
         driver: arguments.text("driver").unwrap_or_default(),
         drive,
         netdev,
+        chardev,
         addr: arguments.text("addr"),
         bus: arguments.text("bus"),
         lun: arguments.int("lun"),

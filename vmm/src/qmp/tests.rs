@@ -72,6 +72,9 @@ impl Vm for FakeVm {
             }
             Hotplug::AddDrive { drive, node: None, .. } => format!("{drive:?}"),
             Hotplug::AddDrive { drive, node, .. } => format!("{} {:?} {node:?}", drive.id, drive.backing),
+            Hotplug::AddNetdev { netdev, .. } if netdev.vhost_user_chardev().is_some() => {
+                format!("{} {:?}", netdev.id, netdev.backend)
+            }
             Hotplug::AddNetdev { netdev, fds, .. } => {
                 let NetBackend::Tap { source, queues, vhost, .. } = &netdev.backend else { panic!() };
                 let fds: Vec<String> = fds.into_iter().map(said).collect();
@@ -484,6 +487,38 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
             r#"{"execute":"netdev_add","arguments":{"id":"x","ifname":"t","vhostfd":3}}"#,
             "no descriptor is called '3'",
         ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","type":"vhost-user"}}"#,
+            "argument 'chardev' of a vhost-user netdev is missing",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","chardev":"c","ifname":"t"}}"#,
+            "argument 'ifname' is for a tap",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","chardev":"c","queues":2}}"#,
+            "must be 1 in this version",
+        ),
+        (
+            r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"pty","data":{"addr":{"type":"unix","data":{"path":"/s"}}}}}}"#,
+            "argument 'backend.type' of command chardev-add must be one of socket",
+        ),
+        (
+            r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"inet","data":{"path":"/s"}}}}}}"#,
+            "argument 'backend.data.addr.type' of command chardev-add must be one of unix",
+        ),
+        (
+            r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/s"}},"server":true}}}}"#,
+            "whose back end is the server",
+        ),
+        (
+            r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":""}}}}}}"#,
+            "must be a path of 1 to 107 bytes",
+        ),
+        (
+            r#"{"execute":"chardev-add","arguments":{"id":"","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/s"}}}}}}"#,
+            "argument 'id' must have 1 to 255 bytes",
+        ),
         (r#"{"execute":"getfd","arguments":{"fdname":"x"}}"#, "Invalid SCM message"),
         (r#"{"execute":"getfd","arguments":{"fdname":"a:b"}}"#, "colon"),
     ] {
@@ -491,6 +526,31 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
         assert!(got.contains(r#""class":"GenericError""#) && got.contains(want), "{text}: {got}");
     }
     assert!(world.asked.lock().unwrap().is_empty());
+}
+
+#[test]
+fn sockets_of_processes_that_serve_devices_get_names() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    for line in [
+        r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/run/c"}},"server":false}}}}"#,
+        r#"{"execute":"netdev_add","arguments":{"id":"n","type":"vhost-user","chardev":"c"}}"#,
+        r#"{"execute":"netdev_add","arguments":{"id":"o","chardev":"c","queues":1}}"#,
+        r#"{"execute":"chardev-remove","arguments":{"id":"c"}}"#,
+    ] {
+        assert_eq!(world.ask(&mut client, line), EMPTY, "{line}");
+    }
+    let asked = world.asked.lock().unwrap();
+    assert_eq!(
+        *asked,
+        [
+            r#"AddChardev { id: "c", path: "/run/c" }"#,
+            r#"n VhostUser { chardev: "c", queues: 1 }"#,
+            r#"o VhostUser { chardev: "c", queues: 1 }"#,
+            r#"RemoveChardev("c")"#,
+        ]
+    );
 }
 
 /// Sends `text` with descriptors that say these words when read.

@@ -9,7 +9,7 @@ use crate::config::{Device, DeviceDriver, PciAddr, PciPlace, Smp, VmConfig};
 use crate::inherit::Inherited;
 use crate::irq::{KvmMessages, Level, Messages, SharedLine};
 use crate::machine::doorbell::KvmPciDoorbell;
-use crate::machine::others::Others;
+use crate::machine::others::{Others, served_mac};
 use crate::machine::slots::{Workers, no_such};
 use crate::machine::{Departure, MachineError, OnLeft, devices};
 use crate::memory::GuestMemory;
@@ -23,6 +23,10 @@ pub(super) enum End {
     Disk(String, Arc<blk::Port>),
     /// A network back end.
     Nic(String, Arc<net::Port>),
+    /// A chardev: another process serves the device.
+    Served(String),
+    /// A network back end that another process serves, and the NIC's address.
+    ServedNic(String, [u8; 6]),
     /// What has no name, or cannot be unplugged.
     Other,
 }
@@ -158,7 +162,14 @@ pub(super) fn open(
             _ => {
                 let worker = workers.get(id, None)?;
                 let device = others.make(id, driver, config, inherited, &worker)?;
-                Some(Model { driver: driver.pci_name(), device, end: End::Other })
+                let end = match (driver, config.vhost_user_chardev(driver)) {
+                    (DeviceDriver::VirtioNet { netdev, mac, .. }, _) => {
+                        End::ServedNic(netdev.clone(), served_mac(config, id, *mac))
+                    }
+                    (_, Some(chardev)) => End::Served(chardev.to_owned()),
+                    _ => End::Other,
+                };
+                Some(Model { driver: driver.pci_name(), device, end })
             }
         };
         let Some(model) = model else { continue };

@@ -23,6 +23,7 @@ mod firmware;
 mod map;
 mod plug;
 mod saved;
+mod served;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -173,7 +174,7 @@ impl Q35 {
         };
         let workers = Workers::new(config);
         let clock_loop = main_loop.clone();
-        let mut others = Others { chardevs, main_loop, balloon: None };
+        let mut others = Others { chardevs, main_loop: main_loop.clone(), balloon: None };
         let images = firmware::open(config, &inherited)?;
         let plan = bus::open(config, &inherited, &workers, &mut others)?;
 
@@ -267,7 +268,7 @@ impl Q35 {
             }
         }
         let vcpus = Vcpus::new(vcpus, buses, guest::on_end(events));
-        let (shelves, balloon) = (Shelves::new(config, &seats), others.balloon);
+        let (shelves, balloon) = (Shelves::new(config, &seats, main_loop), others.balloon);
         Ok(Self {
             vcpus,
             workers,

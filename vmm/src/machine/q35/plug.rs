@@ -14,9 +14,11 @@ use std::sync::Arc;
 
 use super::bus::{End, Seat, disk_queues};
 use super::cpus::{self, HotCpus};
+use super::served::Sockets;
 use super::{Departure, Q35};
 use crate::block::Disk;
 use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
+use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
 use crate::machine::replaceable::{
@@ -28,10 +30,12 @@ use crate::pci::Pending;
 use crate::virtio::blk::{self, Blk, BlkOptions};
 use crate::virtio::net::{Net, NetOptions};
 use crate::virtio::pci::Place;
-use crate::virtio::{VirtioDevice, Worker};
+use crate::virtio::{VirtioDevice, Worker, vhost_user};
 
 /// Named back ends of one kind: more could never be plugged, and each holds a file.
 const BACKENDS_MAX: usize = 64;
+/// A disk that another process serves.
+const SERVED_DISK: &str = "vhost-user-blk-pci";
 /// Of a queue of a device that is plugged.
 const QUEUE_SIZE: u16 = 256;
 
@@ -76,6 +80,28 @@ pub enum PlugError {
     /// The guest has not finished with the slot.
     #[error(transparent)]
     Pending(#[from] Pending),
+    /// The name of a chardev is taken.
+    #[error("Chardev {0} is already registered.")]
+    ChardevExists(String),
+    /// No chardev of that name.
+    #[error("Chardev {0} not found: add it first (chardev-add)")]
+    NoChardev(String),
+    /// Something uses it.
+    #[error("chardev {0} is in use by {1}: remove that first")]
+    ChardevInUse(String, String),
+    /// More than any VM needs.
+    #[error("too many chardevs: a VM has at most {0}; remove one first (chardev-remove)")]
+    TooManyChardevs(usize),
+    /// A device that another process serves has no chardev.
+    #[error(
+        "Failed to add vhost-user device: 'chardev' is missing: name the socket of its process (chardev-add)"
+    )]
+    NoChardevGiven,
+    /// The process would not see what the guest writes.
+    #[error(
+        "Failed to add vhost-user device: guest memory is not shared: start the VM with mem-share=on in -machine"
+    )]
+    PrivateMemory,
     /// The name of a vCPU is taken.
     #[error("Device id {0} already existed.")]
     CpuDeviceExists(String),
@@ -166,6 +192,8 @@ pub(super) struct Shelves {
     /// Open, and on no device.
     disks: HashMap<String, Disk>,
     backends: HashMap<String, Backend>,
+    /// Of other processes that serve devices.
+    sockets: Sockets,
     /// NICs so far: their addresses count on.
     nics: u8,
     /// Of a disk that does not say how many.
@@ -174,12 +202,11 @@ pub(super) struct Shelves {
 
 impl Shelves {
     /// As the command line has it.
-    pub(super) fn new(config: &VmConfig, seats: &[Seat]) -> Self {
+    pub(super) fn new(config: &VmConfig, seats: &[Seat], main_loop: LoopHandle) -> Self {
         let (mut drives, mut nets) = (Shelf(Vec::new()), Shelf(Vec::new()));
         config.drives.iter().for_each(|drive| drives.add(&drive.id, drive.clone()));
-        // One that another process serves comes and goes with its device.
-        let kernel = config.netdevs.iter().filter(|n| n.vhost_user_chardev().is_none());
-        kernel.for_each(|netdev| nets.add(&netdev.id, netdev.clone()));
+        config.netdevs.iter().for_each(|netdev| nets.add(&netdev.id, netdev.clone()));
+        let sockets = Sockets::new(config, main_loop);
         let mut nics = 0;
         for seat in seats {
             match &seat.end {
@@ -189,11 +216,15 @@ impl Shelves {
                     nets.config_mut(netdev).into_iter().for_each(forget_descriptors);
                     nics += 1;
                 }
-                End::Other => {}
+                End::ServedNic(netdev, _) => {
+                    nets.use_by(netdev, Some(&seat.id));
+                    nics += 1;
+                }
+                End::Served(_) | End::Other => {}
             }
         }
         let disk_queues = disk_queues(&config.smp);
-        Self { drives, nets, disks: HashMap::new(), backends: HashMap::new(), nics, disk_queues }
+        Self { drives, nets, disks: HashMap::new(), backends: HashMap::new(), sockets, nics, disk_queues }
     }
 
     /// The images of a node that no device uses, nearest first. It is only read from now on, so it gives its own hold of the image up.
@@ -208,7 +239,8 @@ impl Shelves {
     fn release(&mut self, end: &End) {
         match end {
             End::Disk(node, _) => self.drives.use_by(node, None),
-            End::Nic(netdev, _) => self.nets.use_by(netdev, None),
+            End::Nic(netdev, _) | End::ServedNic(netdev, _) => self.nets.use_by(netdev, None),
+            End::Served(chardev) => self.sockets.use_by(chardev, None),
             End::Other => {}
         }
     }
@@ -234,9 +266,13 @@ impl Shelves {
     /// Network back ends: those that devices use first.
     pub(super) fn net_devices(&self, seats: &[Seat]) -> Vec<NetDevice> {
         let used = seats.iter().filter_map(|seat| {
-            let End::Nic(name, port) = &seat.end else { return None };
+            let (name, mac) = match &seat.end {
+                End::Nic(name, port) => (name, port.mac()),
+                End::ServedNic(name, mac) => (name, *mac),
+                End::Disk(..) | End::Served(_) | End::Other => return None,
+            };
             let netdev = self.nets.find(name)?.config.clone();
-            Some(NetDevice { device: Some((seat.id.clone(), seat.driver, port.mac())), netdev })
+            Some(NetDevice { device: Some((seat.id.clone(), seat.driver, mac)), netdev })
         });
         let idle = self.nets.0.iter().filter(|(_, named)| named.user.is_none());
         let idle = idle.map(|(_, named)| NetDevice { device: None, netdev: named.config.clone() });
@@ -262,15 +298,28 @@ impl Q35 {
                 shelves.drives.remove(&name, Refusal::NoDrive(name.clone()))?;
                 shelves.disks.remove(&name);
             }
+            Hotplug::AddChardev { id, path } => shelves.sockets.add(id, path)?,
+            Hotplug::RemoveChardev(id) => shelves.sockets.remove(&id)?,
             Hotplug::AddNetdev { mut netdev, fds, vhost_fds } => {
                 shelves.nets.check_new(&netdev.id, SlotKind::Net)?;
+                if let Some(chardev) = netdev.vhost_user_chardev().map(str::to_owned) {
+                    shelves.sockets.check(&chardev)?;
+                    shelves.sockets.use_by(&chardev, Some(format!("netdev {}", netdev.id)));
+                    shelves.nets.add(&netdev.id.clone(), netdev);
+                    return Ok(Plugged::Done);
+                }
                 let backend = open_netdev(&mut netdev, fds, vhost_fds, &self.inherited)?;
                 shelves.backends.insert(netdev.id.clone(), backend);
                 shelves.nets.add(&netdev.id.clone(), netdev);
             }
             Hotplug::RemoveNetdev(name) => {
+                let netdev = shelves.nets.find(&name).map(|named| named.config.vhost_user_chardev());
+                let chardev = netdev.flatten().map(str::to_owned);
                 shelves.nets.remove(&name, Refusal::NoNetdev(name.clone()))?;
                 shelves.backends.remove(&name);
+                if let Some(chardev) = chardev {
+                    shelves.sockets.use_by(&chardev, None);
+                }
             }
             Hotplug::Plug(device) if device.driver == cpus::DRIVER => {
                 self.plug_cpu(&device)?;
@@ -318,6 +367,7 @@ impl Q35 {
         let (kind, driver) = match new.driver.as_str() {
             "virtio-blk-pci" => ("blk", "virtio-blk-pci"),
             "virtio-net-pci" => ("net", "virtio-net-pci"),
+            SERVED_DISK => ("blk", SERVED_DISK),
             other => return Err(PlugError::Driver(other.to_owned()).into()),
         };
         if self.is_taken(&new.id) {
@@ -348,7 +398,8 @@ impl Q35 {
         slot.port.plug(Arc::clone(&transport) as _).map_err(|_| occupied())?;
         match &end {
             End::Disk(node, _) => self.shelves.drives.use_by(node, Some(&id)),
-            End::Nic(netdev, _) => self.shelves.nets.use_by(netdev, Some(&id)),
+            End::Nic(netdev, _) | End::ServedNic(netdev, _) => self.shelves.nets.use_by(netdev, Some(&id)),
+            End::Served(chardev) => self.shelves.sockets.use_by(chardev, Some(format!("device {id}"))),
             End::Other => {}
         }
         let addr = slot.addr;
@@ -386,7 +437,8 @@ impl Q35 {
         let closed = match &seat.end {
             End::Disk(_, port) => port.eject().map_err(HotplugError::from),
             End::Nic(_, port) => port.eject().map_err(HotplugError::from),
-            End::Other => Ok(()),
+            // Its connection has ended when it was shut down.
+            End::Served(_) | End::ServedNic(..) | End::Other => Ok(()),
         };
         if let Err(error) = closed {
             tracing::error!(device = seat.id, "{error}");
@@ -405,6 +457,14 @@ impl Shelves {
         inherited: &Inherited,
         worker: Worker,
     ) -> Result<(Box<dyn VirtioDevice>, End), HotplugError> {
+        if new.driver == SERVED_DISK {
+            let chardev = new.chardev.clone().ok_or(PlugError::NoChardevGiven)?;
+            self.sockets.check(&chardev)?;
+            let model = vhost_user::Model::Blk { queues: new.num_queues.unwrap_or(1) };
+            let queue_size = new.queue_size.unwrap_or(QUEUE_SIZE);
+            let disk = self.sockets.open(&new.id, &chardev, model, queue_size)?;
+            return Ok((Box::new(disk), End::Served(chardev)));
+        }
         if kind == "blk" {
             let node = new.drive.as_ref().unwrap_or(&new.id).clone();
             let drive = self.drives.idle(&node)?.ok_or(PlugError::NoDrive)?;
@@ -420,7 +480,15 @@ impl Shelves {
             return Ok((Box::new(blk), end));
         }
         let name = new.netdev.as_ref().unwrap_or(&new.id).clone();
-        self.nets.idle(&name)?.ok_or_else(|| PlugError::NoNetdev(name.clone()))?;
+        let netdev = self.nets.idle(&name)?.ok_or_else(|| PlugError::NoNetdev(name.clone()))?;
+        if let Some(chardev) = netdev.vhost_user_chardev() {
+            let mac = new.mac.unwrap_or_else(|| net::default_mac(self.nics));
+            let queue_size = new.queue_size.unwrap_or(QUEUE_SIZE);
+            let model = vhost_user::Model::Net { mac };
+            let nic = self.sockets.open(&new.id, chardev, model, queue_size)?;
+            self.nics = self.nics.wrapping_add(1);
+            return Ok((Box::new(nic), End::ServedNic(name, mac)));
+        }
         let backend = match (self.backends.remove(&name), self.nets.config_mut(&name)) {
             (Some(backend), _) => backend,
             (None, Some(netdev)) if !is_spent(netdev) => {

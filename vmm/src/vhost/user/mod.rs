@@ -202,6 +202,11 @@ impl Front {
         self.judge(message::base(reply, index))
     }
 
+    /// Ends the connection: nothing more is said on it.
+    pub fn close(&self) {
+        self.lose();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Link> {
         // Nothing panics while it holds this; if it did, the connection would be as good as before.
         self.link.lock().unwrap_or_else(PoisonError::into_inner)

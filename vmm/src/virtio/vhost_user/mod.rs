@@ -308,6 +308,13 @@ impl VirtioDevice for VhostUser {
         }
     }
 
+    /// The connection ends, too: a back end takes the next only then.
+    fn shut_down(&mut self) -> io::Result<()> {
+        self.reset();
+        self.peer.front.lock().unwrap_or_else(PoisonError::into_inner).close();
+        Ok(())
+    }
+
     fn is_served_elsewhere(&self) -> bool {
         true
     }

@@ -185,6 +185,9 @@ pub(super) const COMMANDS: &[Spec] = &[
     ),
     answer!("query-commands", &[], NAMES, answers::names(COMMANDS.iter().map(|spec| spec.name))),
     control!("query-cpus", QueryCpus, CPUS),
+    command("query-display-image", &[], NOTHING, |_, _| {
+        Err(QmpError::generic("query-display-image is not supported: a VM has no display"))
+    }),
     answer!("query-events", &[], NAMES, answers::names(schema::EVENTS.iter().map(|event| event.name))),
     answer!("query-gic-capabilities", &[], List(&Any), json!([])),
     control!("query-hotpluggable-cpus", QueryHotpluggableCpus, HOTPLUGGABLE_CPUS),
@@ -209,6 +212,9 @@ pub(super) const COMMANDS: &[Spec] = &[
     answer!("query-tpm-types", &[], List(&Text), json!([])),
     control!("query-uuid", QueryUuid, Object(&[must("UUID", Text)])),
     answer!("query-version", &[], VERSION, answers::version()),
+    command("query-vnc", &[], NOTHING, |_, _| {
+        Err(QmpError::generic("The service of VNC is not supported: a VM has no display"))
+    }),
     control!("quit", Quit, NOTHING),
     control!("stop", Stop, NOTHING),
     control!("system_powerdown", SystemPowerdown, NOTHING),

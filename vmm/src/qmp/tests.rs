@@ -281,6 +281,8 @@ fn whatever_is_malformed_gets_an_error_and_the_connection_stays() {
         ("{\"execute\":\"qmp_capabilities\",\"arguments\":{\"enable\":[\"oob\"]}}", "is not available"),
         ("{\"execute\":\"stop\",\"id\":1e999}", "number out of range"),
         ("{\"execute\":\"\\ud800\"}", "invalid request"),
+        ("{\"execute\":\"query-vnc\"}", "The service of VNC is not supported"),
+        ("{\"execute\":\"query-display-image\"}", "query-display-image is not supported"),
     ] {
         let got = world.ask(&mut client, text);
         assert!(got.starts_with("{\"error\":{\"class\":") && got.contains(want), "{text}: {got}");

@@ -139,12 +139,10 @@ fn memory(text: &str) -> Result<u64, CmdlineError> {
         Some(text) => size(&text).ok_or_else(|| bad_size(&props, &text))?,
     };
     if let Some(text) = props.text("maxmem")? {
+        // A limit for what may be added while the VM runs. No device of this version adds memory, so that every limit is kept.
         let max = size(&text).ok_or_else(|| bad_size(&props, &text))?;
         if max < bytes {
             return Err(props.bad(format!("maxmem={text} is less than the memory at boot")));
-        }
-        if max > bytes {
-            return Err(props.unsupported("maxmem above the memory at boot (memory hot-plug)"));
         }
     }
     props.finish()?;

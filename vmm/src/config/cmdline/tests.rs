@@ -59,6 +59,13 @@ fn the_line_of_the_snapshot_manual() {
 }
 
 #[test]
+fn a_limit_for_memory_to_come_is_one_that_is_kept() {
+    for memory in ["1G", "1G,maxmem=1G", "1G,maxmem=64G", "size=1024,maxmem=2048"] {
+        assert_eq!(run(&format!("-kernel /k -m {memory}")).memory.size, 1 << 30, "{memory}");
+    }
+}
+
+#[test]
 fn the_line_of_a_fleet_vm() {
     let config = run(
         "-name web -uuid 6f1c2b1e-7d1a-4a58-9f0e-5b7c1f6f9a10 -machine microvm -smp 1 -m 256M -kernel /k -initrd /i \
@@ -216,10 +223,7 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -m lots",
             "-m: memory size 'lots' should be a whole number with K, M or G, in the range of [134217728, 549755813888] bytes",
         ),
-        (
-            "-kernel /k -m 1G,maxmem=2G",
-            "-m: maxmem above the memory at boot (memory hot-plug) is not supported in this version",
-        ),
+        ("-kernel /k -m 2G,maxmem=1G", "-m: maxmem=1G is less than the memory at boot"),
         (
             "-machine virt -kernel /k",
             "-machine: machine type virt (use microvm or q35) is not supported in this version",

@@ -207,16 +207,17 @@ fn firmware_runs_from_flash_and_keeps_its_variables() {
         file.write_all(bytes).unwrap();
         file
     };
-    let (code, vars) = (image(&firmware()), image(&[0xff; 4096]));
-    let line = format!(
-        "-machine q35 -drive if=pflash,unit=0,readonly=on,file={} -drive if=pflash,unit=1,file={}",
-        code.path().display(),
-        vars.path().display()
-    );
-    let request = crate::config::cmdline::parse(line.split_whitespace().map(Into::into)).unwrap();
-    let crate::config::cmdline::Request::Run(config) = request else { panic!("no machine") };
-    // The second is another process's, that comes later.
+    let mut kept = vec![0xff; 4096];
+    // The second is another process's, that comes later. It has files of its own: a child of another test may keep the locks of the first for a moment.
     for first in [*b"fQ\xff\x80v", *b"fQv\x80v"] {
+        let (code, vars) = (image(&firmware()), image(&kept));
+        let line = format!(
+            "-machine q35 -drive if=pflash,unit=0,readonly=on,file={} -drive if=pflash,unit=1,file={}",
+            code.path().display(),
+            vars.path().display()
+        );
+        let request = crate::config::cmdline::parse(line.split_whitespace().map(Into::into)).unwrap();
+        let crate::config::cmdline::Request::Run(config) = request else { panic!("no machine") };
         let mut rig = rig_of(&config, image(&[]));
         rig.machine.start(false).unwrap();
         assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::Reset));
@@ -227,7 +228,7 @@ fn firmware_runs_from_flash_and_keeps_its_variables() {
         assert_eq!(rig.events.recv_timeout(LIMIT), Ok(GuestEvent::Reset));
         assert_eq!(rig.screen.try_iter().collect::<Vec<_>>(), b"fQv\x80v");
         rig.machine.shut_down().unwrap();
-        let kept = std::fs::read(vars.path()).unwrap();
+        kept = std::fs::read(vars.path()).unwrap();
         assert_eq!((kept[0x123], kept[0x122]), (b'v', 0xff));
         assert_eq!(std::fs::read(code.path()).unwrap(), firmware());
     }

@@ -12,6 +12,8 @@ use tests::scenario::{BOOT, Guest, Outcome, SOON, Vmm, check, host_with_vmm, ste
 
 /// How long a megabyte may take there and back under emulation.
 const TRANSFER: Duration = Duration::from_secs(40);
+/// Packets of a flood: fewer than a tap keeps for a guest that has no processor just then.
+const PACKETS: u64 = 800;
 const CID: u32 = 42;
 /// Addresses of the second NIC: from the command line, from `device_add`, from the guest.
 const GIVEN: &str = "52:54:00:ab:cd:01";
@@ -77,6 +79,29 @@ fn segments_are_large(host: &Host, console: &mut Console, nic: &str, address: &s
             format!("{nic} {direction}: {bytes} bytes in {packets} packets")
         })?;
     }
+    Ok(())
+}
+
+/// Many ordinary packets at once, in either direction: all of them arrive.
+fn flood(host: &Host, vmm: &Vmm<'_>, console: &mut Console, [nic, tap]: [&str; 2], address: &str) -> Outcome {
+    step(format!("a flood: {nic}"));
+    let network = address.rsplit_once('.').map_or("", |(network, _)| network);
+    let send = |to: &str| format!("head -c {PACKETS}000 /dev/zero | socat -u -b 1000 - UDP-SENDTO:{to}:9");
+    let counter = |nic: &str| format!("cat /sys/class/net/{nic}/statistics/rx_packets");
+    let arrived = |nic: &str, wanted: u64| {
+        format!(
+            "i=0; until read -r n < /sys/class/net/{nic}/statistics/rx_packets; [ $n -ge {wanted} ] || [ $((i += 1)) -gt 100 ]; \
+             do sleep 0.1; done; [ $n -ge {wanted} ]"
+        )
+    };
+    let before: u64 = console.shell(&counter(nic), SOON)?.trim().parse()?;
+    host.ok(&send(address))?;
+    console.shell(&arrived(nic, before + PACKETS), SOON)?;
+    let before: u64 = host.ok(&counter(tap))?.trim().parse()?;
+    console.shell(&send(&format!("{network}.1")), SOON)?;
+    host.ok(&arrived(tap, before + PACKETS))?;
+    let rings = host.ok(&format!("ls -l /proc/$(cat {})/fd | grep -c io_uring", vmm.path("pid")))?;
+    step(format!("{} io_urings", rings.trim()));
     Ok(())
 }
 
@@ -149,6 +174,7 @@ fn every_way_into_a_guest_carries_what_is_sent() -> Outcome {
     ping(&host, &guest.address)?;
     echo(&host, &format!("TCP:{}:9000", guest.address))?;
     segments_are_large(&host, &mut console, "eth0", &guest.address)?;
+    flood(&host, &vmm, &mut console, ["eth0", "tap-mq"], &guest.address)?;
 
     step("vhost-net");
     host.ok("ls -l /proc/$(pgrep -n flotilla-vmm)/fd | grep -c vhost-net")?;
@@ -207,6 +233,7 @@ fn every_way_into_a_guest_carries_what_is_sent() -> Outcome {
     ping(&host, "10.9.2.2")?;
     echo(&host, "TCP:10.9.2.2:9000")?;
     segments_are_large(&host, &mut console, "eth1", "10.9.2.2")?;
+    flood(&host, &vmm, &mut console, ["eth1", "tap-2"], "10.9.2.2")?;
 
     step(
         "the control queue: receive modes, an address of the guest's own; the NIC's address when the driver binds anew",

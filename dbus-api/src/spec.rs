@@ -22,7 +22,7 @@ pub struct VmSpec {
     /// Free key and value pairs for tools.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// Board: `microvm` (default).
+    /// Board: `microvm` (default) or `q35`.
     #[serde(default)]
     pub machine: Machine,
     /// vCPUs, 1 to 254; default 1.
@@ -231,6 +231,29 @@ pub enum Machine {
     /// virtio-mmio only: the light VM.
     #[default]
     Microvm,
+    /// PCIe with hot-plug that the guest takes part in, ACPI, a power button, a reboot in place.
+    Q35,
+}
+
+impl Machine {
+    /// As in definitions and on the VMM's command line.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Microvm => "microvm",
+            Self::Q35 => "q35",
+        }
+    }
+}
+
+impl std::str::FromStr for Machine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Microvm, Self::Q35]
+            .into_iter()
+            .find(|machine| machine.word() == text)
+            .ok_or_else(|| format!("machine {text:?} is unknown: use microvm or q35"))
+    }
 }
 
 /// A disk.

@@ -5,7 +5,7 @@ use std::path::Path;
 use dbus_api::spec::{Format, Machine, VmSpec};
 use uuid::Uuid;
 
-use super::spec::mac;
+use super::spec::{Room, mac, room};
 
 /// Kernel command line when the definition gives none: the serial console, and an end instead of a hang after a panic.
 pub const DEFAULT_APPEND: &str = "console=ttyS0 reboot=k panic=1";
@@ -29,16 +29,32 @@ pub struct Place<'a> {
     pub paused: bool,
 }
 
+/// A device's driver on a board.
+pub fn driver(machine: Machine, device: &str) -> String {
+    match machine {
+        Machine::Microvm => format!("virtio-{device}-device"),
+        Machine::Q35 => format!("virtio-{device}-pci"),
+    }
+}
+
+/// The root port that a q35's place is.
+pub fn port(place: u8) -> String {
+    format!("port{place}")
+}
+
+/// The board of a VM that runs, by its command line.
+pub fn machine(line: &[String]) -> Option<Machine> {
+    let at = line.iter().position(|word| word == "-machine")?;
+    line.get(at + 1)?.parse().ok()
+}
+
 /// The command line, program first.
 pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
-    let machine = match spec.machine {
-        Machine::Microvm => "microvm",
-    };
     let mut line = vec![place.vmm.display().to_string()];
     let mut put = |option: &str, value: String| line.extend([option.to_owned(), value]);
     put("-name", place.name.to_owned());
     put("-uuid", place.uuid.to_string());
-    put("-machine", machine.to_owned());
+    put("-machine", spec.machine.word().to_owned());
     put("-smp", spec.cpus.to_string());
     put("-m", format!("{}M", spec.memory.0 >> 20));
     put("-kernel", spec.kernel.display().to_string());
@@ -46,6 +62,21 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         put("-initrd", initrd.display().to_string());
     }
     put("-append", append(spec));
+    if let Room::Ports(ports) = room(spec.machine) {
+        // A guest may take its time for a device that leaves, but need not wait for somebody to think better of it.
+        put("-global", "pcie-root-port.fast-unplug=1".to_owned());
+        for at in 0..ports {
+            let (id, slot) = (port(at), at + 1);
+            put("-device", format!("pcie-root-port,id={id},port={slot:#x},bus=pcie.0,addr={slot:#x}"));
+        }
+    }
+    // In the order of the places.
+    let mut places = 0..;
+    let mut behind_port = || match spec.machine {
+        Machine::Microvm => String::new(),
+        Machine::Q35 => format!(",bus={},addr=0x0", port(places.next().unwrap_or(u8::MAX))),
+    };
+    let driver = |device: &str| driver(spec.machine, device);
     for (disk, at) in spec.disks.iter().zip(spec.disk_numbers()) {
         let path = quote(&disk.path.display().to_string());
         let (readonly, direct) = (on_off(disk.readonly), on_off(disk.direct));
@@ -68,19 +99,24 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         }
         put("-drive", drive);
         let serial = disk.serial.as_ref().map(|serial| format!(",serial={serial}")).unwrap_or_default();
-        put("-device", format!("virtio-blk-device,drive=disk{at},id=disk{at}{serial}"));
+        put("-device", format!("{},drive=disk{at},id=disk{at}{serial}{}", driver("blk"), behind_port()));
     }
     for ((nic, at), tap) in spec.nics.iter().zip(spec.nic_numbers()).zip(place.taps) {
         put("-netdev", format!("tap,id=nic{at},ifname={tap}"));
         let mac = mac(nic, place.uuid, at);
-        put("-device", format!("virtio-net-device,netdev=nic{at},id=nic{at},mac={mac}"));
+        put("-device", format!("{},netdev=nic{at},id=nic{at},mac={mac}{}", driver("net"), behind_port()));
     }
+    // They stay for good: on a slot of the root bus, the first that is free.
+    let fixed = match spec.machine {
+        Machine::Microvm => "",
+        Machine::Q35 => ",bus=pcie.0,addr=0x0",
+    };
     if spec.balloon {
-        put("-device", "virtio-balloon-device,id=balloon0,deflate-on-oom=on".to_owned());
+        put("-device", format!("{},id=balloon0,deflate-on-oom=on{fixed}", driver("balloon")));
     }
     if spec.rng {
         put("-object", "rng-random,id=random0,filename=/dev/urandom".to_owned());
-        put("-device", "virtio-rng-device,rng=random0,id=rng0".to_owned());
+        put("-device", format!("{},rng=random0,id=rng0{fixed}", driver("rng")));
     }
     let socket = |file: &str| quote(&place.sockets.join(file).display().to_string());
     put("-qmp", format!("unix:{},server,nowait", socket("qmp.sock")));
@@ -161,6 +197,27 @@ mod tests {
             assert!(line.contains(part), "{part}\n{line}");
         }
         assert!(line.ends_with(" -incoming file:/t,,1,identity=new -S"));
+    }
+
+    #[test]
+    fn a_q35_has_its_devices_behind_root_ports() {
+        let spec = r#"{"kernel":"/k","initrd":"/i","machine":"q35","disks":[{"path":"/a"},{"path":"/b","number":5}],
+            "balloon":true,"rng":true,"nics":[{"bridge":"br0","mac":"52:54:00:00:00:01"}]}"#;
+        let line = line(spec, &["fl-web-0".into()], false);
+        for part in [
+            "-machine q35 ",
+            " -global pcie-root-port.fast-unplug=1 -device pcie-root-port,id=port0,port=0x1,bus=pcie.0,addr=0x1 -device ",
+            " -device pcie-root-port,id=port15,port=0x10,bus=pcie.0,addr=0x10 -drive ",
+            " -device virtio-blk-pci,drive=disk0,id=disk0,bus=port0,addr=0x0 ",
+            " -device virtio-blk-pci,drive=disk5,id=disk5,bus=port1,addr=0x0 ",
+            " -device virtio-net-pci,netdev=nic0,id=nic0,mac=52:54:00:00:00:01,bus=port2,addr=0x0 ",
+            " -device virtio-balloon-pci,id=balloon0,deflate-on-oom=on,bus=pcie.0,addr=0x0 ",
+            " -device virtio-rng-pci,rng=random0,id=rng0,bus=pcie.0,addr=0x0 ",
+        ] {
+            assert!(line.contains(part), "{part}\n{line}");
+        }
+        let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        assert_eq!((machine(&words), machine(&words[..3])), (Some(Machine::Q35), None));
     }
 
     #[test]

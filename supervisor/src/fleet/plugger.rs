@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dbus_api::spec::{Disk, Nic};
+use dbus_api::spec::{Disk, Machine, Nic};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::warn;
 use uuid::Uuid;
 
+use super::command;
 use super::inbox::{Internal, TAKEN};
 use super::monitor::map_error;
 use super::plug::{Action, Next, Plug, Rewrite, Went};
@@ -30,6 +31,7 @@ pub(super) struct Plugger {
     pub(super) uuid: Uuid,
     pub(super) id: String,
     pub(super) number: u8,
+    pub(super) machine: Machine,
     pub(super) place: u8,
     pub(super) hardware: Hardware,
     pub(super) monitor: Monitor,
@@ -146,15 +148,26 @@ impl Plugger {
     }
 
     fn device(&self) -> Value {
-        let addr = format!("{:#x}", self.place);
+        let mut device = self.described();
+        match self.machine {
+            Machine::Microvm => device["addr"] = format!("{:#x}", self.place).into(),
+            Machine::Q35 => {
+                device["bus"] = command::port(self.place).into();
+                device["addr"] = "0x0".into();
+            }
+        }
+        device
+    }
+
+    fn described(&self) -> Value {
+        let driver = |device| command::driver(self.machine, device);
         match &self.hardware {
             Hardware::Nic(nic) => {
                 let mac = rules::mac(nic, self.uuid, self.number);
-                json!({ "driver": "virtio-net-device", "id": self.id, "netdev": self.id, "mac": mac, "addr": addr })
+                json!({ "driver": driver("net"), "id": self.id, "netdev": self.id, "mac": mac })
             }
             Hardware::Disk(disk) => {
-                let mut device =
-                    json!({ "driver": "virtio-blk-device", "id": self.id, "drive": self.id, "addr": addr });
+                let mut device = json!({ "driver": driver("blk"), "id": self.id, "drive": self.id });
                 if let Some(serial) = &disk.serial {
                     device["serial"] = serial.as_str().into();
                 }

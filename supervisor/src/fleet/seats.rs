@@ -9,15 +9,15 @@
 //! ```
 //!
 //! A device has a *number* for its whole life: `nic1` is its id, its tap and its hardware address come from it. Its *place* is where the
-//! board has it: a microvm's slot.
+//! board has it: a microvm's slot, a q35's root port.
 
 use std::collections::BTreeMap;
 
-use dbus_api::spec::{Disk, Nic, VmSpec};
+use dbus_api::spec::{Disk, Machine, Nic, VmSpec};
 use serde::{Deserialize, Serialize};
 
 use super::FleetError;
-use super::spec::{MAX_DISKS, MAX_NICS, NUMBERS};
+use super::spec::{NUMBERS, Room, room};
 
 /// A disk or a card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,13 +75,6 @@ impl Kind {
         let number = id.strip_prefix(self.word())?.parse().ok()?;
         (number < NUMBERS && self.id(number) == id).then_some(number)
     }
-
-    fn places(self) -> usize {
-        match self {
-            Self::Nic => MAX_NICS,
-            Self::Disk => MAX_DISKS,
-        }
-    }
 }
 
 /// One device.
@@ -105,7 +98,12 @@ pub struct Seats(BTreeMap<String, Seat>);
 impl Seats {
     /// As a start puts them.
     pub fn of(spec: &VmSpec) -> Self {
-        let nics = spec.nics.iter().zip(spec.nic_numbers()).zip(0..).map(|((nic, number), place)| {
+        // Behind root ports the disks are first.
+        let first = match room(spec.machine) {
+            Room::Slots { .. } => 0,
+            Room::Ports(_) => u8::try_from(spec.disks.len()).unwrap_or(u8::MAX),
+        };
+        let nics = spec.nics.iter().zip(spec.nic_numbers()).zip(first..).map(|((nic, number), place)| {
             let hardware = Hardware::Nic(Nic { number: Some(number), ..nic.clone() });
             (Kind::Nic.id(number), Seat { place, moving: false, hardware })
         });
@@ -167,21 +165,28 @@ impl Seats {
         numbers.map(|number| netsetup::tap_name(vm, number.into())).collect()
     }
 
-    /// A number and a place for a device that is to come; neither the VM's definition nor `others` (ids) has the number.
+    /// A number and a place for a device that is to come; neither the VM's definition nor `others` (ids) has the number. `machine`: the
+    /// board of the VM that runs, which its definition may have left behind.
     ///
     /// # Errors
     /// The number is taken, or there is no place left.
     pub fn reserve(
         &mut self,
         spec: &VmSpec,
+        machine: Machine,
         others: &[&str],
         hardware: Hardware,
     ) -> Result<(String, u8, u8), FleetError> {
         let kind = hardware.kind();
         let number = self.free_number(spec, others, &hardware)?;
-        let taken =
-            |place: u8| self.0.values().any(|seat| seat.hardware.kind() == kind && seat.place == place);
-        let places = u8::try_from(kind.places()).unwrap_or(u8::MAX);
+        let (places, shared) = match (room(machine), kind) {
+            (Room::Slots { disks, .. }, Kind::Disk) => (disks, false),
+            (Room::Slots { nics, .. }, Kind::Nic) => (nics, false),
+            (Room::Ports(ports), _) => (ports, true),
+        };
+        let taken = |place: u8| {
+            self.0.values().any(|seat| (shared || seat.hardware.kind() == kind) && seat.place == place)
+        };
         let Some(place) = (0..places).find(|place| !taken(*place)) else {
             return Err(FleetError::ResourceExhausted(format!(
                 "all {places} places for a {} are taken: remove one first",
@@ -275,25 +280,50 @@ mod tests {
     fn numbers_and_places_are_given_and_taken_back() {
         let spec = spec(r#"{"kernel":"/k","nics":[{"bridge":"b"}]}"#);
         let mut seats = Seats::of(&spec);
-        assert_eq!(seats.reserve(&spec, &[], nic()).unwrap(), ("nic1".into(), 1, 1));
+        assert_eq!(seats.reserve(&spec, spec.machine, &[], nic()).unwrap(), ("nic1".into(), 1, 1));
         assert!(seats.nics().len() == 1 && seats.taps("web").len() == 2, "it is not there yet");
         seats.settle("nic1");
         assert_eq!(seats.nics().len(), 2);
-        assert!(matches!(seats.reserve(&spec, &[], nic()), Err(FleetError::ResourceExhausted(_))));
+        assert!(matches!(
+            seats.reserve(&spec, spec.machine, &[], nic()),
+            Err(FleetError::ResourceExhausted(_))
+        ));
         // The definition's card is gone; its number stays its own.
         seats.remove("nic0");
-        assert_eq!(seats.reserve(&spec, &["nic2"], nic()).unwrap(), ("nic3".into(), 3, 0));
+        assert_eq!(seats.reserve(&spec, spec.machine, &["nic2"], nic()).unwrap(), ("nic3".into(), 3, 0));
         let written = Hardware::Nic(Nic { number: Some(1), ..Nic::default() });
-        assert!(matches!(seats.reserve(&spec, &[], written), Err(FleetError::InvalidSpec(_))));
+        assert!(matches!(seats.reserve(&spec, spec.machine, &[], written), Err(FleetError::InvalidSpec(_))));
         for id in ["nic", "nic01", "nic32", "nic-1", "disk0", "nic+1", ""] {
             assert_eq!(Kind::Nic.number(id), None, "{id}");
         }
     }
 
+    #[test]
+    fn disks_and_cards_of_a_q35_share_its_ports() {
+        let spec = spec(
+            r#"{"kernel":"/k","machine":"q35","disks":[{"path":"/a"},{"path":"/b"}],"nics":[{"bridge":"b"}]}"#,
+        );
+        let mut seats = Seats::of(&spec);
+        let place = |id: &str| seats.get(id).map(|seat| seat.place);
+        assert_eq!((place("disk1"), place("nic0")), (Some(1), Some(2)));
+        assert_eq!(seats.reserve(&spec, Machine::Q35, &[], nic()).unwrap(), ("nic1".into(), 1, 3));
+        seats.remove("disk0");
+        let disk = Hardware::Disk(Disk::new("/c"));
+        assert_eq!(seats.reserve(&spec, Machine::Q35, &[], disk.clone()).unwrap(), ("disk2".into(), 2, 0));
+        for _ in 4..16 {
+            seats.reserve(&spec, Machine::Q35, &[], nic()).unwrap();
+        }
+        let full = seats.reserve(&spec, Machine::Q35, &[], disk);
+        assert!(matches!(full, Err(FleetError::ResourceExhausted(_))), "{full:?}");
+    }
+
     proptest! {
         #[test]
-        fn no_two_devices_share_anything(what in prop::collection::vec((any::<bool>(), 0u8..4, 0u8..34), 0..40)) {
-            let spec = spec(r#"{"kernel":"/k","disks":[{"path":"/a"}],"nics":[{"bridge":"b","number":1}]}"#);
+        fn no_two_devices_share_anything(q35: bool, what in prop::collection::vec((any::<bool>(), 0u8..4, 0u8..34), 0..40)) {
+            let mut spec = spec(r#"{"kernel":"/k","disks":[{"path":"/a"}],"nics":[{"bridge":"b","number":1}]}"#);
+            if q35 {
+                spec.machine = Machine::Q35;
+            }
             let mut seats = Seats::of(&spec);
             for (disk, verb, number) in what {
                 let kind = if disk { Kind::Disk } else { Kind::Nic };
@@ -306,7 +336,7 @@ mod tests {
                             Hardware::Nic(Nic { number, ..Nic::default() })
                         };
                         let before = seats.clone();
-                        match seats.reserve(&spec, &[], hardware) {
+                        match seats.reserve(&spec, spec.machine, &[], hardware) {
                             Ok((id, got, _)) => prop_assert!(
                                 before.get(&id).is_none() && kind.number(&id) == Some(got)
                             ),
@@ -317,7 +347,7 @@ mod tests {
                     _ => seats.settle(&kind.id(number.unwrap_or(0))),
                 }
                 let mut places: Vec<_> =
-                    seats.0.values().map(|seat| (seat.hardware.kind().word(), seat.place)).collect();
+                    seats.0.values().map(|seat| (!q35 && seat.hardware.kind() == Kind::Nic, seat.place)).collect();
                 let count = places.len();
                 places.sort_unstable();
                 places.dedup();

@@ -3,15 +3,32 @@
 
 use std::path::Path;
 
-use dbus_api::spec::{Aio, Format, Limits, Nic, VmSpec};
+use dbus_api::spec::{Aio, Format, Limits, Machine, Nic, VmSpec};
 use uuid::Uuid;
 
 use super::FleetError;
 
-/// Block and network slots of the microvm board.
-pub const MAX_DISKS: usize = 6;
-/// Network slots of the microvm board.
-pub const MAX_NICS: usize = 2;
+/// Places that a board has for devices which come and go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// A microvm's slots: some for disks, some for cards.
+    Slots {
+        /// For disks.
+        disks: u8,
+        /// For cards.
+        nics: u8,
+    },
+    /// A q35's root ports: any device into any of them. More of them cost each boot time, as a guest looks behind every one.
+    Ports(u8),
+}
+
+/// The places of a board.
+pub fn room(machine: Machine) -> Room {
+    match machine {
+        Machine::Microvm => Room::Slots { disks: 6, nics: 2 },
+        Machine::Q35 => Room::Ports(16),
+    }
+}
 
 const MEMORY: std::ops::RangeInclusive<u64> = 128 << 20..=512 << 30;
 
@@ -62,9 +79,7 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
             ));
         }
     }
-    if spec.disks.len() > MAX_DISKS {
-        return Err(wrong(format!("disks: {} given, microvm has {MAX_DISKS} slots", spec.disks.len())));
-    }
+    check_room(spec)?;
     for (at, disk) in spec.disks.iter().enumerate() {
         check_path(&format!("disks[{at}].path"), &disk.path)?;
         if spec.disks[..at].iter().any(|other| other.path == disk.path) {
@@ -97,9 +112,6 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
                 )));
             }
         }
-    }
-    if spec.nics.len() > MAX_NICS {
-        return Err(wrong(format!("nics: {} given, microvm has {MAX_NICS} slots", spec.nics.len())));
     }
     let mut macs = Vec::new();
     for (at, nic) in spec.nics.iter().enumerate() {
@@ -140,6 +152,22 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
         return Err(wrong("uuid: all zero is no identity".to_owned()));
     }
     Ok(())
+}
+
+fn check_room(spec: &VmSpec) -> Result<(), FleetError> {
+    let (given, board) = ((spec.disks.len(), spec.nics.len()), spec.machine.word());
+    match room(spec.machine) {
+        Room::Slots { disks, .. } if given.0 > usize::from(disks) => {
+            Err(wrong(format!("disks: {} given, {board} has {disks} slots", given.0)))
+        }
+        Room::Slots { nics, .. } if given.1 > usize::from(nics) => {
+            Err(wrong(format!("nics: {} given, {board} has {nics} slots", given.1)))
+        }
+        Room::Ports(ports) if given.0 + given.1 > usize::from(ports) => {
+            Err(wrong(format!("disks, nics: {} given, {board} has {ports} ports", given.0 + given.1)))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Numbers of devices are below this.
@@ -359,6 +387,7 @@ mod tests {
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"01:00:00:00:00:01"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"br0","mac":"52:54:00:00:00"}]}"#, "nics[0].mac"),
             (r#"{"kernel":"/k","nics":[{"bridge":"a"},{"bridge":"b"},{"bridge":"c"}]}"#, "nics"),
+            (r#"{"kernel":"/k","machine":"virt"}"#, "virt"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","format":"vmdk"}]}"#, "vmdk"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","aio":"native"}]}"#, "disks[0].aio"),
             (r#"{"kernel":"/k","disks":[{"path":"/a","iops":0}]}"#, "disks[0].iops"),
@@ -386,6 +415,23 @@ mod tests {
                 other => panic!("{text}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_q35_takes_more() {
+        let spec = |disks: usize, nics: usize| {
+            let disks: Vec<_> = (0..disks).map(|at| format!(r#"{{"path":"/{at}"}}"#)).collect();
+            let nics = vec![r#"{"bridge":"b"}"#; nics].join(",");
+            parse(&format!(
+                r#"{{"kernel":"/k","machine":"q35","disks":[{}],"nics":[{nics}]}}"#,
+                disks.join(",")
+            ))
+        };
+        for (disks, nics) in [(16, 0), (8, 8), (0, 16)] {
+            assert!(spec(disks, nics).is_ok());
+        }
+        let error = spec(9, 8).unwrap_err().to_string();
+        assert!(error.contains("17 given, q35 has 16 ports"), "{error}");
     }
 
     #[test]

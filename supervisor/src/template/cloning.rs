@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::seed::{self, Identity};
 use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync};
-use crate::fleet::spec::{MAX_DISKS, check_name};
+use crate::fleet::spec::{Room, check_name, room};
 use crate::fleet::{Fleet, FleetError};
 
 /// In a clone's directory until it runs; holds its uuid.
@@ -132,9 +132,13 @@ impl Templates {
 /// What is wrong with a call is said before anything is made.
 fn admit(record: &super::Record, options: &CloneOptions) -> Result<(), FleetError> {
     let seeds = record.spec.disks.iter().filter(|disk| is_seed(disk)).count();
-    if record.spec.disks.len() - seeds >= MAX_DISKS {
+    let slots = match room(record.spec.machine) {
+        Room::Slots { disks, .. } => disks,
+        Room::Ports(ports) => ports,
+    };
+    if record.spec.disks.len() - seeds >= usize::from(slots) {
         return Err(FleetError::InvalidSpec(format!(
-            "template \"{}\": all {MAX_DISKS} disk slots are in use, and a clone needs one to learn who it is",
+            "template \"{}\": all {slots} disk slots are in use, and a clone needs one to learn who it is",
             record.name
         )));
     }

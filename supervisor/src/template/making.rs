@@ -13,7 +13,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dbus_api::spec::VmSpec;
+use dbus_api::spec::{Machine, VmSpec};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -115,6 +115,13 @@ impl Templates {
 fn admit(view: &View) -> Result<(), FleetError> {
     let vm = &view.name;
     let invalid = |text: String| Err(FleetError::InvalidState(format!("VM \"{vm}\": {text}")));
+    // A clone has one disk more, and so its cards in other root ports than those of the snapshot.
+    if view.spec.machine != Machine::Microvm {
+        return Err(FleetError::NotSupported(format!(
+            "VM \"{vm}\": a template is made of a microvm, and this is a {}",
+            view.spec.machine.word()
+        )));
+    }
     if !matches!(view.state, State::Running | State::Paused) {
         return invalid(format!(
             "it is {}: a template is made of one that runs or is paused",

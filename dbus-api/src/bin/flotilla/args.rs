@@ -102,7 +102,7 @@ Keys of a definition (only \"kernel\" is required):
   restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)
   autostart    true: starts with the host; autostart_order, autostart_delay (seconds before the next order)
   limits       { cpu_weight, cpu_quota, cpu_set, memory_nodes, memory_max, memory_high, io_weight, tasks_max }
-  machine      \"microvm\"
+  machine      \"microvm\" or \"q35\" (PCIe, ACPI)
   uuid, description, labels
 
 A definition, web.toml:

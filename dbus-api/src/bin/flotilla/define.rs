@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use dbus_api::error::Error;
-use dbus_api::spec::{Limits, Machine, Restart, VmSpec};
+use dbus_api::spec::{Limits, Restart, VmSpec};
 use zbus::Variant;
 
 use crate::args::DefineArgs;
@@ -197,7 +197,7 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
         uuid: None,
         description: String::new(),
         labels: BTreeMap::new(),
-        machine: Machine::default(),
+        machine: options.machine.unwrap_or_default(),
         cpus: options.cpus.unwrap_or(1),
         memory: options.memory.unwrap_or_default(),
         kernel,

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dbus_api::spec::VmSpec;
+use dbus_api::spec::{Machine, VmSpec};
 use tracing::info;
 
 use super::{Actor, named};
 use crate::fleet::FleetError;
+use crate::fleet::command;
 use crate::fleet::inbox::{Answer, Internal};
 use crate::fleet::life::State;
 use crate::fleet::plug::{Action, Ask, How, Plug, Rewrite};
@@ -69,7 +70,9 @@ impl Actor {
                 let plug = Plug::attach(hardware.kind(), how.persist);
                 let others: Vec<&str> =
                     self.devices.added.iter().chain(self.finishing.keys()).map(String::as_str).collect();
-                let (id, _, _) = Arc::make_mut(&mut self.seats).reserve(&self.spec, &others, hardware)?;
+                let machine = self.machine();
+                let seats = Arc::make_mut(&mut self.seats);
+                let (id, _, _) = seats.reserve(&self.spec, machine, &others, hardware)?;
                 (id, plug)
             }
             Ask::Detach(kind, id) => {
@@ -106,12 +109,18 @@ impl Actor {
             uuid: self.uuid,
             id: id.to_owned(),
             number: hardware.kind().number(id)?,
+            machine: self.machine(),
             place,
             hardware,
             monitor,
             patience,
             actor: self.internal.clone(),
         })
+    }
+
+    /// The board of the VM that runs.
+    fn machine(&self) -> Machine {
+        command::machine(&self.command_line).unwrap_or(self.spec.machine)
     }
 
     /// The rules for definitions, for one device and beside those that are there.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use dbus_api::spec::{Disk, Format, Nic, Size};
+use dbus_api::spec::{Disk, Format, Machine, Nic, Size};
 
 /// What a VM is, as options.
 #[derive(Debug, Default, Args)]
@@ -32,6 +32,9 @@ pub(crate) struct SpecArgs {
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u8>,
+    /// Board: microvm, or q35 (PCIe, ACPI) [default: microvm]
+    #[arg(long, value_name = "BOARD")]
+    pub(crate) machine: Option<Machine>,
 }
 
 impl SpecArgs {
@@ -45,6 +48,7 @@ impl SpecArgs {
             (!self.network_nics.is_empty(), "--network"),
             (self.memory.is_some(), "--memory"),
             (self.cpus.is_some(), "--cpus"),
+            (self.machine.is_some(), "--machine"),
         ]
         .into_iter()
         .find_map(|(given, option)| given.then_some(option))

@@ -14,6 +14,8 @@ pub type TemplateRow = (String, String, u64, u64, u32, OwnedObjectPath);
 pub type CloneRow = (String, OwnedObjectPath, OwnedObjectPath);
 /// One row of `ListJobs`: id, type, VM, state, phase, error message, age in microseconds, object path.
 pub type JobRow = (u32, String, String, String, String, String, u64, OwnedObjectPath);
+/// What `GetStats` tells: by VM, by name of the count.
+pub type Stats = HashMap<String, HashMap<String, u64>>;
 /// Trailing options of a call.
 pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 /// Details of a signal.
@@ -28,6 +30,10 @@ pub type Details = HashMap<String, OwnedVariant>;
 pub trait Manager {
     /// All VMs, from the daemon's memory: never waits for a VM.
     fn list_vms(&self) -> Result<Vec<VmRow>, crate::error::Error>;
+    /// What running VMs use of the host, at most a second old; of all of them when no name is given. Returns the number of the newest event,
+    /// and by VM: `cpu_usec`, `threads`, `resident`, `disk_read`, `disk_written` (bytes), `memory`, `vcpus` (as defined), and of each card with
+    /// a tap `nic0.received`, `nic0.received_packets`, `nic0.sent`, `nic0.sent_packets`, as the guest sees it.
+    fn get_stats(&self, names: &[&str]) -> Result<(u64, Stats), crate::error::Error>;
     /// The object of a VM by name.
     fn get_vm(&self, name: &str) -> Result<OwnedObjectPath, crate::error::Error>;
     /// The object of a VM by uuid.

@@ -43,6 +43,8 @@ mod tests {
         expect(&fleet.run(&["start", "web"]), 0, "web started\n", "");
         expect(&fleet.run(&["list"]), 0, "running", "");
         expect(&fleet.run(&["show", "web"]), 0, "State       running", "");
+        expect(&fleet.run(&["top", "--interval", "0s"]), 0, "web   0.0   0      3.0M      1G", "");
+        expect(&fleet.run(&["top", "none"]), 3, "", "none");
         expect(&fleet.run(&["show", "web"]), 0, "Removed     disk1, over QMP", "");
         expect(&fleet.run(&["pause", "web"]), 0, "web paused\n", "");
         expect(&fleet.run(&["resume", "web"]), 0, "web resumed\n", "");

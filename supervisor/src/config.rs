@@ -1,6 +1,7 @@
 //! What the administrator sets: command line over `/etc/flotilla/flotillad.toml` over defaults. An unknown key is an error that names it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
@@ -34,6 +35,11 @@ pub enum ConfigError {
         /// Where and what.
         text: String,
     },
+    /// Metrics would be told to other hosts.
+    #[error(
+        "metrics.listen: {0} is not a loopback address: use 127.0.0.1 or [::1], and a proxy for other hosts"
+    )]
+    NotLoopback(SocketAddr),
     /// A directory or program is not given as an absolute path.
     #[error("{what}: {path:?} is not an absolute path")]
     Relative {
@@ -102,6 +108,15 @@ struct File {
     bridge: Vec<Bridge>,
     #[serde(default)]
     admission: Limits,
+    #[serde(default)]
+    metrics: Metrics,
+}
+
+/// Who else may read the metrics.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metrics {
+    listen: Option<SocketAddr>,
 }
 
 /// What the VMs of the host may take together.
@@ -140,6 +155,8 @@ pub struct Config {
     pub bridges: Vec<BridgeSpec>,
     /// Limits of the host.
     pub admission: Admission,
+    /// Loopback address where metrics are served besides their socket.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Config {
@@ -170,7 +187,11 @@ impl Config {
                 max_cpus: file.admission.max_cpus,
             },
             bridges: file.bridge.into_iter().map(bridge).collect(),
+            metrics: file.metrics.listen,
         };
+        if let Some(address) = config.metrics.filter(|address| !address.ip().is_loopback()) {
+            return Err(ConfigError::NotLoopback(address));
+        }
         for (what, path) in
             [("state_dir", &config.state_dir), ("runtime_dir", &config.runtime_dir), ("vmm", &config.vmm)]
         {
@@ -207,23 +228,28 @@ mod tests {
             mtu = 9000
             [admission]
             max_memory = "2G"
+            [metrics]
+            listen = "[::1]:9775"
         "#;
         let config = load(text, &["--vmm", "/x/vmm"]).unwrap();
         assert_eq!((config.launcher, config.vmm), (LauncherKind::Process, PathBuf::from("/x/vmm")));
         assert_eq!(config.admission, Admission { max_memory: Some(2 << 30), ..Admission::default() });
+        assert_eq!(config.metrics, Some("[::1]:9775".parse().unwrap()));
         assert_eq!(config.state_dir, Path::new("/var/lib/flotilla"));
         assert_eq!((config.bridges[0].addresses.len(), config.bridges[0].mtu), (2, Some(9000)));
     }
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 6] = [
+        let cases: [(&str, &[&str], &str); 8] = [
             ("lanucher = \"process\"", &[], "lanucher"),
             ("[[bridge]]\nname=\"b\"\nadresses=[]", &[], "adresses"),
             ("[admission]\nmax_memroy=1", &[], "max_memroy"),
             ("launcher = \"docker\"", &[], "docker"),
             ("[[bridge]]\nname=\"b\"\naddresses=[\"10.0.0.1/99\"]", &[], "10.0.0.1/99"),
             ("", &["--vmm", "vmm"], "not an absolute path"),
+            ("[metrics]\nlisten = \"0.0.0.0:9775\"", &[], "not a loopback address"),
+            ("[metrics]\nlisten = \"localhost\"", &[], "listen"),
         ];
         for (text, arguments, word) in cases {
             let error = load(text, arguments).unwrap_err().to_string();

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! main.rs    flotillad: options, wiring, readiness, signals
+//! metrics.rs Prometheus text for whoever asks, from memory
 //! dbus/      thin handlers: authorise, ask the fleet, answer; signals and property changes
 //! template/  templates, and the VMs that are cloned from them
 //! fleet/     registry, one actor per VM, the pure state machine, jobs, adoption
@@ -20,6 +21,7 @@ pub mod config;
 pub mod dbus;
 pub mod fleet;
 pub mod launch;
+pub mod metrics;
 pub mod qmp;
 pub mod shelf;
 pub mod store;

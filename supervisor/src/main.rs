@@ -6,7 +6,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use sd_notify::NotifyState;
@@ -26,6 +26,7 @@ use supervisor::fleet::{Context, Fleet};
 use supervisor::launch::process::ProcessLauncher;
 use supervisor::launch::systemd::SystemdLauncher;
 use supervisor::launch::{Launcher, server};
+use supervisor::metrics;
 use supervisor::shelf::Shelf;
 use supervisor::store::Store;
 use supervisor::template::Templates;
@@ -113,7 +114,9 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     let network = Network::new(config.bridges);
     let gate = Gate::new(config.admission, config.state_dir.join("drained"));
     let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies, shelf, gate));
+    let began = Instant::now();
     fleet.adopt().await?;
+    let start = metrics::Start { adoption: began.elapsed() };
     tokio::spawn(Arc::clone(&fleet).route(event_inbox));
     if let Some((socket, launcher)) = socket {
         let source = launcher.source(Arc::clone(&fleet) as Arc<dyn server::Source>);
@@ -121,6 +124,11 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     }
 
     // 4. Open for callers; then the slower order of the host, and the VMs' answers.
+    // A fleet without metrics is better than none.
+    let socket = config.runtime_dir.join("metrics.sock");
+    if let Err(error) = metrics::serve(Arc::clone(&fleet), start, &socket, config.metrics).await {
+        warn!("metrics cannot be served: {error}");
+    }
     let access = if config.bus == "system" {
         Access::Polkit(connection.clone())
     } else {

@@ -13,6 +13,8 @@ mod plug;
 mod policy;
 #[path = "daemon/proxy.rs"]
 mod proxy;
+#[path = "daemon/stats.rs"]
+mod stats;
 #[path = "daemon/templates.rs"]
 mod templates;
 

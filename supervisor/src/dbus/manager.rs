@@ -1,7 +1,7 @@
 //! `org.flotilla.Flotilla1.Manager`: the verbs by VM name, the lists, the fleet's own properties.
 
 use dbus_api::error::Error;
-use dbus_api::proxy::{CloneRow, Details, JobRow, NetworkRow, TemplateRow, VmRow};
+use dbus_api::proxy::{CloneRow, Details, JobRow, NetworkRow, Stats, TemplateRow, VmRow};
 use dbus_api::{ACTION_HOST, ACTION_MANAGE, ACTION_NETWORK, job_path, network_path, vm_path};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
@@ -44,6 +44,14 @@ impl Manager {
             ))
         };
         self.shared.fleet.list().into_iter().map(row).collect()
+    }
+
+    /// What running VMs use of the host, at most a second old; of all of them when no name is given. Returns the number of the newest event,
+    /// and by VM: cpu_usec, threads, resident, disk_read, disk_written (bytes), memory, vcpus (as defined), and of each card with a tap
+    /// nic0.received, nic0.received_packets, nic0.sent, nic0.sent_packets, as the guest sees it.
+    #[zbus(out_args("sequence", "stats"))]
+    async fn get_stats(&self, names: Vec<String>) -> Result<(u64, Stats), Error> {
+        super::stats::stats(&self.shared.fleet, &names).await
     }
 
     /// The object of a VM by name.

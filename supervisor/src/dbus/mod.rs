@@ -6,6 +6,7 @@
 //! ```text
 //! manager.rs, vm.rs, network.rs, template.rs, job.rs   the interfaces
 //! plug.rs                     devices that come and go, for the first two
+//! stats.rs                    what VMs use
 //! access.rs                   may this caller do that? (polkit)
 //! publish.rs                  news of the fleet -> objects, signals, property changes
 //! ```
@@ -17,6 +18,7 @@ mod manager;
 mod network;
 mod plug;
 mod publish;
+mod stats;
 mod template;
 mod vm;
 

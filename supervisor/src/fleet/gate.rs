@@ -56,6 +56,11 @@ impl Gate {
         Self { limits, mark, table: Mutex::new(Table { draining, ..Table::default() }) }
     }
 
+    /// The limits of the configuration.
+    pub fn limits(&self) -> &Admission {
+        &self.limits
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -31,6 +31,18 @@ pub enum State {
 }
 
 impl State {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Defined,
+        Self::Starting,
+        Self::Running,
+        Self::Paused,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Quarantined,
+        Self::Failed,
+    ];
+
     /// The word on D-Bus.
     pub fn word(self) -> &'static str {
         match self {

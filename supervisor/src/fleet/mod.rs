@@ -17,6 +17,7 @@
 //! devices.rs    devices that came and went over QMP
 //! gate.rs       may one more VM run? limits of the host, drain mode
 //! jobs.rs       numbers, ends and waiters of jobs
+//! usage.rs      what VMs use of the host, from the kernel's accounts
 //! view.rs       what is told about a VM, and the news that go to D-Bus
 //! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
 //! restart.rs    whether and when it is started again, a part of it
@@ -46,6 +47,7 @@ mod restart;
 mod saving;
 pub mod seats;
 pub mod spec;
+pub mod usage;
 pub mod view;
 pub mod vm;
 

@@ -18,12 +18,14 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::actor::{self, Seed};
+use super::gate::Admission;
 use super::inbox::{Handle, Internal, Request, TAKEN};
 use super::jobs::Job;
 use super::life::{State, Verb};
 use super::monitor::map_error;
 use super::plug::{Ask, How};
 use super::spec as rules;
+use super::usage::{Meter, Usages};
 use super::view::{News, View};
 use super::vm::Vm;
 use super::{Context, FleetError};
@@ -51,6 +53,7 @@ pub struct Fleet {
     pub(super) ready: AtomicBool,
     /// VMs whose process runs without a definition: their links stay.
     pub(super) strays: Mutex<BTreeSet<Uuid>>,
+    meter: Meter,
 }
 
 impl Fleet {
@@ -63,6 +66,7 @@ impl Fleet {
             corrupt: RwLock::default(),
             ready: AtomicBool::new(false),
             strays: Mutex::default(),
+            meter: Meter::default(),
         })
     }
 
@@ -116,6 +120,16 @@ impl Fleet {
     /// The end of a job; `None` when it has ended.
     pub fn wait_job(&self, id: u32) -> Option<oneshot::Receiver<Result<(), FleetError>>> {
         self.context.jobs.wait(id)
+    }
+
+    /// What the VMs of `views` use of the host.
+    pub async fn usages(&self, views: Vec<Arc<View>>) -> Arc<Usages> {
+        self.meter.read(views).await
+    }
+
+    /// What may run at the same time.
+    pub fn limits(&self) -> &Admission {
+        self.context.gate.limits()
     }
 
     /// Number of the newest event.

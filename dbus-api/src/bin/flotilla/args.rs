@@ -234,6 +234,15 @@ Examples:
   flotilla wait web --for stopped --timeout 2m
   flotilla wait web --for down,gone")]
     Wait(watch::WaitForArgs),
+    /// Show what the running VMs use: processor, memory, disk, network
+    ///
+    /// On a terminal it is shown anew until Ctrl-C. Processor time is in percent of one processor; the other rates are per second.
+    #[command(after_help = "\
+Examples:
+  flotilla top
+  flotilla top web db --interval 5s
+  flotilla top --count 1 --json")]
+    Top(watch::TopArgs),
     /// Check this host: what keeps VMs from running or makes them slow, and how to mend it
     #[command(after_help = "Example:\n  flotilla doctor")]
     Doctor(watch::DoctorArgs),

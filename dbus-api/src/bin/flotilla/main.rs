@@ -21,6 +21,7 @@ mod power;
 mod run;
 mod stream;
 mod template;
+mod top;
 mod watch;
 
 use clap::Parser;
@@ -77,6 +78,7 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Clone(args) => template::clone(&client, args).await,
         Verb::Events(args) => watch::events(&client, args).await,
         Verb::Wait(args) => watch::wait(&client, args).await,
+        Verb::Top(args) => top::top(&client, args).await,
         Verb::Drain(args) => power::drain(&client, args).await,
         Verb::Undrain => power::undrain(&client).await,
         Verb::Define(_) | Verb::Generate(_) | Verb::Doctor(_) => Ok(()),

@@ -1,4 +1,4 @@
-//! The command line of the verbs that look on: `flotilla events`, `flotilla wait`, `flotilla doctor`.
+//! The command line of the verbs that look on: `flotilla events`, `flotilla wait`, `flotilla top`, `flotilla doctor`.
 
 use std::time::Duration;
 
@@ -59,6 +59,23 @@ pub(crate) enum Wanted {
     Down,
     /// It is not defined any more
     Gone,
+}
+
+/// `flotilla top`.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Only these VMs
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Time between two looks, at least 1s
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    pub(crate) interval: Duration,
+    /// Leave after so many tables [default: 1 where the output is no terminal]
+    #[arg(long, short = 'n', value_name = "N")]
+    pub(crate) count: Option<u64>,
+    /// Print each table as one line of JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `flotilla doctor`.

@@ -96,7 +96,8 @@ Keys of a definition (only \"kernel\" is required):
   append       kernel command line
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
   cpus         vCPUs, 1 to 254; 1 when absent
-  disks        list of { path, format, readonly, direct, serial, aio, iops, discard, number }; the first is /dev/vda
+  disks        list of { path, format, backing, backing_format, readonly, direct, serial, aio, iops, discard, number };
+               the first is /dev/vda
   nics         list of { network or bridge, mac, number }; the first is eth0
   balloon, rng true for these devices
   restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)

@@ -138,7 +138,7 @@ impl OwnDaemon {
         let _ = self.host.run_for(
             Duration::from_secs(20),
             &format!(
-                "timeout 10 {flotilla} list --json | jq -r '.[].name' | xargs -r env {flotilla} rm --force; \
+                "timeout 10 env {flotilla} list --json | jq -r '.[].name' | xargs -r env {flotilla} rm --force; \
                  kill $(cat {dir}/pid {dir}/bus.pid); rm -rf {dir}"
             ),
         );

@@ -64,6 +64,32 @@ fn the_guest_sees_its_memory_its_processors_and_each_device_once() -> Outcome {
     check(cpus.as_array().is_some_and(|cpus| cpus.len() == 3), || cpus.to_string())
 }
 
+/// The one segment of an ELF file, which is what `objcopy -O binary` would make of it.
+const FLATTEN: &str = r#"word() { od -An -tu8 -j "$1" -N 8 "$elf" | tr -d ' '; }
+    header=$(word 32) && from=$(word $((header + 8))) && size=$(word $((header + 32))) &&
+    tail -c +$((from + 1)) "$elf" | head -c "$size" >"$raw""#;
+
+#[test]
+fn a_raw_kernel_starts_as_its_elf_file_does() -> Outcome {
+    let Place { host, vmm, guest } = place()?;
+    let name = format!("test-{}-raw", std::process::id());
+    let raw = format!("/tmp/{name}.bin");
+    host.ok(&format!("elf={guest} raw={raw}; {FLATTEN}"))?;
+    let arguments = format!(
+        "-machine microvm -m 256M -smp 2 -kernel {raw} -serial socket,path={{dir}}/console.sock,server,nowait"
+    );
+    let outcome = (|| {
+        let vmm = Vmm::start_as(host, vmm, &name, &arguments)?;
+        let mut console = vmm.console()?;
+        console.expect("is up.", SOON)?;
+        console.expect("cpus    2 x", SOON)?;
+        console.enter("poweroff")?;
+        check(vmm.exit(SOON)? == 0, || "not 0".into())
+    })();
+    host.ok(&format!("rm {raw}"))?;
+    outcome
+}
+
 #[test]
 fn every_way_a_guest_ends_has_its_event_and_exit_code() -> Outcome {
     let place = place()?;

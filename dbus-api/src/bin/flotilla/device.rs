@@ -7,7 +7,7 @@ use comfy_table::Cell;
 use dbus_api::proxy::Options;
 use dbus_api::spec::Nic;
 use serde::Serialize;
-use zbus::{OwnedObjectPath, Variant};
+use zbus::Variant;
 
 use crate::args::device::{AddDiskArgs, AddNicArgs, DiskVerb, ListDevicesArgs, NicVerb, RmDeviceArgs};
 use crate::client::Client;
@@ -63,7 +63,7 @@ async fn add_nic(client: &Client, args: AddNicArgs) -> Result<(), Failure> {
     let mut jobs = Jobs::watch(client).await?;
     let added = client.manager.attach_nic(&args.name, &text, persist(args.persist)).await;
     let (id, job) = added.map_err(|error| client.failed(error).about(&args.name))?;
-    finish(client, &mut jobs, &args.name, "adding a card to", job, LIMIT).await?;
+    jobs.finish(client, "adding a card to", &args.name, job, LIMIT).await?;
     output::print(&format!("{id} added to {}\n", args.name))
 }
 
@@ -76,7 +76,7 @@ async fn add_disk(client: &Client, args: AddDiskArgs) -> Result<(), Failure> {
     let mut jobs = Jobs::watch(client).await?;
     let added = client.manager.attach_disk(&args.name, &text, persist(args.persist)).await;
     let (id, job) = added.map_err(|error| client.failed(error).about(&args.name))?;
-    finish(client, &mut jobs, &args.name, "adding a disk to", job, LIMIT).await?;
+    jobs.finish(client, "adding a disk to", &args.name, job, LIMIT).await?;
     output::print(&format!("{id} added to {}\n", args.name))
 }
 
@@ -92,7 +92,7 @@ async fn remove(client: &Client, args: RmDeviceArgs, nic: bool) -> Result<(), Fa
     };
     let job = removed.map_err(|error| client.failed(error).about(&args.name))?;
     let doing = format!("removing {} from", plain(&args.id));
-    finish(client, &mut jobs, &args.name, &doing, job, args.timeout + LIMIT).await?;
+    jobs.finish(client, &doing, &args.name, job, args.timeout + LIMIT).await?;
     output::print(&format!("{} removed from {}\n", plain(&args.id), args.name))
 }
 
@@ -102,18 +102,6 @@ fn persist(persist: bool) -> Options<'static> {
 
 fn json(name: &str, device: &impl Serialize) -> Result<String, Failure> {
     serde_json::to_string(device).map_err(|error| Failure::new(Exit::Failed, format!("{name}: {error}")))
-}
-
-async fn finish(
-    client: &Client,
-    jobs: &mut Jobs,
-    name: &str,
-    doing: &str,
-    job: OwnedObjectPath,
-    limit: Duration,
-) -> Result<(), Failure> {
-    let ended = jobs.wait(client, doing, vec![(name.to_owned(), job)], limit).await;
-    ended.into_iter().try_for_each(|(_, outcome)| outcome)
 }
 
 async fn list_nics(client: &Client, args: ListDevicesArgs) -> Result<(), Failure> {

@@ -130,6 +130,19 @@ impl Jobs {
             .collect()
     }
 
+    /// As [`wait`](Self::wait), for the one job of a verb about `name`.
+    pub(crate) async fn finish(
+        &mut self,
+        client: &Client,
+        doing: &str,
+        name: &str,
+        job: OwnedObjectPath,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let ended = self.wait(client, doing, vec![(name.to_owned(), job)], limit).await;
+        ended.into_iter().try_for_each(|(_, outcome)| outcome)
+    }
+
     fn follow_phase(&mut self, client: &Client, vm: String, job: OwnedObjectPath) {
         let connection = client.connection.clone();
         let to = self.sender.clone();

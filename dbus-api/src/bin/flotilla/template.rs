@@ -46,7 +46,7 @@ async fn create(client: &Client, args: CreateArgs) -> Result<(), Failure> {
     let mut jobs = Jobs::watch(client).await?;
     let begun = client.manager.create_template(&args.vm, &args.name, options).await;
     let job = begun.map_err(|error| client.failed(error).about(&args.vm))?;
-    finish(client, &mut jobs, &args.vm, "making a template of", job).await?;
+    jobs.finish(client, "making a template of", &args.vm, job, COPY).await?;
     output::print(&format!("template {} made of {}\n", args.name, args.vm))
 }
 
@@ -54,19 +54,8 @@ async fn verify(client: &Client, name: &str) -> Result<(), Failure> {
     let mut jobs = Jobs::watch(client).await?;
     let begun = client.manager.verify_template(name, Options::new()).await;
     let job = begun.map_err(|error| client.failed(error).about(name))?;
-    finish(client, &mut jobs, name, "verifying", job).await?;
+    jobs.finish(client, "verifying", name, job, COPY).await?;
     output::print(&format!("template {name} is as it was written\n"))
-}
-
-async fn finish(
-    client: &Client,
-    jobs: &mut Jobs,
-    name: &str,
-    doing: &str,
-    job: OwnedObjectPath,
-) -> Result<(), Failure> {
-    let ended = jobs.wait(client, doing, vec![(name.to_owned(), job)], COPY).await;
-    ended.into_iter().try_for_each(|(_, outcome)| outcome)
 }
 
 /// A row of the list, as `--json` prints it.

@@ -46,6 +46,16 @@ pub trait Manager {
         spec: &str,
         options: Options<'_>,
     ) -> Result<(OwnedObjectPath, u64), crate::error::Error>;
+    /// Makes a VM from an image: `spec` (JSON) is the rest of its definition. Options: `size t`, `format s`, `whole b`, `ssh_keys as`,
+    /// `user_data s`, `network_config s`, `start b` (default true). Returns its object and the job.
+    #[zbus(allow_interactive_auth)]
+    fn create_vm(
+        &self,
+        name: &str,
+        spec: &str,
+        image: &str,
+        options: Options<'_>,
+    ) -> Result<(OwnedObjectPath, OwnedObjectPath), crate::error::Error>;
     /// Forgets a stopped VM. Options: `force b` powers it off first.
     #[zbus(allow_interactive_auth)]
     fn undefine_vm(&self, name: &str, options: Options<'_>) -> Result<(), crate::error::Error>;
@@ -159,6 +169,9 @@ pub trait Manager {
     ) -> Result<Vec<CloneRow>, crate::error::Error>;
     /// Jobs under way.
     fn list_jobs(&self) -> Result<Vec<JobRow>, crate::error::Error>;
+    /// Cancels a job by its number; `JobRemoved` tells how it ended.
+    #[zbus(allow_interactive_auth)]
+    fn cancel_job(&self, id: u32) -> Result<(), crate::error::Error>;
 
     /// A VM was defined.
     #[zbus(signal)]
@@ -283,6 +296,10 @@ pub trait Vm {
         which: &str,
         options: Options<'_>,
     ) -> Result<(OwnedFd, String), crate::error::Error>;
+
+    /// A stream with what the VM's process has logged, and what kind of descriptor it is. Options: `lines t`, `follow b`.
+    #[zbus(allow_interactive_auth)]
+    fn open_log(&self, options: Options<'_>) -> Result<(OwnedFd, String), crate::error::Error>;
 
     /// State changed. (Named apart from the change signal that the property `State` has of its own.)
     #[zbus(signal, name = "StateChanged")]
@@ -411,6 +428,9 @@ pub trait Template {
 /// A job under way.
 #[zbus::proxy(interface = "org.flotilla.Flotilla1.Job", default_service = "org.flotilla.Flotilla1")]
 pub trait Job {
+    /// As `CancelJob` of the Manager.
+    #[zbus(allow_interactive_auth)]
+    fn cancel(&self) -> Result<(), crate::error::Error>;
     /// Number.
     #[zbus(property(emits_changed_signal = "const"))]
     fn id(&self) -> zbus::Result<u32>;

@@ -1,6 +1,6 @@
 //! A VM's definition: owns the schema that people write (JSON or TOML) and that the daemon stores. Plain data, unknown keys refused.
 //!
-//! A kernel alone is a valid definition: `{"kernel": "/boot/vmlinuz"}`. Rules that need more than types (ranges, names, files) are the
+//! A kernel alone is a valid definition: `{"kernel": "/boot/vmlinuz"}`; a q35 may have firmware instead. Rules that need more than types (ranges, names, files) are the
 //! daemon's, in one place.
 
 use std::collections::BTreeMap;
@@ -31,12 +31,16 @@ pub struct VmSpec {
     /// Guest RAM, a number of MiB or a string such as `"512M"` or `"2G"`; 128 MiB to 512 GiB, default 256 MiB.
     #[serde(default)]
     pub memory: Size,
-    /// Kernel image: bzImage, ELF vmlinux or raw vmlinux.bin. Absolute path.
-    pub kernel: PathBuf,
+    /// Kernel image: bzImage, ELF vmlinux or raw vmlinux.bin. Absolute path. Absent: the firmware finds one on the disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Firmware of a q35. It boots the kernel, or what it finds on the disks, in their order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
     /// Initial RAM disk. Absolute path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line; default `console=ttyS0 reboot=k panic=1`, with ` root=/dev/vda rw` when there is a disk and no initrd.
+    /// Command line of `kernel`; default `console=ttyS0 reboot=k panic=1`, with ` root=/dev/vda rw` when there is a disk and no initrd.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub append: Option<String>,
     /// Disks in order: the first is the guest's `/dev/vda`.
@@ -254,6 +258,16 @@ impl std::str::FromStr for Machine {
             .find(|machine| machine.word() == text)
             .ok_or_else(|| format!("machine {text:?} is unknown: use microvm or q35"))
     }
+}
+
+/// Firmware in flash, such as OVMF.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Firmware {
+    /// Image of its code, which no VM writes to. Absolute path.
+    pub code: PathBuf,
+    /// Image that it keeps its variables in, written to: each VM has one of its own. Absolute path.
+    pub vars: PathBuf,
 }
 
 /// A disk.

@@ -85,6 +85,50 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_is_made_from_an_image_in_one_line() {
+        let Some(fleet) = fleet() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("id.pub"), "ssh-ed25519 AAAA me\n").unwrap();
+        std::fs::write(path("user-data"), "#cloud-config\n").unwrap();
+        let line = ["create", "web", "--image", "/images/debian.qcow2", "--size", "20G", "--cpus", "2"];
+        let (key, data) = (path("id.pub"), path("user-data"));
+        let more = ["--ssh-key", &key, "--user-data", &data, "--network", "lan"];
+        expect(&fleet.run(&[&line[..], &more[..]].concat()), 0, "web created and started\n", "");
+        let call = fleet.calls().remove(0);
+        for part in [
+            "create web /images/debian.qcow2 ",
+            "21474836480 ",
+            "ssh-ed25519 AAAA me",
+            "#cloud-config",
+            "start=true",
+            "whole=false",
+            "\"memory\":\"1G\"",
+            "\"network\":\"lan\"",
+        ] {
+            assert!(call.contains(part), "{part}: {call}");
+        }
+        assert!(!call.contains("machine") && !call.contains("kernel"), "{call}");
+        expect(&fleet.run(&["create", "web", "--image", "x"]), 6, "", "exists");
+        std::fs::write(path("id"), "-----BEGIN OPENSSH PRIVATE KEY-----\n").unwrap();
+        expect(&fleet.run(&["create", "b", "--image", "x", "--ssh-key", &path("id")]), 5, "", "private key");
+        expect(&fleet.run(&["create", "b", "--image", "x", "--user-data", "/none"]), 1, "", "/none");
+        assert_eq!(fleet.calls().iter().filter(|call| call.starts_with("create b")).count(), 0);
+    }
+
+    #[test]
+    fn jobs_are_cancelled_by_number() {
+        let Some(fleet) = fleet() else { return };
+        expect(&fleet.run(&["job", "list"]), 0, "", "No jobs");
+        expect(&fleet.run(&["job", "list", "--json"]), 0, "[]", "");
+        let ran = fleet.run(&["job", "cancel", "17", "18"]);
+        assert!(ran.status != 0 && ran.out == "job 17 is being cancelled\n", "{ran:?}");
+        assert!(ran.err.contains("job 18"), "{ran:?}");
+        assert_eq!(fleet.calls(), ["cancel 17", "cancel 18"]);
+        assert_eq!(fleet.run(&["job", "cancel", "x"]).status, 2);
+    }
+
+    #[test]
     fn a_host_is_drained_and_not_any_more() {
         let Some(fleet) = fleet() else { return };
         expect(&fleet.run(&["define", "web", "--kernel", "/k"]), 0, "", "");

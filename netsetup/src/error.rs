@@ -157,6 +157,24 @@ pub enum NetError {
         /// How often we tried.
         tries: u32,
     },
+    /// The host does not forward.
+    #[error(
+        "this host does not forward between networks (net.ipv4.ip_forward is 0), so NAT would do nothing: switch it on yourself with `sysctl -w net.ipv4.ip_forward=1`, and for every boot with net.ipv4.ip_forward=1 in a file of /etc/sysctl.d"
+    )]
+    Forwarding,
+    /// `nft` cannot be run.
+    #[error("nft cannot be run: {source}: NAT needs it, install the package nftables")]
+    NftMissing {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// `nft` refused.
+    #[error("nft did not take the table flotilla: {text}")]
+    Nft {
+        /// What it says.
+        text: String,
+    },
     /// Several parts of one job failed; the others were done.
     #[error("{}", join(.0))]
     Several(Vec<NetError>),

@@ -5,12 +5,15 @@
 //!
 //! **Whose link is it.** Each link made here carries a tag in its alias (`ip link show` prints it): a tap the tag of its
 //! owner (`flotilla:UUID`), a bridge [`BRIDGE_TAG`]. What carries no tag, or another one, is never changed and never
-//! removed; a bridge of the administrator may be *used*. Routes, firewall and IP forwarding are never touched.
+//! removed; a bridge of the administrator may be *used*. Routes and IP forwarding are never touched, nor is the firewall but for
+//! one table of our own.
 //!
 //! Rooms, each importing only those below it:
 //!
 //! ```text
 //! net.rs     ensure, remove, list: the public calls
+//! nat.rs     outgoing NAT: the nftables table of our own
+//! dhcp.rs    what a DHCP server of a bridge is told      pool.rs   which addresses there are to give
 //! wire.rs    one rtnetlink socket; a deadline for each request
 //! tap.rs     /dev/net/tun (RTM_NEWLINK refuses to make taps)
 //! link.rs    what the kernel says about a link, as plain data
@@ -18,14 +21,20 @@
 //! error.rs   what can go wrong, and what to do about it
 //! ```
 
+mod dhcp;
 mod error;
 mod link;
 mod name;
+mod nat;
 mod net;
+mod pool;
 mod tap;
 mod wire;
 
+pub use dhcp::{DhcpServer, dhcp_hosts};
 pub use error::NetError;
 pub use link::{Link, LinkKind, Outcome};
-pub use name::{BRIDGE_TAG, TAG_PREFIX, bridge_name, check_name, tap_name};
+pub use name::{BRIDGE_TAG, TAG_PREFIX, bridge_name, check_name, check_plain, tap_name};
+pub use nat::{NatNetwork, apply_ruleset, check_forwarding, nat_ruleset};
 pub use net::{BridgeSpec, Net, TapSpec};
+pub use pool::{Pool, PoolError};

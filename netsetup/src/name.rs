@@ -51,6 +51,21 @@ pub fn check_name(name: &str) -> Result<(), NetError> {
     Err(NetError::Name { name: name.to_owned(), why })
 }
 
+/// Checks that `name` can be the name of a link, and that it means nothing but itself in the files of other programs: wildcards, quotes and
+/// the like.
+///
+/// # Errors
+/// [`NetError::Name`] with what is wrong.
+pub fn check_plain(name: &str) -> Result<(), NetError> {
+    check_name(name)?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if name.starts_with('-') || !name.bytes().all(plain) {
+        let why = "cannot be used with NAT or DHCP, as other programs read more into it";
+        return Err(NetError::Name { name: name.to_owned(), why });
+    }
+    Ok(())
+}
+
 /// Checks that `tag` can be an alias and is recognisably ours.
 pub(crate) fn check_tag(tag: &str) -> Result<(), NetError> {
     let why = if !tag.starts_with(TAG_PREFIX) || tag.len() == TAG_PREFIX.len() {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
-use dbus_api::spec::Size;
+use dbus_api::spec::{Firmware, Size};
 use ipnet::IpNet;
 use netsetup::BridgeSpec;
 use serde::Deserialize;
@@ -110,6 +110,7 @@ struct File {
     admission: Limits,
     #[serde(default)]
     metrics: Metrics,
+    firmware: Option<Firmware>,
 }
 
 /// Who else may read the metrics.
@@ -157,6 +158,8 @@ pub struct Config {
     pub admission: Admission,
     /// Loopback address where metrics are served besides their socket.
     pub metrics: Option<SocketAddr>,
+    /// Firmware of VMs that are made from images; its variables are copied for each.
+    pub firmware: Option<Firmware>,
 }
 
 impl Config {
@@ -188,13 +191,16 @@ impl Config {
             },
             bridges: file.bridge.into_iter().map(bridge).collect(),
             metrics: file.metrics.listen,
+            firmware: file.firmware,
         };
         if let Some(address) = config.metrics.filter(|address| !address.ip().is_loopback()) {
             return Err(ConfigError::NotLoopback(address));
         }
-        for (what, path) in
-            [("state_dir", &config.state_dir), ("runtime_dir", &config.runtime_dir), ("vmm", &config.vmm)]
-        {
+        let directories =
+            [("state_dir", &config.state_dir), ("runtime_dir", &config.runtime_dir), ("vmm", &config.vmm)];
+        let firmware = config.firmware.iter();
+        let firmware = firmware.flat_map(|f| [("firmware.code", &f.code), ("firmware.vars", &f.vars)]);
+        for (what, path) in directories.into_iter().chain(firmware) {
             // The VMM's command line must mean the same in every directory.
             if !path.is_absolute() {
                 return Err(ConfigError::Relative { what, path: path.clone() });
@@ -230,18 +236,22 @@ mod tests {
             max_memory = "2G"
             [metrics]
             listen = "[::1]:9775"
+            [firmware]
+            code = "/fw/code"
+            vars = "/fw/vars"
         "#;
         let config = load(text, &["--vmm", "/x/vmm"]).unwrap();
         assert_eq!((config.launcher, config.vmm), (LauncherKind::Process, PathBuf::from("/x/vmm")));
         assert_eq!(config.admission, Admission { max_memory: Some(2 << 30), ..Admission::default() });
         assert_eq!(config.metrics, Some("[::1]:9775".parse().unwrap()));
+        assert_eq!(config.firmware.map(|firmware| firmware.vars), Some(PathBuf::from("/fw/vars")));
         assert_eq!(config.state_dir, Path::new("/var/lib/flotilla"));
         assert_eq!((config.bridges[0].addresses.len(), config.bridges[0].mtu), (2, Some(9000)));
     }
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 8] = [
+        let cases: [(&str, &[&str], &str); 10] = [
             ("lanucher = \"process\"", &[], "lanucher"),
             ("[[bridge]]\nname=\"b\"\nadresses=[]", &[], "adresses"),
             ("[admission]\nmax_memroy=1", &[], "max_memroy"),
@@ -250,6 +260,8 @@ mod tests {
             ("", &["--vmm", "vmm"], "not an absolute path"),
             ("[metrics]\nlisten = \"0.0.0.0:9775\"", &[], "not a loopback address"),
             ("[metrics]\nlisten = \"localhost\"", &[], "listen"),
+            ("[firmware]\ncode = \"/c\"", &[], "vars"),
+            ("[firmware]\ncode = \"/c\"\nvars = \"v\"", &[], "firmware.vars"),
         ];
         for (text, arguments, word) in cases {
             let error = load(text, arguments).unwrap_err().to_string();

@@ -134,7 +134,7 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     } else {
         Access::SameUser(connection.clone())
     };
-    let templates = Templates::open(Arc::clone(&fleet));
+    let templates = Templates::open(Arc::clone(&fleet), config.firmware);
     dbus::serve(&connection, Arc::clone(&templates), access, news_inbox).await.map_err(
         |error| match error {
             zbus::Error::NameTaken => {

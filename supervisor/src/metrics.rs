@@ -1,5 +1,5 @@
 //! Metrics in the text format of Prometheus (version 0.0.4), over HTTP on the socket `metrics.sock` and, if the administrator says so, on a
-//! loopback port. Everything comes from the fleet's memory and the kernel's accounts: no VMM is asked, so no VM can delay an answer.
+//! loopback port. Everything comes from the fleet's memory and the kernel's accounts: no VMM is asked meanwhile, so no VM can delay an answer.
 //!
 //! Anybody on the host may read them, as anybody may list the VMs. A connection is one request, is closed after it, and has a few seconds.
 
@@ -19,6 +19,7 @@ use tracing::{debug, warn};
 
 use crate::fleet::Fleet;
 use crate::fleet::life::State;
+use crate::fleet::samples::{Samples, Transfers};
 use crate::fleet::usage::{Usage, Usages};
 use crate::fleet::view::View;
 
@@ -167,6 +168,7 @@ async fn text(fleet: &Fleet, start: Start) -> String {
     let mut page = Page::default();
     host(&mut page, fleet, start, &views);
     vms(&mut page, &views, &usages);
+    said(&mut page, &fleet.latencies(), &fleet.samples());
     page.text
 }
 
@@ -195,6 +197,9 @@ fn host(page: &mut Page, fleet: &Fleet, start: Start, views: &[Arc<View>]) {
             page.value(&[], limit);
         }
     }
+    let help = "Starts that were refused: no room on the host, or it is drained.";
+    page.metric("flotilla_admission_refused_total", "counter", help);
+    page.value(&[], fleet.refusals());
     page.metric("flotilla_draining", "gauge", "1: no VM is started on this host.");
     page.value(&[], u8::from(fleet.draining()));
     page.metric("flotilla_corrupt_records", "gauge", "Records that could not be read and were set aside.");
@@ -209,6 +214,42 @@ fn host(page: &mut Page, fleet: &Fleet, start: Start, views: &[Arc<View>]) {
         "How long the daemon took to find the VMs at its start.",
     );
     page.value(&[], start.adoption.as_secs_f64());
+    if let Some(readiness) = fleet.readiness() {
+        let help = "From the daemon's start until every VM that runs had answered or was known not to.";
+        page.metric("flotilla_ready_seconds", "gauge", help);
+        page.value(&[], readiness.as_secs_f64());
+    }
+}
+
+/// What the VMMs said of themselves, when they were asked last.
+fn said(page: &mut Page, latencies: &[(Arc<str>, Duration)], samples: &Samples) {
+    let help = "How long its VMM took for its newest answer.";
+    page.metric("flotilla_vm_qmp_latency_seconds", "gauge", help);
+    for (vm, latency) in latencies {
+        page.value(&[("vm", vm)], latency.as_secs_f64());
+    }
+    page.metric("flotilla_vm_balloon_bytes", "gauge", "Memory that its balloon leaves to the guest.");
+    for (vm, sample) in samples {
+        if let Some(bytes) = sample.balloon {
+            page.value(&[("vm", vm)], bytes);
+        }
+    }
+    type Count = (&'static str, &'static str, fn(&Transfers) -> u64);
+    let counts: [Count; 5] = [
+        ("read_bytes", "Bytes that the guest read from a disk.", |disk| disk.bytes[0]),
+        ("written_bytes", "Bytes that the guest wrote to a disk.", |disk| disk.bytes[1]),
+        ("reads", "Requests of the guest to read from a disk.", |disk| disk.requests[0]),
+        ("writes", "Requests of the guest to write to a disk.", |disk| disk.requests[1]),
+        ("flushes", "Requests of the guest to flush a disk.", |disk| disk.requests[2]),
+    ];
+    for (name, help, count) in counts {
+        page.metric(&format!("flotilla_vm_block_{name}_total"), "counter", help);
+        for (vm, sample) in samples {
+            for (disk, transfers) in &sample.disks {
+                page.value(&[("vm", vm), ("disk", disk)], count(transfers));
+            }
+        }
+    }
 }
 
 fn vms(page: &mut Page, views: &[Arc<View>], usages: &Usages) {
@@ -224,6 +265,9 @@ fn vms(page: &mut Page, views: &[Arc<View>], usages: &Usages) {
     each(page, "flotilla_vm_responsive", "gauge", "1: its VMM answers.", &answers);
     let restarts = |view: &View| view.restarts.into();
     each(page, "flotilla_vm_restarts", "gauge", "Restarts by policy in a row.", &restarts);
+    let restarted = |view: &View| view.restarted.into();
+    let help = "Restarts by policy since the daemon's start.";
+    each(page, "flotilla_vm_restarts_total", "counter", help, &restarted);
     each(page, "flotilla_vm_memory_bytes", "gauge", "RAM, as defined.", &|view| view.spec.memory.0);
     each(page, "flotilla_vm_vcpus", "gauge", "vCPUs, as defined.", &|view| view.spec.cpus.into());
 
@@ -303,7 +347,10 @@ impl Page {
         self.text.push_str(&self.name);
         for (at, (label, text)) in labels.iter().enumerate() {
             self.text.push(if at == 0 { '{' } else { ',' });
-            let _ = write!(self.text, "{label}=\"{}\"", escape(text));
+            self.text.push_str(label);
+            self.text.push_str("=\"");
+            escape(&mut self.text, text);
+            self.text.push('"');
         }
         if !labels.is_empty() {
             self.text.push('}');
@@ -312,9 +359,16 @@ impl Page {
     }
 }
 
-/// A label's value as the format wants it.
-fn escape(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+/// Adds a label's value as the format wants it. There is one in each of a hundred thousand lines: nothing is copied on the way.
+fn escape(page: &mut String, text: &str) {
+    let mut rest = text;
+    while let Some(at) = rest.find(['\\', '"', '\n']) {
+        page.push_str(&rest[..at]);
+        page.push('\\');
+        page.push(if rest.as_bytes()[at] == b'\n' { 'n' } else { char::from(rest.as_bytes()[at]) });
+        rest = &rest[at + 1..];
+    }
+    page.push_str(rest);
 }
 
 #[cfg(test)]
@@ -342,11 +396,11 @@ mod tests {
     fn lines_are_as_prometheus_wants_them() {
         let mut page = Page::default();
         page.metric("a_total", "counter", "Some.");
-        page.value(&[("vm", "a\"b\\c"), ("nic", "nic0")], 7);
+        page.value(&[("vm", "a\"b\\c\n"), ("nic", "nic0")], 7);
         page.value(&[], 0.5);
         assert_eq!(
             page.text,
-            "# HELP a_total Some.\n# TYPE a_total counter\na_total{vm=\"a\\\"b\\\\c\",nic=\"nic0\"} 7\na_total 0.5\n"
+            "# HELP a_total Some.\n# TYPE a_total counter\na_total{vm=\"a\\\"b\\\\c\\n\",nic=\"nic0\"} 7\na_total 0.5\n"
         );
     }
 

@@ -4,6 +4,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's way to fail")]
 
+#[path = "daemon/create.rs"]
+mod create;
+#[path = "daemon/jobs.rs"]
+mod jobs;
 mod lab;
 #[path = "daemon/networks.rs"]
 mod networks;

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use tests::console::Console;
 use tests::host::Host;
+use tests::qmp::Qmp;
 use tests::scenario::{Outcome, SOON, Vmm, check, here_or_on_a_host};
 
 /// Where the VMs run: one place for all tests of this file.
@@ -166,6 +167,81 @@ fn disks_take_and_keep_what_the_guest_writes() -> Outcome {
     }
     place.host.ok(&format!("rm -f {image}"))?;
     Ok(())
+}
+
+#[test]
+fn memory_that_is_given_back_is_not_there_any_more() -> Outcome {
+    let options = "-object memory-backend-ram,id=m,size=512M -device virtio-mem-device,id=mem0,memdev=m,requested-size=256M";
+    let (vmm, mut console) = place()?.up("more", options)?;
+    let mut qmp = vmm.qmp()?;
+    let plugged = |qmp: &mut Qmp, blocks: u64| -> Outcome {
+        let shown = qmp.execute("get-viomem", &json!({ "id": "mem0" }), SOON)?;
+        check(shown["plugged-size"] == blocks << 21, || format!("{shown}, not {blocks} blocks"))
+    };
+    let all = |console: &mut Console, steps: &[(&str, &str)]| -> Outcome {
+        for (command, answer) in steps {
+            console.enter(&format!("more {command}"))?;
+            let said = console.expect_line("more: ", SOON)?;
+            check(said.contains(answer), || format!("more {command}: {said}, not {answer}"))?;
+        }
+        Ok(())
+    };
+    // 64 blocks of 2 MiB are a chunk; in each block 32 words are looked at.
+    all(
+        &mut console,
+        &[
+            ("state 0 256", "none there"),
+            ("look 0 1", "0 kept, 0 zero, 32 absent"),
+            ("plug 0 64", "done"),
+            ("look 0 2", "64 zero"),
+            ("fill 0 64", "wrote 2048 words"),
+            ("look 0 64", "2048 kept"),
+            ("look 64 1", "32 absent"),
+            ("state 63 2", "some there"),
+            ("plug 64 65", "refused"),
+            ("plug 63 1", "nonsense"),
+            ("plug 256 1", "nonsense"),
+            ("unplug 64 1", "nonsense"),
+            ("state 0 0", "nonsense"),
+        ],
+    )?;
+    plugged(&mut qmp, 64)?;
+    // What is left of a chunk stays as it was; with its last block it goes.
+    all(
+        &mut console,
+        &[
+            ("unplug 0 63", "done"),
+            ("look 62 2", "32 kept, 32 zero"),
+            ("unplug 63 1", "done"),
+            ("look 62 2", "64 absent"),
+            ("fill 0 1", "wrote 32 words"),
+            ("plug 60 8", "done"),
+            ("look 0 1", "32 zero"),
+            ("look 60 8", "256 zero"),
+            ("none", "done"),
+            ("look 60 8", "256 absent"),
+        ],
+    )?;
+    plugged(&mut qmp, 0)?;
+    for (size, good) in
+        [(512u64 << 20, true), (513 << 20, false), (514 << 20, false), (0, true), (64 << 20, true)]
+    {
+        let set = qmp.execute("set-viomem", &json!({ "id": "mem0", "requested-size": size }), SOON);
+        check(set.is_ok() == good, || format!("set-viomem {size}: {set:?}"))?;
+    }
+    all(&mut console, &[("plug 0 33", "refused"), ("plug 0 32", "done"), ("fill 0 32", "wrote 1024 words")])?;
+    let saved = qmp.execute("migrate", &json!({ "uri": "file:/var/tmp/never" }), SOON);
+    let why = saved.err().map(|e| e.to_string()).unwrap_or_default();
+    check(why.contains("mem0") && why.contains("virtio-mem-device cannot be used"), || {
+        format!("migrate: {why}")
+    })?;
+    // What runs after a reset knows of no block, and finds nothing of what was there.
+    qmp.ask("system_reset")?;
+    console.expect("is up.", SOON)?;
+    plugged(&mut qmp, 0)?;
+    all(&mut console, &[("look 0 32", "1024 absent"), ("plug 0 32", "done"), ("look 0 32", "1024 zero")])?;
+    qmp.ask("quit")?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
 }
 
 #[test]

@@ -99,6 +99,87 @@ fn queues(console: &mut Console) -> Outcome {
     check(disk == "2", || format!("{disk} queues of the disk"))
 }
 
+/// A disk of the emulated host's, behind its IOMMU.
+const SPARE: &str = "0000:01:00.0";
+
+/// Has a driver of the host's take the spare disk.
+fn bind(host: &Host, driver: &str) -> Outcome {
+    let bound = host.ok(&format!(
+        "modprobe {driver}; cd /sys/bus/pci/devices/{SPARE} && echo {driver} > driver_override && \
+         {{ [ ! -e driver ] || echo {SPARE} > driver/unbind; }} && echo {SPARE} > /sys/bus/pci/drivers_probe && basename $(readlink driver)"
+    ))?;
+    check(bound.trim() == driver, || format!("{SPARE} is {bound}'s and not {driver}'s"))
+}
+
+/// Sum of what is on the spare disk, which the host must have. With `fill` it writes something new there first.
+fn on_host(host: &Host, fill: bool) -> Outcome<String> {
+    let fill = if fill { "head -c 16M /dev/urandom > $d && sync $d && " } else { "" };
+    let sum = format!("d=/dev/$(ls /sys/bus/pci/devices/{SPARE}/virtio*/block) && {fill}md5sum < $d");
+    Ok(host.ok(&sum)?.trim().to_owned())
+}
+
+/// The spare disk in a guest: its driver finds there what has the sum `holds`, interrupted in this way, and writes something in the middle. Returns the
+/// new sum.
+fn in_guest(console: &mut Console, holds: &str, interrupts: &str) -> Outcome<String> {
+    let find = "basename $(grep -l ^spare /sys/class/block/vd*/serial | cut -d / -f 1-5) 2>&1";
+    until(console, find, "vdb")?;
+    let read = console.shell("busybox md5sum < /dev/vdb", SOON)?;
+    check(read.trim() == holds, || format!("the guest reads {read}, not {holds}"))?;
+    let count = format!(
+        "v=$(basename $(readlink -f /sys/class/block/vdb/device)); grep \"$v\" /proc/interrupts | grep -c '{interrupts}'"
+    );
+    let lines = console.shell(&count, SOON)?;
+    check(lines.trim() != "0", || format!("no {interrupts} of the disk's"))?;
+    let write = "head -c 1M /dev/urandom | dd of=/dev/vdb bs=1M seek=7 conv=notrunc,fsync iflag=fullblock 2>/dev/null; \
+                 echo 3 > /proc/sys/vm/drop_caches; busybox md5sum < /dev/vdb";
+    let wrote = console.shell(write, SOON)?.trim().to_owned();
+    check(wrote != holds, || "what was written is not there".into())?;
+    Ok(wrote)
+}
+
+/// A disk of the host's that was there at the start, and over a reboot: it goes back, comes again while the guest runs, and goes back.
+fn handed_over(host: &Host, qmp: &mut Qmp, console: &mut Console, holds: &str) -> Outcome {
+    let wrote = in_guest(console, holds, "MSI")?;
+    qmp.execute("device_del", &json!({ "id": "spare" }), SOON)?;
+    gone(qmp, "spare")?;
+    // It is the host's at once, with what the guest has written.
+    bind(host, "virtio-pci")?;
+    check(on_host(host, false)? == wrote, || {
+        "the host finds something else than the guest has written".into()
+    })?;
+
+    let add =
+        |id: &str| json!({ "id": id, "driver": "vfio-pci", "host": SPARE, "bus": "pcie.7", "addr": "0x0" });
+    let refused =
+        qmp.execute("device_add", &add("taken"), SOON).err().map(|e| e.to_string()).unwrap_or_default();
+    check(refused.contains("bind each device in it to vfio-pci"), || format!("the host's own: {refused}"))?;
+    let holds = on_host(host, true)?;
+    bind(host, "vfio-pci")?;
+    // This time by its pin.
+    console.shell("echo 0 > /sys/bus/pci/devices/0000:00:07.0/msi_bus", SOON)?;
+    qmp.execute("device_add", &add("spare-again"), SOON)?;
+    let wrote = in_guest(console, &holds, "IO-APIC")?;
+    qmp.execute("device_del", &json!({ "id": "spare-again" }), SOON)?;
+    gone(qmp, "spare-again")?;
+    bind(host, "virtio-pci")?;
+    check(on_host(host, false)? == wrote, || {
+        "the host finds something else than the guest has written".into()
+    })?;
+    until(console, "ls /sys/class/block | grep -c vdb", "0")
+}
+
+/// Presses the power button: an event of the kernel's. What a session manager would do is one line here; it listens before the button is pressed.
+fn power_down(vmm: &Vmm<'_>, qmp: &mut Qmp, console: &mut Console) -> Outcome {
+    let listen = "exec 9< /dev/input/event0; (head -c 24 <&9 > /dev/null; busybox poweroff -f) > /dev/null 2>&1 & true";
+    console.shell(listen, SOON)?;
+    qmp.ask("system_powerdown")?;
+    let event = qmp.wait(BOOT, |name, _| name == "SHUTDOWN")?;
+    check(event["data"]["guest"] == true && event["data"]["reason"] == "guest-shutdown", || {
+        event.to_string()
+    })?;
+    check(vmm.exit(SOON)? == 0, || "not 0".into())
+}
+
 #[test]
 fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outcome {
     let host = host_with_vmm("vmm-q35")?;
@@ -107,10 +188,13 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
         "modprobe vhost_vsock && ip tuntap add tap-q35 mode tap multi_queue vnet_hdr && ip address add 10.9.0.1/24 dev tap-q35 && ip link set tap-q35 up; \
          ip tuntap add tap-hot mode tap vnet_hdr; head -c 4M /dev/urandom > /var/lib/images/hot.img",
     )?;
+    let holds = on_host(&host, true)?;
+    bind(&host, "vfio-pci")?;
     let arguments = format!(
         "-machine q35 -m 256M -smp 2,maxcpus=4 -kernel /srv/guest/vmlinuz -initrd /srv/guest/initrd.gz -append '{}' \
          -serial socket,path={{dir}}/console.sock,server,nowait \
          -device pcie-root-port,port=0x5,addr=0x5,bus=pcie.0,id=pcie.5 -device pcie-root-port,port=0x6,addr=0x6,bus=pcie.0,id=pcie.6 \
+         -device pcie-root-port,port=0x7,addr=0x7,bus=pcie.0,id=pcie.7 -device vfio-pci,host={SPARE},id=spare,bus=pcie.7,addr=0x0 \
          -drive file={},id=rootfs,readonly=off,direct=off -device virtio-blk-pci,drive=rootfs,id=rootfs,bus=pcie.0,addr=0 \
          -netdev tap,id=nic0,ifname=tap-q35,queues=2 -device virtio-net-pci,netdev=nic0,id=nic0,mq=on,bus=pcie.0,addr=0x18.0x0 \
          -device virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x2 -device vhost-vsock-pci,id=vsock0,guest-cid=42,bus=pcie.0,addr=0x3 \
@@ -153,6 +237,7 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
     step("queues and small devices");
     queues(&mut console)?;
     small_devices(&host, &vmm, &mut console)?;
+    let holds = in_guest(&mut console, &holds, "MSI")?;
 
     // A reboot is one in place: the same process, and a client that stays connected.
     step("reboot");
@@ -160,6 +245,9 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
     qmp.wait(SOON, |name, _| name == "RESET")?;
     console.expect(up, BOOT)?;
     guest.answers(&host)?;
+
+    step("a disk of the host's");
+    handed_over(&host, &mut qmp, &mut console, &holds)?;
 
     step("a disk");
     let add = |qmp: &mut Qmp, command: &str, arguments| qmp.execute(command, &arguments, SOON);
@@ -206,13 +294,5 @@ fn debian_boots_on_pcie_reboots_in_place_takes_devices_and_powers_down() -> Outc
     cpus(&mut qmp, &mut console)?;
 
     step("the power button");
-    // The power button is an event of the kernel's; what a session manager would do is one line here. Open before it is pressed.
-    let listen = "exec 9< /dev/input/event0; (head -c 24 <&9 > /dev/null; busybox poweroff -f) > /dev/null 2>&1 & true";
-    console.shell(listen, SOON)?;
-    qmp.ask("system_powerdown")?;
-    let event = qmp.wait(BOOT, |name, _| name == "SHUTDOWN")?;
-    check(event["data"]["guest"] == true && event["data"]["reason"] == "guest-shutdown", || {
-        event.to_string()
-    })?;
-    check(vmm.exit(SOON)? == 0, || "not 0".into())
+    power_down(&vmm, &mut qmp, &mut console)
 }

@@ -9,6 +9,7 @@
 //! machine    microvm (later q35, virt): what is wired where
 //! boot       kernels, initrd, command line, ACPI, MP table         snapshot  the directory that a VM is saved to
 //! virtio     queues, transports, devices        device   legacy devices (serial, ACPI sleep, i8042)
+//! vfio       devices of the host, as functions on the PCI bus
 //! pci        configuration space, BARs, MSI-X, root ports
 //! block net  host back ends of virtio (over vhost)  chardev  host back ends of serial lines and QMP
 //! cpu irq memory bus                            the processor, its interrupts, guest RAM, dispatch
@@ -35,5 +36,6 @@ pub mod process;
 pub mod qmp;
 pub mod sandbox;
 pub mod snapshot;
+pub mod vfio;
 pub mod vhost;
 pub mod virtio;

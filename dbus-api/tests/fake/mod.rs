@@ -270,6 +270,23 @@ impl Manager {
         Ok((OwnedObjectPath::try_from(vm_path(name)).unwrap(), generation))
     }
 
+    async fn create_vm(
+        &self,
+        name: &str,
+        spec: &str,
+        image: &str,
+        options: Details,
+        #[zbus(connection)] connection: &Connection,
+        #[zbus(signal_emitter)] emitter: SignalEmitter<'_>,
+    ) -> Result<(OwnedObjectPath, OwnedObjectPath), Error> {
+        let mut options: Vec<String> =
+            options.iter().map(|(key, value)| format!("{key}={}", **value)).collect();
+        options.sort();
+        self.note(format!("create {name} {image} {} {spec}", options.join(" ")));
+        let (vm, _) = self.define_vm(name, spec, Details::new(), connection).await?;
+        Ok((vm, self.job(&emitter, "create", name, "running").await?))
+    }
+
     async fn undefine_vm(
         &self,
         name: &str,
@@ -354,6 +371,11 @@ impl Manager {
             true => Ok(vec![self.job(&emitter, "shutdown", "web", "stopped").await?]),
             false => Ok(Vec::new()),
         }
+    }
+
+    fn cancel_job(&self, id: u32) -> Result<(), Error> {
+        self.note(format!("cancel {id}"));
+        if id == 17 { Ok(()) } else { Err(Error::NoSuchJob(format!("job {id} has ended, or never was"))) }
     }
 
     fn undrain(&self) {

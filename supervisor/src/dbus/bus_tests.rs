@@ -29,6 +29,10 @@ use crate::launch::{Event, Notice};
 use crate::shelf::Shelf;
 use crate::store::Store;
 
+#[path = "bus_tests/folder.rs"]
+mod folder;
+#[path = "bus_tests/interfaces.rs"]
+mod interfaces;
 #[path = "bus_tests/limits.rs"]
 mod limits;
 
@@ -67,7 +71,7 @@ impl Daemon {
         tokio::spawn(Arc::clone(&fleet).route(event_inbox));
         let connection = bus.connect().await;
         let access = Access::SameUser(connection.clone());
-        serve(&connection, Templates::open(Arc::clone(&fleet)), access, news_inbox).await.unwrap();
+        serve(&connection, Templates::open(Arc::clone(&fleet), None), access, news_inbox).await.unwrap();
         fleet.classify().await;
         fleet.be_ready();
         let client = bus.connect().await;

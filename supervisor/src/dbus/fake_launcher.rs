@@ -208,6 +208,13 @@ impl Launcher for FakeLauncher {
         async move { vec![format!("{name}: it hurts")] }.boxed()
     }
 
+    fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command {
+        let mut command = std::process::Command::new("sh");
+        let wait = if follow { "; exec sleep 600" } else { "" };
+        command.args(["-c", &format!("echo {name} {lines}{wait}")]);
+        command
+    }
+
     fn kill<'a>(
         &'a self,
         name: &'a str,

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use dbus_api::error::Error;
 use zbus::interface;
+use zbus::message::Header;
 
 use super::Shared;
 
@@ -16,6 +18,11 @@ pub(super) struct Job {
 /// A job under way.
 #[interface(name = "org.flotilla.Flotilla1.Job")]
 impl Job {
+    /// As CancelJob of the Manager.
+    async fn cancel(&self, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
+        self.shared.cancel(&header, self.id).await
+    }
+
     /// Number.
     #[zbus(property(emits_changed_signal = "const"))]
     fn id(&self) -> u32 {
@@ -23,7 +30,7 @@ impl Job {
     }
 
     /// "start", "shutdown", "power-off", "pause", "resume", "attach-nic", "detach-nic", "attach-disk", "detach-disk", "create-template",
-    /// "verify-template" or "clone".
+    /// "verify-template", "clone" or "create".
     #[zbus(property(emits_changed_signal = "const"), name = "Type")]
     fn kind(&self) -> &'static str {
         self.kind

@@ -7,7 +7,7 @@ use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, interface};
 
-use super::{Options, Shared, Taken, named, no_options, path, shutdown_verb, start_verb, template};
+use super::{Options, Shared, Taken, create, named, no_options, path, shutdown_verb, start_verb, template};
 use crate::fleet::life::{State, Verb};
 use crate::fleet::seats::Kind;
 
@@ -86,7 +86,27 @@ impl Manager {
         Ok((path(vm_path(name))?, generation))
     }
 
-    /// Forgets a VM that does not run: its record, taps, sockets and directory. Options: "force" b: powers it off first.
+    /// Makes a VM whose first disk comes of an image (the path of a raw or qcow2 one), and starts it. The definition (JSON) is the rest of it, with
+    /// its other disks; one that names neither kernel, firmware nor board is a q35 with this host's firmware, of whose variables it gets a copy.
+    /// The disk shares its blocks with the image where the file system can do that, or else lies over it, and then the image must stay as it is.
+    /// Options: "size" t: bytes of the disk; "format" s: "raw" or "qcow2", read from the image when absent; "whole" b: the disk is to need the
+    /// image no more, even if that takes a copy; "ssh_keys" as, "user_data" s, "network_config" s: for its guest, on a small disk as cloud-init
+    /// looks for it; "start" b (default true). Returns its object, which is there when the VM is, and the job; when that fails nothing is left.
+    #[zbus(out_args("vm", "job"))]
+    async fn create_vm(
+        &self,
+        name: &str,
+        spec: &str,
+        image: &str,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(OwnedObjectPath, OwnedObjectPath), Error> {
+        self.shared.access.check(&header, ACTION_MANAGE, name).await?;
+        create::create(&self.shared, name, spec, image, options).await
+    }
+
+    /// Forgets a VM that does not run: its record, taps, sockets and directory. Disks that were made for it alone, by CloneVm or CreateVm, go too;
+    /// others stay. Options: "force" b: powers it off first.
     async fn undefine_vm(
         &self,
         name: &str,
@@ -378,6 +398,13 @@ impl Manager {
             ))
         };
         self.shared.fleet.jobs().into_iter().map(row).collect()
+    }
+
+    /// Cancels a job by its number. What it did is undone; a start ends the process, a shutdown leaves the VM as it was, though a guest that was
+    /// asked may end all the same. JobRemoved tells how it ended: one that was nearly done may be "done". Fails with NotSupported for jobs that
+    /// last as long as one command.
+    async fn cancel_job(&self, id: u32, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
+        self.shared.cancel(&header, id).await
     }
 
     /// A VM was defined.

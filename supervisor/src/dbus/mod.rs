@@ -6,12 +6,16 @@
 //! ```text
 //! manager.rs, vm.rs, network.rs, template.rs, job.rs   the interfaces
 //! plug.rs                     devices that come and go, for the first two
+//! create.rs                   what CreateVm takes
 //! stats.rs                    what VMs use
 //! access.rs                   may this caller do that? (polkit)
+//! folder.rs                   introspection, one level at a time
 //! publish.rs                  news of the fleet -> objects, signals, property changes
 //! ```
 
 pub mod access;
+mod create;
+mod folder;
 mod job;
 #[expect(clippy::too_many_arguments, reason = "a signal's arguments are its wire format")]
 mod manager;
@@ -63,6 +67,7 @@ pub async fn serve(
     let fleet = Arc::clone(templates.fleet());
     let shared = Shared { fleet: Arc::clone(&fleet), templates, access: Arc::new(access) };
     connection.object_server().at(MANAGER_PATH, manager::Manager::new(shared.clone())).await?;
+    folder::over(connection.object_server(), &shared, MANAGER_PATH).await?;
     tokio::spawn(publish::run(connection.clone(), shared, news));
     fleet.flush().await;
     if connection.is_bus() {
@@ -80,6 +85,7 @@ fn named(error: FleetError) -> Error {
         FleetError::NetworkExists(text) => Error::NetworkExists(text),
         FleetError::NoSuchTemplate(text) => Error::NoSuchTemplate(text),
         FleetError::TemplateExists(text) => Error::TemplateExists(text),
+        FleetError::NoSuchJob(text) => Error::NoSuchJob(text),
         FleetError::InvalidSpec(text) => Error::InvalidSpec(text),
         FleetError::GenerationMismatch(text) => Error::GenerationMismatch(text),
         FleetError::InvalidState(text) => Error::InvalidState(text),
@@ -149,6 +155,13 @@ fn shutdown_verb(options: Options) -> Result<Verb, Error> {
 }
 
 impl Shared {
+    /// Cancels a job, for somebody who may do that to its VM.
+    async fn cancel(&self, header: &zbus::message::Header<'_>, id: u32) -> Result<(), Error> {
+        let name = self.fleet.job(id).map(|job| job.name.to_string()).unwrap_or_default();
+        self.access.check(header, dbus_api::ACTION_MANAGE, &name).await?;
+        self.fleet.cancel_job(id).await.map_err(named)
+    }
+
     async fn ask(&self, name: &str, verb: Verb) -> Result<OwnedObjectPath, Error> {
         let job = self.fleet.ask(name, verb).await.map_err(named)?;
         // The job's object is there before its path is told.

@@ -9,6 +9,7 @@ use tracing::{error, warn};
 use zbus::object_server::{InterfaceRef, SignalEmitter};
 use zbus::{Connection, DBusError, OwnedObjectPath};
 
+use super::folder;
 use super::job::Job;
 use super::manager::Manager;
 use super::network::Network;
@@ -51,6 +52,7 @@ impl Publisher {
                 let path = owned(vm_path(&view.name))?;
                 let server = self.connection.object_server();
                 server.at(&path, Vm::new(self.shared.clone(), Arc::clone(&view.name))).await?;
+                folder::over(server, &self.shared, &path).await?;
                 self.vms.insert(Arc::clone(&view.name), server.interface(&path).await?);
                 Manager::vm_new(&self.emitter()?, &view.name, path).await
             }
@@ -71,6 +73,7 @@ impl Publisher {
                 let job = Job { shared: self.shared.clone(), id, kind, name: Arc::clone(&name) };
                 let server = self.connection.object_server();
                 server.at(&path, job).await?;
+                folder::over(server, &self.shared, &path).await?;
                 let object = server.interface(&path).await?;
                 self.jobs.entry(Arc::clone(&name)).or_default().push((id, object));
                 Manager::job_new(&self.emitter()?, id, path, kind, &name).await
@@ -95,7 +98,9 @@ impl Publisher {
             News::NetworkNew(name) => {
                 let path = owned(network_path(&name))?;
                 let network = Network::new(self.shared.clone(), name.clone());
-                self.connection.object_server().at(&path, network).await?;
+                let server = self.connection.object_server();
+                server.at(&path, network).await?;
+                folder::over(server, &self.shared, &path).await?;
                 Manager::network_new(&self.emitter()?, &name, path).await
             }
             News::NetworkChanged(name) => {
@@ -122,7 +127,9 @@ impl Publisher {
             News::TemplateNew(name) => {
                 let path = owned(template_path(&name))?;
                 let template = Template::new(self.shared.clone(), name.clone());
-                self.connection.object_server().at(&path, template).await?;
+                let server = self.connection.object_server();
+                server.at(&path, template).await?;
+                folder::over(server, &self.shared, &path).await?;
                 Manager::template_new(&self.emitter()?, &name, path).await
             }
             News::TemplateRemoved(name) => {

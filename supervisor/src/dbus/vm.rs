@@ -196,6 +196,22 @@ impl Vm {
         Ok((stream.into(), "socket".to_owned()))
     }
 
+    /// A stream with what the VM's process has logged, and what kind of descriptor it is ("socket"). Options: "lines" t: the newest so many
+    /// (default 1000, at most 100000); "follow" b: go on with those that come. It ends with the log, or when the caller closes it.
+    #[zbus(out_args("stream", "kind"))]
+    async fn open_log(
+        &self,
+        options: Options,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<(OwnedFd, String), Error> {
+        self.shared.access.check(&header, ACTION_CONSOLE, &self.name).await?;
+        let mut options = Taken(options);
+        let (lines, follow) = (options.get::<u64>("lines", "t")?, options.flag("follow", false)?);
+        options.finish()?;
+        let stream = self.shared.fleet.open_log(&self.name, lines, follow).await.map_err(named)?;
+        Ok((stream.into(), "socket".to_owned()))
+    }
+
     /// The state changed.
     #[zbus(signal, name = "StateChanged")]
     pub(super) async fn changed_state(

@@ -1,7 +1,7 @@
 //! One task per VM: feeds the pure state machine with what happens and carries out its effects. Nothing here waits for the VMM or for
 //! systemd: slow effects run as tasks of their own and report back, so that a power-off is always heard.
 //!
-//! `actor/hear.rs` is what is heard, `actor/process.rs` the process, `actor/plug.rs` devices that come and go, `actor/definition.rs` changes and removes the definition, `actor/shown.rs`
+//! `actor/hear.rs` is what is heard, `actor/taps.rs` taps that clients ask for, `actor/process.rs` the process, `actor/plug.rs` devices that come and go, `actor/definition.rs` changes and removes the definition, `actor/shown.rs`
 //! keeps the view.
 //!
 //! What the host tells (`Internal`) goes before what people ask (`Request`): a decision is made on the newest state.
@@ -11,7 +11,9 @@ mod hear;
 pub mod plug;
 mod process;
 mod shown;
+mod taps;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +32,7 @@ use super::seats::Seats;
 use super::view::{View, now};
 use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network};
-use crate::qmp::{Proxy, Watch};
+use crate::qmp::{Proxy, Taps, Watch};
 use crate::store::{Definition, Process, Runtime};
 use plug::{Finishing, Plugging};
 
@@ -63,6 +65,8 @@ struct Actor {
     exit: Option<Exit>,
     deadline: Option<Instant>,
     restart: Option<Instant>,
+    /// Restarts by policy since the daemon's start.
+    restarted: u32,
     /// When the process was first known here.
     launched: Instant,
     last_log: Arc<[String]>,
@@ -75,6 +79,8 @@ struct Actor {
     seats: Arc<Seats>,
     plugging: Option<Plugging>,
     finishing: Finishing,
+    /// Taps that were made for back ends of clients, by the back end's id.
+    taps: BTreeMap<String, String>,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
 }
@@ -91,13 +97,22 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         // An actor that is gone tracks nothing.
         let _ = told.send(Internal::Client(news));
     });
-    let proxy = Proxy::bind(&context.proxies.join(format!("{name}.sock")), &context.shelf, Some(watch))
+    let told = internal.clone();
+    let taps: Taps = Arc::new(move |news| {
+        let _ = told.send(Internal::Tap(news));
+    });
+    let socket = context.proxies.join(format!("{name}.sock"));
+    let proxy = Proxy::bind(&socket, &context.shelf, Some(watch), Some(taps))
         .inspect_err(|error| error!(FLOTILLA_VM = &*name, "its QMP socket cannot be made: {error}"))
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
     let seats = record.as_ref().map(|record| record.seats.clone()).filter(|seats| !seats.is_empty());
-    let leftovers = seats.as_ref().filter(|_| !alive).map(|seats| seats.taps(&name)).unwrap_or_default();
+    let taps = record.as_ref().map(|record| record.taps.clone()).unwrap_or_default();
+    let mut leftovers = seats.as_ref().filter(|_| !alive).map(|seats| seats.taps(&name)).unwrap_or_default();
+    if !alive {
+        leftovers.extend(taps.values().cloned());
+    }
     let seats = seats.filter(|_| alive).unwrap_or_else(|| Seats::of(&definition.spec));
     let mut link = Link::new(proxy);
     if alive {
@@ -129,6 +144,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         cards: Arc::new([]),
         last_log: Arc::new([]),
         restarts: 0,
+        restarted: 0,
     }));
     let mut actor = Actor {
         uuid: definition.uuid,
@@ -145,9 +161,11 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         seats: Arc::new(seats),
         plugging: None,
         finishing: Finishing::new(),
+        taps: if alive { taps } else { BTreeMap::new() },
         exit: record.and_then(|record| record.exit),
         deadline: None,
         restart: vm.restart_due().map(|pause| Instant::now() + pause),
+        restarted: 0,
         launched: Instant::now(),
         last_log: Arc::new([]),
         link,
@@ -165,7 +183,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         actor.context.gate.count(&actor.name, &actor.spec);
     }
     actor.view.send_replace(Arc::new(actor.look()));
-    let handle = Handle { requests, internal, view: actor.view.subscribe() };
+    let handle = Handle { requests, internal, view: actor.view.subscribe(), wire: actor.link.wire() };
     tokio::spawn(async move {
         if alive {
             actor.connect();
@@ -215,7 +233,10 @@ impl Actor {
                     self.restart = None;
                     let run = self.vm.run();
                     match self.context.gate.enter(&self.name, &self.spec) {
-                        Ok(()) => self.feed(Input::RestartDue { run }).await,
+                        Ok(()) => {
+                            self.restarted = self.restarted.saturating_add(1);
+                            self.feed(Input::RestartDue { run }).await;
+                        }
                         Err(error) => {
                             info!(FLOTILLA_VM = &*self.name, "its restart waits: {error}");
                             self.restart = Some(Instant::now() + NO_ROOM);
@@ -265,6 +286,20 @@ impl Actor {
                 }
                 let _ = answer.send(Ok(job));
                 self.feed(Input::Request { job, verb }).await;
+            }
+            Request::Cancel { job, answer } => {
+                let own = self.plugging.as_ref().is_some_and(|plugging| plugging.is(job));
+                let admitted = match self.vm.admit_cancel(job) {
+                    Err(FleetError::NoSuchJob(_)) if own => Err(FleetError::NotSupported(format!(
+                        "job {job} cannot be cancelled: a device comes or leaves"
+                    ))),
+                    admitted => admitted,
+                };
+                let cancelled = admitted.is_ok();
+                let _ = answer.send(admitted.map_err(|error| named(&self.name, error)));
+                if cancelled {
+                    self.feed(Input::Cancel { job }).await;
+                }
             }
             Request::Redefine { spec, if_generation, answer } => {
                 let _ = answer.send(self.redefine(*spec, if_generation, false).await);
@@ -324,6 +359,7 @@ impl Actor {
         runtime.command_line = self.command_line.to_vec();
         runtime.exit.clone_from(&self.exit);
         runtime.devices.clone_from(&self.devices);
+        runtime.taps.clone_from(&self.taps);
         if !self.vm.state().idle() {
             runtime.seats = (*self.seats).clone();
         }

@@ -144,6 +144,7 @@ impl Fleet {
             let _ = view.wait_for(told).await;
         });
         let _ = timeout(CLASSIFY, join_all(known)).await;
+        self.classified();
     }
 
     /// From now on the fleet is as it is meant to be: nothing that an earlier daemon left is in the way any more.

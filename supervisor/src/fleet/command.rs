@@ -57,11 +57,18 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
     put("-machine", spec.machine.word().to_owned());
     put("-smp", spec.cpus.to_string());
     put("-m", format!("{}M", spec.memory.0 >> 20));
-    put("-kernel", spec.kernel.display().to_string());
-    if let Some(initrd) = &spec.initrd {
-        put("-initrd", initrd.display().to_string());
+    if let Some(firmware) = &spec.firmware {
+        let image = |path: &Path| quote(&path.display().to_string());
+        put("-drive", format!("if=pflash,unit=0,readonly=on,file={}", image(&firmware.code)));
+        put("-drive", format!("if=pflash,unit=1,file={}", image(&firmware.vars)));
     }
-    put("-append", append(spec));
+    if let Some(kernel) = &spec.kernel {
+        put("-kernel", kernel.display().to_string());
+        if let Some(initrd) = &spec.initrd {
+            put("-initrd", initrd.display().to_string());
+        }
+        put("-append", append(spec));
+    }
     if let Room::Ports(ports) = room(spec.machine) {
         // A guest may take its time for a device that leaves, but need not wait for somebody to think better of it.
         put("-global", "pcie-root-port.fast-unplug=1".to_owned());
@@ -77,7 +84,7 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         Machine::Q35 => format!(",bus={},addr=0x0", port(places.next().unwrap_or(u8::MAX))),
     };
     let driver = |device: &str| driver(spec.machine, device);
-    for (disk, at) in spec.disks.iter().zip(spec.disk_numbers()) {
+    for (order, (disk, at)) in spec.disks.iter().zip(spec.disk_numbers()).enumerate() {
         let path = quote(&disk.path.display().to_string());
         let (readonly, direct) = (on_off(disk.readonly), on_off(disk.direct));
         let mut drive = format!("file={path},id=disk{at},readonly={readonly},direct={direct}");
@@ -99,7 +106,12 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         }
         put("-drive", drive);
         let serial = disk.serial.as_ref().map(|serial| format!(",serial={serial}")).unwrap_or_default();
-        put("-device", format!("{},drive=disk{at},id=disk{at}{serial}{}", driver("blk"), behind_port()));
+        // Without numbers firmware tries what it finds, in an order of its own.
+        let order = spec.firmware.as_ref().map(|_| format!(",bootindex={order}")).unwrap_or_default();
+        put(
+            "-device",
+            format!("{},drive=disk{at},id=disk{at}{serial}{order}{}", driver("blk"), behind_port()),
+        );
     }
     for ((nic, at), tap) in spec.nics.iter().zip(spec.nic_numbers()).zip(place.taps) {
         put("-netdev", format!("tap,id=nic{at},ifname={tap}"));
@@ -218,6 +230,21 @@ mod tests {
         }
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         assert_eq!((machine(&words), machine(&words[..3])), (Some(Machine::Q35), None));
+    }
+
+    #[test]
+    fn firmware_looks_at_the_disks_in_their_order() {
+        let spec = r#"{"machine":"q35","firmware":{"code":"/c,1","vars":"/v"},
+            "disks":[{"path":"/a","number":4},{"path":"/b"}]}"#;
+        let line = line(spec, &[], false);
+        for part in [
+            " -drive if=pflash,unit=0,readonly=on,file=/c,,1 -drive if=pflash,unit=1,file=/v -global ",
+            ",drive=disk4,id=disk4,bootindex=0,bus=port0,",
+            ",drive=disk0,id=disk0,bootindex=1,bus=port1,",
+        ] {
+            assert!(line.contains(part), "{part}\n{line}");
+        }
+        assert!(!line.contains("-kernel") && !line.contains("-append"), "{line}");
     }
 
     #[test]

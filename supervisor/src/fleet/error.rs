@@ -23,6 +23,9 @@ pub enum FleetError {
     /// The template's name is taken.
     #[error("{0}")]
     TemplateExists(String),
+    /// No such job, or it has ended.
+    #[error("{0}")]
+    NoSuchJob(String),
     /// The definition is wrong.
     #[error("{0}")]
     InvalidSpec(String),
@@ -78,6 +81,7 @@ impl FleetError {
             Self::NetworkExists(text) => Self::NetworkExists(change(text)),
             Self::NoSuchTemplate(text) => Self::NoSuchTemplate(change(text)),
             Self::TemplateExists(text) => Self::TemplateExists(change(text)),
+            Self::NoSuchJob(text) => Self::NoSuchJob(change(text)),
             Self::InvalidSpec(text) => Self::InvalidSpec(change(text)),
             Self::GenerationMismatch(text) => Self::GenerationMismatch(change(text)),
             Self::InvalidState(text) => Self::InvalidState(change(text)),

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dbus_api::spec::{Size, VmSpec};
@@ -43,6 +44,7 @@ pub struct Gate {
     /// It is there as long as the host is drained: a restart of the daemon, or of the host, changes nothing about that.
     mark: PathBuf,
     table: Mutex<Table>,
+    refusals: AtomicU64,
 }
 
 fn share(spec: &VmSpec) -> Share {
@@ -53,7 +55,8 @@ impl Gate {
     /// `mark` is the file that says that the host is drained.
     pub fn new(limits: Admission, mark: PathBuf) -> Self {
         let draining = mark.exists();
-        Self { limits, mark, table: Mutex::new(Table { draining, ..Table::default() }) }
+        let table = Mutex::new(Table { draining, ..Table::default() });
+        Self { limits, mark, table, refusals: AtomicU64::new(0) }
     }
 
     /// The limits of the configuration.
@@ -65,8 +68,19 @@ impl Gate {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How often a start was refused.
+    pub fn refusals(&self) -> u64 {
+        self.refusals.load(Ordering::Relaxed)
+    }
+
     /// Lets a VM start, and counts it from now on.
     pub(super) fn enter(&self, name: &Arc<str>, spec: &VmSpec) -> Result<(), FleetError> {
+        self.judge(name, spec).inspect_err(|_| {
+            self.refusals.fetch_add(1, Ordering::Relaxed);
+        })
+    }
+
+    fn judge(&self, name: &Arc<str>, spec: &VmSpec) -> Result<(), FleetError> {
         let mut table = self.table();
         if table.draining {
             return Err(FleetError::Draining(

@@ -10,10 +10,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::FleetError;
 use super::life::{Command, Exit, Verb};
+use super::link::Wire;
 use super::plug::{Ask, How, Rewrite};
 use super::view::View;
 use crate::launch::{Notice, Prepared};
-use crate::qmp::{Caller, Client, Monitor, QmpEvent, Told};
+use crate::qmp::{Caller, Client, Monitor, QmpEvent, TapNews, Told};
 use crate::store::Process;
 
 /// How long a request may take to be taken by the actor: it does nothing slow.
@@ -28,6 +29,7 @@ pub(super) enum Request {
     Save { state: OwnedFd, memory: OwnedFd, answer: Answer<()> },
     Redefine { spec: Box<VmSpec>, if_generation: Option<u64>, answer: Answer<u64> },
     Undefine { answer: Answer<()> },
+    Cancel { job: u32, answer: Answer<()> },
     Plug { ask: Ask, how: How, answer: Answer<(String, u32)> },
     HandOver { answer: oneshot::Sender<Result<Prepared, FleetError>> },
     EndByUnit { answer: Answer<()> },
@@ -100,6 +102,8 @@ pub(super) enum Internal {
     },
     /// A client of the QMP socket sends something that is tracked.
     Client(Told),
+    /// A client of the QMP socket needs a tap, or does not any more.
+    Tap(TapNews),
     CommandDone {
         run: u64,
         command: Command,
@@ -113,4 +117,5 @@ pub(super) struct Handle {
     pub(super) requests: mpsc::Sender<Request>,
     pub(super) internal: mpsc::UnboundedSender<Internal>,
     pub(super) view: watch::Receiver<Arc<View>>,
+    pub(super) wire: Wire,
 }

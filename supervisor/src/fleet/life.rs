@@ -166,6 +166,11 @@ pub enum Input {
         /// What is asked.
         verb: Verb,
     },
+    /// A job is to end before its time, if it still can.
+    Cancel {
+        /// Number of the job.
+        job: u32,
+    },
     /// A process is being made that nobody asked us for: `systemctl start`.
     StartSeen,
     /// The process exists.

@@ -30,6 +30,20 @@ enum Line {
     Up(Monitor),
 }
 
+/// The connection, for whoever only looks whether there is one.
+#[derive(Clone)]
+pub(super) struct Wire(Arc<watch::Sender<Line>>);
+
+impl Wire {
+    /// The connection to the VMM, if there is one.
+    pub(super) fn monitor(&self) -> Option<Monitor> {
+        match &*self.0.borrow() {
+            Line::Up(monitor) => Some(monitor.clone()),
+            Line::Down | Line::Expected => None,
+        }
+    }
+}
+
 /// See the module.
 pub(super) struct Link {
     line: Arc<watch::Sender<Line>>,
@@ -54,12 +68,14 @@ impl Link {
         matches!(&*self.line.borrow(), Line::Up(monitor) if monitor.same(other))
     }
 
+    /// To look at it from elsewhere.
+    pub(super) fn wire(&self) -> Wire {
+        Wire(Arc::clone(&self.line))
+    }
+
     /// The connection to the VMM, if there is one.
     pub(super) fn monitor(&self) -> Option<Monitor> {
-        match &*self.line.borrow() {
-            Line::Up(monitor) => Some(monitor.clone()),
-            Line::Down | Line::Expected => None,
-        }
+        self.wire().monitor()
     }
 
     /// Says whether the VMM is connected to.

@@ -18,6 +18,7 @@
 //! gate.rs       may one more VM run? limits of the host, drain mode
 //! jobs.rs       numbers, ends and waiters of jobs
 //! usage.rs      what VMs use of the host, from the kernel's accounts
+//! samples.rs    what VMMs say of their balloons and disks, for metrics
 //! view.rs       what is told about a VM, and the news that go to D-Bus
 //! vm.rs         the pure state machine        spec.rs, command.rs   rules and command line, pure
 //! restart.rs    whether and when it is started again, a part of it
@@ -36,6 +37,7 @@ mod inbox;
 pub mod jobs;
 pub mod life;
 mod link;
+mod logs;
 mod monitor;
 pub mod network;
 pub mod networks;
@@ -44,6 +46,7 @@ mod plugger;
 pub(crate) mod prepare;
 pub mod registry;
 mod restart;
+pub mod samples;
 mod saving;
 pub mod seats;
 pub mod spec;
@@ -85,6 +88,7 @@ pub struct Context {
     vmm: PathBuf,
     proxies: PathBuf,
     shelf: Arc<Shelf>,
+    logs: Arc<Semaphore>,
     boot_id: String,
 }
 
@@ -115,6 +119,7 @@ impl Context {
             vmm,
             proxies,
             shelf: Arc::new(shelf),
+            logs: Arc::new(Semaphore::new(logs::STREAMS)),
             boot_id: boot_id.trim().to_owned(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use crate::qmp::{Monitor, QmpError, QmpEvent};
 
 /// One try. A VMM greets at once; one that is frozen accepts and never greets.
 const TRY: Duration = Duration::from_secs(2);
+/// How much of it counts against the tries at the same time.
+const SLOT: Duration = Duration::from_millis(50);
 /// After this long without an answer the VM is said to be silent.
 const SILENT: Duration = Duration::from_secs(2);
 /// A new VMM listens a few milliseconds after it was made. There is no event to wait for: between `bind` and `listen` the socket's file
@@ -41,8 +44,16 @@ pub(super) async fn run(
     let mut pause = FIRST_PAUSE;
     let (monitor, mut events, paused) = loop {
         let tried = {
-            let Ok(_slot) = context.connects.acquire().await else { return };
-            timeout(TRY, first_answer(&path)).await
+            let Ok(slot) = context.connects.acquire().await else { return };
+            let mut answer = pin!(timeout(TRY, first_answer(&path)));
+            // A VMM that does not answer must not keep its place from those that would.
+            match timeout(SLOT, &mut answer).await {
+                Ok(tried) => tried,
+                Err(_) => {
+                    drop(slot);
+                    answer.await
+                }
+            }
         };
         match tried {
             Ok(Ok(connected)) => break connected,

@@ -59,7 +59,14 @@ pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, 
 }
 
 fn open_files(spec: &VmSpec) -> Result<Vec<(Handed, OwnedFd)>, FleetError> {
-    let mut descriptors = vec![open("kernel", &spec.kernel, false, false)?];
+    let mut descriptors = Vec::new();
+    if let Some(kernel) = &spec.kernel {
+        descriptors.push(open("kernel", kernel, false, false)?);
+    }
+    if let Some(firmware) = &spec.firmware {
+        descriptors.push(open("firmware.code", &firmware.code, false, false)?);
+        descriptors.push(open("firmware.vars", &firmware.vars, true, false)?);
+    }
     if let Some(initrd) = &spec.initrd {
         // The same file twice (a kernel that is its own initrd) is opened twice: each descriptor is taken once.
         descriptors.push(open("initrd", initrd, false, false)?);
@@ -77,7 +84,7 @@ fn open_files(spec: &VmSpec) -> Result<Vec<(Handed, OwnedFd)>, FleetError> {
 pub(crate) const SNAPSHOT: [&str; 2] = ["state", "memory"];
 
 /// Opens a file that a VM is to have; the error names the field.
-pub(super) fn open(
+pub(crate) fn open(
     field: &str,
     path: &Path,
     write: bool,

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use dbus_api::spec::VmSpec;
 use futures_util::FutureExt;
@@ -24,6 +24,7 @@ use super::jobs::Job;
 use super::life::{State, Verb};
 use super::monitor::map_error;
 use super::plug::{Ask, How};
+use super::samples::{Sampler, Samples};
 use super::spec as rules;
 use super::usage::{Meter, Usages};
 use super::view::{News, View};
@@ -54,6 +55,9 @@ pub struct Fleet {
     /// VMs whose process runs without a definition: their links stay.
     pub(super) strays: Mutex<BTreeSet<Uuid>>,
     meter: Meter,
+    sampler: Arc<Sampler>,
+    began: Instant,
+    readiness: OnceLock<Duration>,
 }
 
 impl Fleet {
@@ -67,6 +71,9 @@ impl Fleet {
             ready: AtomicBool::new(false),
             strays: Mutex::default(),
             meter: Meter::default(),
+            sampler: Arc::default(),
+            began: Instant::now(),
+            readiness: OnceLock::new(),
         })
     }
 
@@ -122,9 +129,55 @@ impl Fleet {
         self.context.jobs.wait(id)
     }
 
+    /// Cancels a job, or says why that cannot be done. Its end is told as any job's; one that was nearly done may end well all the same.
+    pub async fn cancel_job(&self, id: u32) -> Result<(), FleetError> {
+        let (job, stepped) = self.context.jobs.cancel(id)?;
+        if stepped {
+            // One that makes a VM may wait for its start, which is a job of its own.
+            let makes = matches!(job.kind, "create" | "clone");
+            let start = self.jobs().into_iter().find(|other| other.kind == "start" && other.name == job.name);
+            if let Some(start) = start.filter(|_| makes) {
+                // Ended just now, or cannot be ended any more: the next step sees that this one is cancelled.
+                let _ = self.request(&start.name, |answer| Request::Cancel { job: start.id, answer }).await;
+            }
+            return Ok(());
+        }
+        self.request(&job.name, |answer| Request::Cancel { job: id, answer }).await?
+    }
+
     /// What the VMs of `views` use of the host.
     pub async fn usages(&self, views: Vec<Arc<View>>) -> Arc<Usages> {
         self.meter.read(views).await
+    }
+
+    /// What the VMMs said of themselves when they were asked last; they are asked anew, for whoever reads next.
+    pub fn samples(&self) -> Arc<Samples> {
+        let all = || {
+            let table = self.read();
+            table.vms.values().map(|vm| (Arc::clone(&vm.view.borrow()), vm.wire.clone())).collect()
+        };
+        self.sampler.read(all)
+    }
+
+    /// How long the newest answer of each connected VMM took.
+    pub fn latencies(&self) -> Vec<(Arc<str>, Duration)> {
+        let one = |vm: &Handle| Some((Arc::clone(&vm.view.borrow().name), vm.wire.monitor()?.latency()?));
+        self.read().vms.values().filter_map(one).collect()
+    }
+
+    /// How long it took until every VM had answered or was known not to; `None`: that is not so yet.
+    pub fn readiness(&self) -> Option<Duration> {
+        self.readiness.get().copied()
+    }
+
+    pub(super) fn classified(&self) {
+        // Said once.
+        let _ = self.readiness.set(self.began.elapsed());
+    }
+
+    /// Starts that were refused since the daemon's start, for lack of room or because the host is drained.
+    pub fn refusals(&self) -> u64 {
+        self.context.gate.refusals()
     }
 
     /// What may run at the same time.

@@ -31,9 +31,9 @@ impl Fleet {
         self.context.jobs.open(kind, &name.into())
     }
 
-    /// It has got further.
-    pub fn note_job(&self, id: u32, phase: &'static str, progress: (u64, u64)) {
-        self.context.jobs.note(id, phase, progress);
+    /// It has got further: fails when it was cancelled.
+    pub fn note_job(&self, id: u32, phase: &'static str, progress: (u64, u64)) -> Result<(), FleetError> {
+        self.context.jobs.note(id, phase, progress)
     }
 
     /// It has ended.

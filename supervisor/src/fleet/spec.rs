@@ -66,10 +66,7 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
     if !MEMORY.contains(&spec.memory.0) || !spec.memory.0.is_multiple_of(1 << 20) {
         return Err(wrong(format!("memory: {} is not a number of whole MiB from 128M to 512G", spec.memory)));
     }
-    check_path("kernel", &spec.kernel)?;
-    if let Some(initrd) = &spec.initrd {
-        check_path("initrd", initrd)?;
-    }
+    check_boot(spec)?;
     if let Some(append) = &spec.append {
         // The x86 boot protocol gives 2048 bytes with the end mark; the VMM adds its devices to them.
         if append.len() > 1536 || append.contains(|c: char| c.is_control()) {
@@ -150,6 +147,38 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
     check_limits(&spec.limits, spec.memory.0)?;
     if spec.uuid.is_some_and(|uuid| uuid.is_nil()) {
         return Err(wrong("uuid: all zero is no identity".to_owned()));
+    }
+    Ok(())
+}
+
+/// What the VM boots: a kernel, or what its firmware finds.
+fn check_boot(spec: &VmSpec) -> Result<(), FleetError> {
+    if spec.kernel.is_none() {
+        if spec.firmware.is_none() {
+            return Err(wrong("kernel: name one (a q35 can do with firmware)".to_owned()));
+        }
+        for (field, given) in [("initrd", spec.initrd.is_some()), ("append", spec.append.is_some())] {
+            if given {
+                return Err(wrong(format!("{field}: it belongs to a kernel, and none is named")));
+            }
+        }
+    }
+    let kernel = spec.kernel.iter().map(|path| ("kernel", path));
+    for (field, path) in kernel.chain(spec.initrd.iter().map(|path| ("initrd", path))) {
+        check_path(field, path)?;
+    }
+    let Some(firmware) = &spec.firmware else { return Ok(()) };
+    if spec.machine != Machine::Q35 {
+        return Err(wrong(format!("firmware: a {} has none, use machine q35", spec.machine.word())));
+    }
+    for (field, path) in [("firmware.code", &firmware.code), ("firmware.vars", &firmware.vars)] {
+        check_path(field, path)?;
+        if spec.disks.iter().any(|disk| disk.path == *path) {
+            return Err(wrong(format!("{field}: {} is a disk too", path.display())));
+        }
+    }
+    if firmware.code == firmware.vars {
+        return Err(wrong("firmware.vars: it is the code, which nobody writes to".to_owned()));
     }
     Ok(())
 }
@@ -245,7 +274,10 @@ pub fn parse_set(text: &str) -> Option<Vec<u8>> {
 
 /// Looks at the files that a start needs; the error names the field.
 pub fn check_files(spec: &VmSpec) -> Result<(), FleetError> {
-    let files = std::iter::once(("kernel".to_owned(), &spec.kernel, false))
+    let firmware = spec.firmware.iter();
+    let firmware = firmware.flat_map(|f| [("firmware.code", &f.code), ("firmware.vars", &f.vars)]);
+    let files = (spec.kernel.iter().map(|path| ("kernel".to_owned(), path, false)))
+        .chain(firmware.map(|(field, path)| (field.to_owned(), path, false)))
         .chain(spec.initrd.iter().map(|path| ("initrd".to_owned(), path, false)))
         .chain(spec.disks.iter().enumerate().map(|(at, d)| (format!("disks[{at}].path"), &d.path, true)))
         .chain(
@@ -280,7 +312,8 @@ pub fn plain(error: &std::io::Error) -> String {
     }
 }
 
-fn check_path(field: &str, path: &Path) -> Result<(), FleetError> {
+/// Checks a path of this host, as far as that can be done without a look at it.
+pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), FleetError> {
     let Some(text) = path.to_str() else {
         return Err(wrong(format!("{field}: {} is not UTF-8", path.display())));
     };
@@ -407,6 +440,15 @@ mod tests {
             (r#"{"kernel":"/k","limits":{"cpus":1}}"#, "cpus"),
             (r#"{"kernel":"/k","memroy":"1G"}"#, "memroy"),
             (r#"{}"#, "kernel"),
+            (r#"{"kernel":"/k","firmware":{"code":"/c","vars":"/v"}}"#, "firmware: a microvm has none"),
+            (r#"{"machine":"q35","firmware":{"code":"/c"}}"#, "vars"),
+            (r#"{"machine":"q35","firmware":{"code":"/c","vars":"v"}}"#, "firmware.vars"),
+            (r#"{"machine":"q35","firmware":{"code":"/c","vars":"/c"}}"#, "firmware.vars"),
+            (r#"{"machine":"q35","firmware":{"code":"/c","vars":"/v"},"append":"a"}"#, "append"),
+            (
+                r#"{"machine":"q35","firmware":{"code":"/c","vars":"/v"},"disks":[{"path":"/v"}]}"#,
+                "firmware.vars: /v is a disk",
+            ),
             ("", "definition"),
         ];
         for (text, field) in cases {

@@ -61,6 +61,8 @@ pub struct View {
     pub last_log: Arc<[String]>,
     /// Restarts by policy in a row.
     pub restarts: u32,
+    /// Restarts by policy since the daemon's start.
+    pub restarted: u32,
 }
 
 /// What happened, in the order it happened.

@@ -22,6 +22,7 @@
 //! Every process has a number ([`Vm::run`]); what is said about an earlier one is ignored.
 
 mod admit;
+mod cancel;
 
 use std::time::Duration;
 
@@ -186,6 +187,7 @@ impl Vm {
         let mut out = Vec::new();
         match input {
             Input::Request { job, verb } => self.request(job, verb, &mut out),
+            Input::Cancel { job } => self.cancel(job, &mut out),
             Input::StartSeen => {
                 if self.state.idle() {
                     self.begin(false, "started outside the API", &mut out);
@@ -384,7 +386,11 @@ impl Vm {
             Input::Client { command, stage, .. } => self.client(command, stage, out),
             Input::CommandDone { command, result, .. } => self.command_done(command, result, out),
             Input::Gone { exit, .. } => self.gone(&exit, out),
-            Input::Request { .. } | Input::StartSeen | Input::Deadline | Input::RestartDue { .. } => {}
+            Input::Request { .. }
+            | Input::Cancel { .. }
+            | Input::StartSeen
+            | Input::Deadline
+            | Input::RestartDue { .. } => {}
         }
     }
 

@@ -297,6 +297,7 @@ fn any_input() -> impl Strategy<Value = (bool, Input)> {
     let run = 0;
     let input = prop_oneof![
         4 => any_verb().prop_map(|verb| Input::Request { job: 0, verb }),
+        1 => Just(Input::Cancel { job: 0 }),
         1 => Just(Input::StartSeen),
         2 => Just(Input::Launched { run }),
         1 => Just(Input::LaunchFailed { run, error: error() }),
@@ -358,6 +359,10 @@ proptest! {
                     open.insert(next_job, ());
                     Input::Request { job: next_job, verb }
                 }
+                // That of the job under way, or of none that there is.
+                Input::Cancel { .. } => {
+                    Input::Cancel { job: vm.job().filter(|_| current).unwrap_or(u32::MAX) }
+                }
                 other => with_run(other, if current { vm.run() } else { vm.run().wrapping_sub(1) }),
             };
             let before = vm.clone();
@@ -392,6 +397,9 @@ proptest! {
                     told_to_end = false;
                 }
                 Input::Request { verb: Verb::PowerOff, .. } if before.admit(Verb::PowerOff).is_ok() => told_to_end = true,
+                Input::Cancel { job } if before.state() == State::Starting && before.admit_cancel(*job).is_ok() => {
+                    told_to_end = true;
+                }
                 Input::StopSeen { run } if *run == before.run() && !before.state().idle() => told_to_end = true,
                 Input::StartSeen if before.state().idle() => told_to_end = false,
                 _ => {}
@@ -407,6 +415,7 @@ proptest! {
                 let asked = matches!(
                     input,
                     Input::Request { .. }
+                        | Input::Cancel { .. }
                         | Input::StartSeen
                         | Input::CommandDone { .. }
                         | Input::Deadline

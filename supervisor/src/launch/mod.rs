@@ -183,6 +183,9 @@ pub trait Launcher: Send + Sync {
     /// The last lines that a process logged: few, short, free of control characters; none when they cannot be had. Bounded in time.
     fn last_lines<'a>(&'a self, name: &'a str, process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>>;
 
+    /// A program that prints the newest `lines` lines of the VM's log, and with `follow` goes on with those that come.
+    fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command;
+
     /// Ends the process without asking it; fine when there is none. Its end is reported as an event.
     fn kill<'a>(
         &'a self,

@@ -165,6 +165,17 @@ impl Launcher for ProcessLauncher {
         .boxed()
     }
 
+    fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command {
+        let mut command = std::process::Command::new("tail");
+        command.arg(format!("--lines={lines}"));
+        if follow {
+            // By name: a new start may begin a new file.
+            command.arg("-F");
+        }
+        command.arg("--").arg(self.log_file(name));
+        command
+    }
+
     fn unit(&self, _name: &str) -> String {
         String::new()
     }

@@ -6,13 +6,14 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -132,23 +133,14 @@ pub fn vm_of_process(pid: u32) -> Option<String> {
     let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw)?;
     let pinned = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()).ok()?;
     let name = vm_of_cgroup(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?);
-    // Still the same process: a signal 0 to a process that ended is refused.
+    // Still the same process: its descriptor becomes readable when it ends, also for whoever may send it no signal.
     let alive = is_alive(&pinned);
     name.filter(|_| alive)
 }
 
-fn is_alive(pinned: &impl AsRawFd) -> bool {
-    // SAFETY: signal 0 only checks; the descriptor is open; the last two arguments may be null and 0 (pidfd_send_signal(2)).
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pinned.as_raw_fd(),
-            0,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    result == 0
+fn is_alive(pinned: &impl AsFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(pinned, PollFlags::IN)], Some(&now)) == Ok(0)
 }
 
 fn vm_of_cgroup(text: &str) -> Option<String> {

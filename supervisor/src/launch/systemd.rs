@@ -336,6 +336,16 @@ impl Launcher for SystemdLauncher {
         .boxed()
     }
 
+    fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command {
+        let mut command = std::process::Command::new("journalctl");
+        command.args(["--quiet", "--no-pager", "--output=short-iso-precise"]);
+        command.arg(format!("--unit={}", self.unit(name))).arg(format!("--lines={lines}"));
+        if follow {
+            command.arg("--follow");
+        }
+        command
+    }
+
     fn kill<'a>(
         &'a self,
         name: &'a str,

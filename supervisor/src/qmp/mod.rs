@@ -15,6 +15,7 @@
 //! ```text
 //! proxy.rs     the socket of one VM: clients come, the monitor changes
 //! session.rs   one client: its greeting, its commands in turn, its events
+//! taps.rs      taps that a client asks for by name
 //! rights.rs    who a client is, what it may send, who is told of it
 //! monitor.rs   one task that owns the connection to the VMM; answers are matched by number
 //! wire.rs      bytes and descriptors in and out of a unix socket
@@ -35,6 +36,7 @@ mod monitor;
 mod proxy;
 mod rights;
 mod session;
+mod taps;
 mod wire;
 
 pub use error::QmpError;
@@ -43,6 +45,7 @@ pub use monitor::Monitor;
 pub use proxy::{Caller, Proxy};
 pub use rights::{Client, Mode, Stage, Told, Tracked, Watch};
 pub use session::MAX_CLIENTS;
+pub use taps::{TapNews, TapStep, Taps};
 
 #[cfg(test)]
 mod codec_tests;

@@ -25,6 +25,7 @@ use super::message::{Answer, Request};
 use super::monitor::Monitor;
 use super::rights::{Client, Mode, Tracking, Watch};
 use super::session::{self, Line, MAX_CLIENTS, Subject};
+use super::taps::{self, Taps};
 use crate::shelf::Shelf;
 
 /// Who may use the socket: its owner and its group, which is its directory's (packages make that `flotilla`).
@@ -50,6 +51,7 @@ pub struct Proxy {
 struct Shared {
     vm: Arc<str>,
     watch: Option<Watch>,
+    taps: Option<Taps>,
     calls: Semaphore,
     line: watch::Sender<Line>,
     /// What the newest VMM said of itself, for clients that come when there is none.
@@ -60,12 +62,18 @@ struct Shared {
 
 impl Proxy {
     /// Listens at `path`, whose file name without `.sock` is the VM's name. A socket that was kept from the daemon before is listened on
-    /// further; one that nobody listens on is replaced. `watch` is told of clients' commands that change what is known of the VM.
+    /// further; one that nobody listens on is replaced. `watch` is told of clients' commands that change what is known of the VM, `taps` is asked for the taps
+    /// that they name.
     ///
     /// # Errors
     /// `AddrInUse` when somebody else listens there, `AlreadyExists` when the path is no socket, and what the kernel refuses.
     /// Must be called on a tokio runtime, which then serves the clients.
-    pub fn bind(path: &Path, shelf: &Arc<Shelf>, watch: Option<Watch>) -> io::Result<Proxy> {
+    pub fn bind(
+        path: &Path,
+        shelf: &Arc<Shelf>,
+        watch: Option<Watch>,
+        taps: Option<Taps>,
+    ) -> io::Result<Proxy> {
         let runtime = tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
         let vm: Arc<str> = path.file_stem().map(|name| name.to_string_lossy()).unwrap_or_default().into();
         let kept = identity(path).ok().and_then(|identity| Some((shelf.take(identity.1)?, identity)));
@@ -87,6 +95,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             vm,
             watch,
+            taps,
             calls: Semaphore::new(CALLS),
             line: watch::Sender::new(line),
             greeting: Mutex::new(greeting.into()),
@@ -194,7 +203,8 @@ impl Caller {
         let monitor = session::monitor_for(&self.shared.vm, &request.execute, line).await?;
         client.audit(&self.shared.vm, request);
         let tracking = Tracking::begin(self.shared.watch.as_ref(), &monitor, request);
-        let reply = monitor.submit(request, Vec::new(), patience).await;
+        let taps = self.shared.taps.as_ref();
+        let reply = taps::submit(taps, &monitor, request, Vec::new(), patience).await;
         if let Some(tracking) = tracking {
             tracking.end(&reply);
         }
@@ -225,6 +235,7 @@ impl Shared {
             greeting: Arc::clone(&self.greeting.lock().unwrap_or_else(PoisonError::into_inner)),
             line: self.line.subscribe(),
             watch: self.watch.clone(),
+            taps: self.taps.clone(),
             stop: self.stop.clone(),
         };
         tokio::spawn(async move {

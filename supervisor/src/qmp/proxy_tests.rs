@@ -21,7 +21,7 @@ const ROOT: Client = Client { uid: 0, pid: 1, mode: Mode::Full };
 fn setup() -> (FakeVmm, Proxy, PathBuf) {
     let fake = FakeVmm::new();
     let path = fake.directory.path().join("web.sock");
-    let proxy = Proxy::bind(&path, &Arc::default(), None).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), None, None).unwrap();
     (fake, proxy, path)
 }
 
@@ -430,35 +430,35 @@ async fn the_socket_is_private_replaced_when_stale_and_removed() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
     // Only root may give a directory away; for others the two groups are one anyway.
     let _ = std::os::unix::fs::chown(fake.directory.path(), None, Some(4321));
-    let other = Proxy::bind(&fake.directory.path().join("db.sock"), &Arc::default(), None).unwrap();
+    let other = Proxy::bind(&fake.directory.path().join("db.sock"), &Arc::default(), None, None).unwrap();
     let group = |path: &std::path::Path| std::fs::metadata(path).unwrap().gid();
     assert_eq!(group(other.path()), group(fake.directory.path()));
     drop(other);
-    let error = Proxy::bind(&path, &Arc::default(), None).unwrap_err();
+    let error = Proxy::bind(&path, &Arc::default(), None, None).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
     assert!(error.to_string().contains("web.sock"), "{error}");
     drop(proxy);
     assert!(!path.exists());
     // A socket of a daemon that was killed.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let proxy = Proxy::bind(&path, &Arc::default(), None).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), None, None).unwrap();
     Peer::connect(&path).await;
     // Somebody else's file is not ours to replace, nor theirs to be removed by us.
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "mine").unwrap();
     assert_eq!(
-        Proxy::bind(&path, &Arc::default(), None).unwrap_err().kind(),
+        Proxy::bind(&path, &Arc::default(), None, None).unwrap_err().kind(),
         std::io::ErrorKind::AlreadyExists
     );
     drop(proxy);
     assert!(path.exists());
     let missing = fake.directory.path().join("no/such/web.sock");
     assert_eq!(
-        Proxy::bind(&missing, &Arc::default(), None).unwrap_err().kind(),
+        Proxy::bind(&missing, &Arc::default(), None, None).unwrap_err().kind(),
         std::io::ErrorKind::NotFound
     );
     let long = fake.directory.path().join("x".repeat(200));
-    assert!(Proxy::bind(&long.join("web.sock"), &Arc::default(), None).is_err());
+    assert!(Proxy::bind(&long.join("web.sock"), &Arc::default(), None, None).is_err());
     let left: Vec<_> =
         std::fs::read_dir(fake.directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
@@ -467,7 +467,7 @@ async fn the_socket_is_private_replaced_when_stale_and_removed() {
 #[test]
 fn outside_a_runtime_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
-    assert!(Proxy::bind(&directory.path().join("web.sock"), &Arc::default(), None).is_err());
+    assert!(Proxy::bind(&directory.path().join("web.sock"), &Arc::default(), None, None).is_err());
 }
 
 type Notes = Arc<std::sync::Mutex<Vec<(Tracked, Stage)>>>;
@@ -480,7 +480,7 @@ fn watched() -> (FakeVmm, Proxy, PathBuf, Notes) {
     let to = Arc::clone(&notes);
     let watch: super::rights::Watch =
         Arc::new(move |told: Told| to.lock().unwrap().push((told.command, told.stage)));
-    let proxy = Proxy::bind(&path, &Arc::default(), Some(watch)).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), Some(watch), None).unwrap();
     (fake, proxy, path, notes)
 }
 

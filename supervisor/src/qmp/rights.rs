@@ -77,7 +77,8 @@ pub struct Told {
 pub type Watch = Arc<dyn Fn(Told) + Send + Sync>;
 
 /// Commands that ask and change nothing, besides `query-…`.
-const ASKING: [&str; 6] = [
+const ASKING: [&str; 7] = [
+    "get-viomem",
     "qmp_capabilities",
     "qom-list",
     "qom-get",
@@ -186,6 +187,8 @@ mod tests {
             ("query-status", true),
             ("qmp_capabilities", true),
             ("qom-list", true),
+            ("get-viomem", true),
+            ("set-viomem", false),
             ("stop", false),
             ("getfd", false),
             ("query", false),

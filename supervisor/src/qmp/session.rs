@@ -22,6 +22,7 @@ use super::error::QmpError;
 use super::message::{Answer, QmpEvent, Request};
 use super::monitor::{Monitor, Reply, maybe};
 use super::rights::{Client, Tracking, Watch};
+use super::taps::{self, Taps};
 use super::wire;
 
 /// Clients that one VM's proxy serves at the same time; one more is told so and disconnected.
@@ -92,6 +93,7 @@ pub(crate) struct Subject {
     pub(crate) greeting: Arc<str>,
     pub(crate) line: watch::Receiver<Line>,
     pub(crate) watch: Option<Watch>,
+    pub(crate) taps: Option<Taps>,
     /// The proxy is gone.
     pub(crate) stop: CancellationToken,
 }
@@ -292,9 +294,10 @@ impl Session {
         let descriptors: Vec<OwnedFd> = self.descriptors.drain(..take).collect();
         self.client.audit(&self.subject.vm, &request);
         let tracking = Tracking::begin(self.subject.watch.as_ref(), &monitor, &request);
+        let taps = self.subject.taps.clone();
         let reply = Box::pin(async move {
             let patience = patience(&request.execute);
-            let reply = monitor.submit(&request, descriptors, patience).await;
+            let reply = taps::submit(taps.as_ref(), &monitor, &request, descriptors, patience).await;
             if let Some(tracking) = tracking {
                 tracking.end(&reply);
             }

@@ -92,7 +92,7 @@ async fn sixteen_clients_at_once() {
     const STEADY: usize = MAX_CLIENTS - 4;
     let fake = FakeVmm::new();
     let path = fake.directory.path().join("web.sock");
-    let proxy = Proxy::bind(&path, &Arc::default(), None).unwrap();
+    let proxy = Proxy::bind(&path, &Arc::default(), None, None).unwrap();
     let (monitor, vmm) = fake.monitor().await;
     proxy.set_monitor(Some(monitor));
     let vmm = tokio::spawn(disorderly(vmm));
@@ -161,7 +161,7 @@ async fn cost_of_the_proxy() {
     let by_monitor = begin.elapsed() / 1000;
 
     let socket = fake.directory.path().join("web.sock");
-    let proxy = Proxy::bind(&socket, &Arc::default(), None).unwrap();
+    let proxy = Proxy::bind(&socket, &Arc::default(), None, None).unwrap();
     proxy.set_monitor(Some(monitor));
     let (mut client, _) = Peer::connect(&socket).await;
     let through = median(&mut client).await;

@@ -5,6 +5,7 @@
 //! record or the new one. Reads trust nothing: a record that is too large, malformed, of another format, or under a name that is not its
 //! own is moved to `STATE_DIR/corrupt/` and reported; the others come up.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -117,6 +118,9 @@ pub struct Runtime {
     /// Disks and cards, and where they are.
     #[serde(default, skip_serializing_if = "Seats::is_empty")]
     pub seats: Seats,
+    /// Taps that were made for network back ends of QMP clients, by the back end's id.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub taps: BTreeMap<String, String>,
     /// Restarts by policy in a row.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub restarts: u32,
@@ -141,6 +145,7 @@ impl Runtime {
             exit: None,
             devices: Devices::default(),
             seats: Seats::default(),
+            taps: BTreeMap::new(),
             restarts: 0,
             restarting: false,
         }

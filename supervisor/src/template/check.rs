@@ -58,8 +58,8 @@ fn crc64(before: u64, bytes: &[u8]) -> u64 {
     !crc
 }
 
-/// The checksum of a file. `told` hears how many bytes are behind it.
-pub(super) fn checksum(file: &File, mut told: impl FnMut(u64)) -> io::Result<String> {
+/// The checksum of a file. `told` hears how many bytes are behind it, and may end it.
+pub(super) fn checksum(file: &File, mut told: impl FnMut(u64) -> io::Result<()>) -> io::Result<String> {
     let length = copy::length(file)?;
     let mut crc = crc64(0, &length.to_le_bytes());
     let mut block = vec![0; BLOCK as usize];
@@ -74,11 +74,11 @@ pub(super) fn checksum(file: &File, mut told: impl FnMut(u64)) -> io::Result<Str
                 crc = crc64(crc64(crc, &at.to_le_bytes()), bytes);
             }
             at += BLOCK;
-            told(at.min(length));
+            told(at.min(length))?;
         }
         next = at;
     }
-    told(length);
+    told(length)?;
     Ok(format!("{crc:016x}"))
 }
 
@@ -96,7 +96,7 @@ impl Templates {
                 let (path, fleet) = (reader.place().join(&part.name), Arc::clone(&templates.fleet));
                 let found = blocking(move || {
                     checksum(&File::open(&path)?, |done| {
-                        fleet.note_job(job, "verifying", (before + done, all));
+                        fleet.note_job(job, "verifying", (before + done, all)).map_err(io::Error::other)
                     })
                 });
                 result = compare(&reader.place().join(&part.name), &part.checksum, found.await);
@@ -142,7 +142,7 @@ mod tests {
             file.write_all_at(b"data", 5 << 20).unwrap();
             file
         };
-        let sum = |file: &File| checksum(file, |_| ()).unwrap();
+        let sum = |file: &File| checksum(file, |_| Ok(())).unwrap();
         let (sparse, full) = (file(), file());
         full.write_all_at(&vec![0; 1 << 20], 1 << 20).unwrap();
         full.write_all_at(&[0; 5], 7 << 20).unwrap();

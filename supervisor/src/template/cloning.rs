@@ -21,12 +21,12 @@ use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync}
 use crate::fleet::spec::{Room, check_name, room};
 use crate::fleet::{Fleet, FleetError};
 
-/// In a clone's directory until it runs; holds its uuid.
+/// In the directory of a VM that is being made until it is whole; holds its uuid.
 pub(super) const UNFINISHED: &str = "making";
 /// The image that its guest learns from who it is.
 const SEED: &str = "seed.img";
 /// cloud-init wants the first line.
-const NO_USER_DATA: &str = "#cloud-config\n";
+pub(super) const NO_USER_DATA: &str = "#cloud-config\n";
 
 /// How a VM is cloned.
 #[derive(Debug, Clone, Default)]
@@ -78,7 +78,7 @@ impl Templates {
         self.begin(template, names, options)
     }
 
-    fn taken(&self, name: &str) -> bool {
+    pub(super) fn taken(&self, name: &str) -> bool {
         self.fleet.get(name).is_ok() || self.held().clones.contains(name)
     }
 
@@ -107,11 +107,12 @@ impl Templates {
                 OneClone { reader, name, number, uuid: Uuid::new_v4(), home, options: options.clone() };
             let templates = Arc::clone(self);
             tokio::spawn(async move {
-                let result = {
-                    templates.fleet.note_job(job, "waiting", (0, 0));
+                let steps = async {
+                    templates.fleet.note_job(job, "waiting", (0, 0))?;
                     let _turn = templates.turns.acquire().await;
                     clone.run(job).await
                 };
+                let result = steps.await;
                 if let Err(error) = &result {
                     info!(
                         FLOTILLA_VM = &*clone.name,
@@ -173,7 +174,7 @@ impl OneClone {
     async fn run(&self, job: u32) -> Result<(), FleetError> {
         let failed =
             |error: io::Error| FleetError::StoreFailed(format!("VM \"{}\": its disks: {error}", self.name));
-        self.fleet().note_job(job, "disks", (0, 0));
+        self.fleet().note_job(job, "disks", (0, 0))?;
         let (spec, place, home) = (self.spec()?, self.reader.place(), self.home.clone());
         let (name, uuid, number, options) = (self.name.clone(), self.uuid, self.number, self.options.clone());
         let template = self.reader.record.name.clone();
@@ -184,8 +185,9 @@ impl OneClone {
                 instance: uuid.to_string(),
                 hostname: &name,
                 uuid: uuid.to_string(),
-                template: &template,
-                number,
+                template: Some(&template),
+                number: Some(number),
+                keys: &[],
                 macs: &macs,
             };
             let old = spec.disks.iter().zip(0..).find(|(disk, _)| is_seed(disk));
@@ -198,17 +200,12 @@ impl OneClone {
         });
         let spec = made.await.map_err(failed)?;
 
-        self.fleet().note_job(job, "defining", (0, 0));
+        self.fleet().note_job(job, "defining", (0, 0))?;
         self.fleet().define_as(&self.name, self.uuid, spec).await?;
-        self.fleet().note_job(job, "starting", (0, 0));
+        self.fleet().note_job(job, "starting", (0, 0))?;
         self.fleet().start_from(&self.name, self.options.paused, &self.reader.place()).await?;
         let home = self.home.clone();
-        blocking(move || {
-            fs::remove_file(home.join(UNFINISHED))?;
-            sync(&home)
-        })
-        .await
-        .map_err(failed)?;
+        blocking(move || finish(&home)).await.map_err(failed)?;
         info!(FLOTILLA_VM = &*self.name, "cloned from {}", self.reader.record.name);
         Ok(())
     }
@@ -221,34 +218,38 @@ impl OneClone {
         Ok(spec)
     }
 
-    /// Whatever was made of it goes, last step first.
     async fn undo(&self) {
-        match self.fleet().get(&self.name) {
-            // Somebody else may have defined a VM of that name before we did.
-            Ok(view) if view.uuid == self.uuid => {
-                if let Err(error) = self.fleet().undefine(&self.name, true).await {
-                    // The next start of the daemon tries again: `making` is still there.
-                    return warn!(FLOTILLA_VM = &*self.name, "a clone that failed is left: {error}");
-                }
-            }
-            _ => {}
-        }
-        let home = self.home.clone();
-        let ours = self.uuid;
-        let removed =
-            blocking(move || if unfinished(&home) == Some(ours) { making::remove(&home) } else { Ok(()) });
-        if let Err(error) = removed.await {
-            warn!(FLOTILLA_VM = &*self.name, "its directory is left: {error}");
-        }
+        take_back(self.fleet(), &self.name, self.uuid, &self.home).await;
     }
 }
 
-/// Which clone a directory is being made for, if it is.
+/// Whatever was made of a VM that did not become whole goes, last step first.
+pub(super) async fn take_back(fleet: &Fleet, name: &str, uuid: Uuid, home: &Path) {
+    match fleet.get(name) {
+        // Somebody else may have defined a VM of that name before we did.
+        Ok(view) if view.uuid == uuid => {
+            if let Err(error) = fleet.undefine(name, true).await {
+                // The next start of the daemon tries again: `making` is still there.
+                return warn!(FLOTILLA_VM = name, "a VM that was not made is left: {error}");
+            }
+        }
+        _ => {}
+    }
+    let home = home.to_owned();
+    let removed =
+        blocking(move || if unfinished(&home) == Some(uuid) { making::remove(&home) } else { Ok(()) });
+    if let Err(error) = removed.await {
+        warn!(FLOTILLA_VM = name, "its directory is left: {error}");
+    }
+}
+
+/// Which VM a directory is being made for, if it is.
 pub(super) fn unfinished(home: &Path) -> Option<Uuid> {
     fs::read_to_string(home.join(UNFINISHED)).ok()?.trim().parse().ok()
 }
 
-fn begin(home: &Path, uuid: Uuid) -> io::Result<()> {
+/// Makes the directory of a VM, as one that is not whole.
+pub(super) fn begin(home: &Path, uuid: Uuid) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(home)?;
     let mut file = record::create(&home.join(UNFINISHED))?;
     writeln!(file, "{uuid}")?;
@@ -257,18 +258,29 @@ fn begin(home: &Path, uuid: Uuid) -> io::Result<()> {
     home.parent().map_or(Ok(()), sync)
 }
 
+/// The VM is whole.
+pub(super) fn finish(home: &Path) -> io::Result<()> {
+    fs::remove_file(home.join(UNFINISHED))?;
+    sync(home)
+}
+
+/// The disk that a guest learns from who it is, not made yet.
+pub(super) fn seed_disk(home: &Path) -> Disk {
+    let serial = Some(seed::SERIAL.to_owned());
+    Disk { readonly: true, serial, format: Format::Raw, ..Disk::new(home.join(SEED)) }
+}
+
+/// Makes it.
+pub(super) fn write_seed(disk: &Disk, image: &[u8]) -> io::Result<()> {
+    let mut file = record::create(&disk.path)?;
+    file.write_all(image)?;
+    file.sync_all()
+}
+
 /// Makes the disks, and gives the definition that has them.
 fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Result<VmSpec> {
-    let path = home.join(SEED);
-    let mut file = record::create(&path)?;
-    file.write_all(image)?;
-    file.sync_all()?;
-    let seed = Disk {
-        readonly: true,
-        serial: Some(seed::SERIAL.to_owned()),
-        format: Format::Raw,
-        ..Disk::new(path)
-    };
+    let seed = seed_disk(home);
+    write_seed(&seed, image)?;
     let mut had_one = false;
     for (at, disk) in spec.disks.iter_mut().enumerate() {
         if is_seed(disk) {

@@ -32,7 +32,7 @@ pub(super) fn reflink(from: &File, to: &File) -> io::Result<bool> {
 
 /// Makes `to`, which is empty, a copy of `from` that shares nothing with it or everything, and syncs it. `told` hears how many bytes of
 /// the image are behind it.
-pub(super) fn copy(from: &File, to: &File, mut told: impl FnMut(u64)) -> io::Result<()> {
+pub(super) fn copy(from: &File, to: &File, mut told: impl FnMut(u64) -> io::Result<()>) -> io::Result<()> {
     let length = length(from)?;
     if !reflink(from, to)? {
         to.set_len(length)?;
@@ -43,12 +43,12 @@ pub(super) fn copy(from: &File, to: &File, mut told: impl FnMut(u64)) -> io::Res
                 let piece = PIECE.min(end - next);
                 move_piece(from, to, next, piece)?;
                 next += piece;
-                told(next);
+                told(next)?;
             }
             at = end;
         }
     }
-    told(length);
+    told(length)?;
     to.sync_all()
 }
 
@@ -99,6 +99,7 @@ mod tests {
         copy(&from, &to, |done| {
             assert!(done >= last);
             last = done;
+            Ok(())
         })
         .unwrap();
         assert_eq!((last, length(&to).unwrap()), (64 << 20, 64 << 20));
@@ -107,7 +108,7 @@ mod tests {
         to.read_exact_at(&mut back, 40 << 20).unwrap();
         assert!(back.iter().all(|byte| *byte == 7));
         let empty = tempfile::tempfile().unwrap();
-        copy(&tempfile::tempfile().unwrap(), &empty, |_| ()).unwrap();
+        copy(&tempfile::tempfile().unwrap(), &empty, |_| Ok(())).unwrap();
         assert_eq!(length(&empty).unwrap(), 0);
     }
 
@@ -120,7 +121,7 @@ mod tests {
                 from.write_all_at(&vec![byte; count], at).unwrap();
             }
             from.set_len(length).unwrap();
-            copy(&from, &to, |_| ()).unwrap();
+            copy(&from, &to, |_| Ok(())).unwrap();
             let all = |file: &File| {
                 let mut bytes = vec![0; super::length(file).unwrap() as usize];
                 file.read_exact_at(&mut bytes, 0).unwrap();

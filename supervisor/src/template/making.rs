@@ -161,8 +161,8 @@ impl Making {
         move |error| FleetError::StoreFailed(format!("{text}: {error}"))
     }
 
-    fn note(&self, phase: &'static str, progress: (u64, u64)) {
-        self.templates.fleet.note_job(self.job, phase, progress);
+    fn note(&self, phase: &'static str, progress: (u64, u64)) -> Result<(), FleetError> {
+        self.templates.fleet.note_job(self.job, phase, progress)
     }
 
     async fn run(&self) -> Result<(), FleetError> {
@@ -173,7 +173,7 @@ impl Making {
         let place = self.place.clone();
         blocking(move || begin(&place, &subject)).await.map_err(self.failed("its directory"))?;
 
-        self.note("pausing", (0, 0));
+        self.note("pausing", (0, 0))?;
         if ran {
             fleet.carry_out(vm, Verb::Pause).await?;
         }
@@ -202,7 +202,7 @@ impl Making {
         if before.state != State::Paused {
             return Err(FleetError::InvalidState(format!("VM \"{vm}\": it is {}", before.state.word())));
         }
-        self.note("saving memory", (0, 0));
+        self.note("saving memory", (0, 0))?;
         let paths = SNAPSHOT.map(|name| self.place.join(name));
         let made = blocking(move || Ok((record::create(&paths[0])?, record::create(&paths[1])?)));
         let (state, memory) = made.await.map_err(self.failed("its files"))?;
@@ -215,7 +215,7 @@ impl Making {
                 let from = File::open(from)?;
                 let length = copy::length(&from)?;
                 copy::copy(&from, &record::create(&to)?, |done| {
-                    templates.fleet.note_job(job, "copying disks", (done, length));
+                    templates.fleet.note_job(job, "copying disks", (done, length)).map_err(io::Error::other)
                 })
             });
             copied.await.map_err(self.failed(&format!("disks[{at}]: {}", disk.path.display())))?;
@@ -244,7 +244,7 @@ impl Making {
                 let file = File::open(place.join(&name))?;
                 let size = copy::length(&file)?;
                 let checksum = check::checksum(&file, |done| {
-                    templates.fleet.note_job(job, "checksums", (done, size));
+                    templates.fleet.note_job(job, "checksums", (done, size)).map_err(io::Error::other)
                 })?;
                 record.parts.push(Part { name, size, checksum });
             }

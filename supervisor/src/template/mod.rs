@@ -1,5 +1,5 @@
-//! Templates, and the VMs that are cloned from them: owns the directory of each template, the disks of each clone, and the steps that make and
-//! remove both. The D-Bus room calls [`Templates`]; it drives VMs through [`Fleet`] as any client does, so that a VM has one meaning of *paused*,
+//! Templates, the VMs that are cloned from them, and those that are made from an image: owns the directory of each template, the disks of
+//! each such VM, and the steps that make and remove both. The D-Bus room calls [`Templates`]; it drives VMs through [`Fleet`] as any client does, so that a VM has one meaning of *paused*,
 //! *start* and *undefine*.
 //!
 //! ```text
@@ -7,6 +7,8 @@
 //! record.rs    what is written of a template                     cloning.rs   CloneVm, step by step, and back
 //! recovery.rs  what a killed daemon left: derived by a look      check.rs     checksums
 //! copy.rs      images: reflinks, sparse copies                   overlay.rs   a clone's disks
+//! creating.rs  CreateVm, step by step                            image.rs     its first disk, from an image
+//! firmware.rs  where this host has firmware for it
 //! pure: qcow2.rs  an empty overlay · seed.rs  what a guest learns · pattern.rs  names of many
 //! ```
 //!
@@ -14,7 +16,7 @@
 //! STATE_DIR/templates/.making-NAME/   one that is being made: `vm` says which VM is to be resumed      ── renamed ──▶
 //! STATE_DIR/templates/NAME/           template.json, state, memory, disk0, disk1 …: nobody writes to it any more
 //! STATE_DIR/templates/.dead-NAME/     one that is being removed
-//! STATE_DIR/clones/VM/                the VM's disks and its seed; with `making` until it runs
+//! STATE_DIR/clones/VM/                the VM's disks, firmware variables and seed; with `making` until it is whole
 //! ```
 //!
 //! There is no journal beside these names: whatever a killed daemon was at, a look at them tells, and the next start removes what is not whole.
@@ -22,6 +24,9 @@
 mod check;
 mod cloning;
 mod copy;
+mod creating;
+mod firmware;
+mod image;
 mod making;
 mod overlay;
 mod pattern;
@@ -34,10 +39,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use dbus_api::spec::Firmware;
 use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
 pub use cloning::{CloneOptions, Cloning};
+pub use creating::CreateOptions;
 pub use making::{After, MakeOptions};
 pub use record::{Part, Record};
 
@@ -57,6 +64,8 @@ pub struct Templates {
     table: RwLock<BTreeMap<String, Arc<Record>>>,
     held: Mutex<Held>,
     turns: Semaphore,
+    /// What the administrator names for VMs that are made from images.
+    firmware: Option<Firmware>,
 }
 
 /// What is under way.
@@ -66,7 +75,7 @@ struct Held {
     making: BTreeSet<String>,
     /// VMs that one is being made of.
     subjects: BTreeSet<String>,
-    /// VMs that are being cloned.
+    /// VMs that are being cloned or created.
     clones: BTreeSet<String>,
     /// How many steps under way read a template.
     readers: BTreeMap<String, usize>,
@@ -74,7 +83,8 @@ struct Held {
 
 impl Templates {
     /// Those that are stored. What a killed daemon left is removed by [`Templates::recover`].
-    pub fn open(fleet: Arc<Fleet>) -> Arc<Self> {
+    /// `firmware` is that of VMs that are made from images; without it, what the distribution has is looked for.
+    pub fn open(fleet: Arc<Fleet>, firmware: Option<Firmware>) -> Arc<Self> {
         let table = record::load(fleet.store().templates());
         for name in table.keys() {
             fleet.tell(News::TemplateNew(name.clone()));
@@ -84,6 +94,7 @@ impl Templates {
             table: RwLock::new(table.into_iter().map(|(name, record)| (name, Arc::new(record))).collect()),
             held: Mutex::default(),
             turns: Semaphore::new(AT_ONCE),
+            firmware,
         })
     }
 

@@ -26,7 +26,7 @@ pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Resu
     let to = record::create(&path)?;
     let shared = copy::reflink(&from, &to)?;
     if !shared && disk.backing.is_some() {
-        copy::copy(&from, &to, |_| ())?;
+        copy::copy(&from, &to, |_| Ok(()))?;
     }
     if shared || disk.backing.is_some() {
         to.sync_all()?;
@@ -43,12 +43,8 @@ pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Resu
             qcow2::size_of(&head).ok_or_else(none)?
         }
     };
-    // A disk ends with its last whole sector.
-    let image = qcow2::overlay(size - size % 512, &under, disk.format).map_err(io::Error::other)?;
     let path = home.join(format!("{}.qcow2", record::disk(at)));
-    let mut to = record::create(&path)?;
-    to.write_all(&image)?;
-    to.sync_all()?;
+    over(&path, size, &under, disk.format)?;
     Ok(Disk {
         path,
         format: Format::Qcow2,
@@ -56,6 +52,15 @@ pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Resu
         backing_format: disk.format,
         ..disk.clone()
     })
+}
+
+/// Makes an empty qcow2 image of a disk of `size` bytes over another image, and syncs it.
+pub(super) fn over(path: &Path, size: u64, under: &Path, format: Format) -> io::Result<()> {
+    // A disk ends with its last whole sector.
+    let image = qcow2::overlay(size - size % 512, under, format).map_err(io::Error::other)?;
+    let mut to = record::create(path)?;
+    to.write_all(&image)?;
+    to.sync_all()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What a clone tells its guest: owns the image of a small read-only disk with the VM's identity, in the form that cloud-init calls NoCloud.
+//! What a VM that was made here tells its guest: owns the image of a small read-only disk with the VM's identity, in the form that cloud-init calls NoCloud.
 //! Pure.
 //!
 //! The image is a FAT file system with the label CIDATA and the files `meta-data`, `user-data` and `network-config`. What is in `meta-data`
@@ -42,10 +42,15 @@ pub(super) struct Identity<'a> {
     #[serde(rename = "local-hostname")]
     pub(super) hostname: &'a str,
     pub(super) uuid: String,
-    /// The template that it comes from.
-    pub(super) template: &'a str,
-    /// Number within the call that made it, from 1.
-    pub(super) number: u32,
+    /// The template that it comes from, if it is a clone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) template: Option<&'a str>,
+    /// A clone's number within the call that made it, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) number: Option<u32>,
+    /// Who may log in over ssh, as lines of `authorized_keys`.
+    #[serde(rename = "public-keys", skip_serializing_if = "<[String]>::is_empty")]
+    pub(super) keys: &'a [String],
     /// Hardware addresses of its cards, in order.
     pub(super) macs: &'a [String],
 }
@@ -66,7 +71,11 @@ pub(super) fn image(
     let mut meta = serde_json::to_string_pretty(identity).unwrap_or_default();
     meta.push('\n');
     if meta.len() > (RESERVED - 1) * SECTOR {
-        return Err(FleetError::InvalidSpec("identity: it does not fit into its sectors".to_owned()));
+        return Err(FleetError::InvalidSpec(format!(
+            "identity: with names, addresses and keys it has {} bytes, at most {}: put keys into user_data",
+            meta.len(),
+            (RESERVED - 1) * SECTOR
+        )));
     }
     let network = network_config.map_or_else(|| network_config_for(identity.macs), str::to_owned);
     let files = [
@@ -208,8 +217,9 @@ mod tests {
             instance: "i-1".into(),
             hostname: "web-1",
             uuid: "u".into(),
-            template: "web",
-            number: 1,
+            template: Some("web"),
+            number: Some(1),
+            keys: &[],
             macs,
         }
     }
@@ -261,6 +271,19 @@ mod tests {
         assert_eq!(plain.iter().copied().filter(|byte| *byte != 0).collect::<Vec<_>>(), meta);
         assert_eq!(read(&image, "user-data").unwrap(), b"#cloud-config\n");
         assert!(String::from_utf8(read(&image, "network-config").unwrap()).unwrap().contains(&macs[0]));
+    }
+
+    #[test]
+    fn keys_are_where_cloud_init_looks_for_them() {
+        let keys = ["ssh-ed25519 AAAA me@here".to_owned()];
+        let who = Identity { template: None, number: None, keys: &keys, ..identity(&[]) };
+        let meta = read(&image(&who, "", None, None).unwrap(), "meta-data").unwrap();
+        let value: serde_json::Value = serde_json::from_slice(&meta).unwrap();
+        assert_eq!(value["public-keys"][0], keys[0]);
+        assert!(value.get("template").is_none() && value.get("number").is_none());
+        let long = ["x".repeat(4096)];
+        let error = image(&Identity { keys: &long, ..who }, "", None, None).unwrap_err().to_string();
+        assert!(error.contains("put keys into user_data"), "{error}");
     }
 
     #[test]

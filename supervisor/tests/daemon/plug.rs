@@ -167,3 +167,73 @@ async fn a_guest_that_keeps_a_card_lets_go_of_it_later() {
     lab.job(lab.manager.power_off_vm("web", none())).await.unwrap();
     lab.settle(async || !lab.ip("-o link show").contains("fl-web-0")).await;
 }
+
+#[tokio::test]
+async fn a_client_of_the_socket_names_a_tap_and_finds_it_made() {
+    let mut lab = lab().await;
+    lab.define("web", json!({"nics": [{"network": "lan"}]})).await.unwrap();
+    lab.start("web").await.unwrap();
+    let add = |id: &str, name: &str| json!({"type": "tap", "id": id, "ifname": name});
+    let mut qmp = lab.qmp("web").await;
+    for (id, name) in [("n7", "tap7"), ("n3", "fl-web-3")] {
+        let answer = qmp.ask_with("netdev_add", add(id, name)).await;
+        assert!(answer["return"].is_object(), "{answer}");
+        assert!(lab.ip("link show master flbr-lan").contains(name), "{name}");
+        let heard = heard(&lab, "web");
+        assert_eq!(heard[heard.len() - 2..], [format!("getfd flotilla-{name}"), format!("netdev_add {id}")]);
+    }
+    // By a single command as well.
+    let command = json!({"execute": "netdev_add", "arguments": add("n8", "tap8")}).to_string();
+    lab.vm("web").await.qmp_command(&command, none()).await.unwrap();
+    assert!(lab.ip("link show master flbr-lan").contains("tap8"));
+    for (id, name, word) in [
+        ("n9", "fl-db-0", "no tap of VM"),
+        ("n9", "lo", "lo"),
+        ("n9", "flbr-lan", "no tap of VM"),
+        ("n9", "a/b", "ifname"),
+        ("n7", "tap9", "has the tap tap7"),
+    ] {
+        let answer = qmp.ask_with("netdev_add", add(id, name)).await;
+        assert!(answer["error"]["desc"].as_str().is_some_and(|desc| desc.contains(word)), "{name}: {answer}");
+    }
+    assert!(lab.ip("link show lo").contains("lo") && !lab.ip("link").contains("tap9"));
+    // A card that comes later has another number.
+    lab.manager.define_network("other", "{}", none()).await.unwrap();
+    let (id, job) = lab
+        .attach_nic("web", json!({"network": "other", "number": 3}), none())
+        .await
+        .unwrap_or_else(|error| (name_of(&error), Ok(())));
+    assert_eq!((id.as_str(), job), ("InvalidSpec", Ok(())));
+
+    assert!(qmp.ask_with("netdev_del", json!({"id": "n7"})).await["return"].is_object());
+    lab.settle(async || !lab.ip("link").contains("tap7")).await;
+    // Another daemon knows which taps are whose, and they go with the process.
+    lab.end_daemon(Signal::SIGKILL);
+    lab.start_daemon().await;
+    lab.until_responsive("web").await;
+    let mut qmp = lab.qmp("web").await;
+    assert!(qmp.ask_with("netdev_del", json!({"id": "n3"})).await["return"].is_object());
+    lab.settle(async || !lab.ip("link").contains("fl-web-3")).await;
+    assert!(lab.ip("link").contains("tap8"));
+    lab.job(lab.manager.power_off_vm("web", none())).await.unwrap();
+    lab.settle(async || !lab.ip("link").contains("tap8")).await;
+    assert!(lab.ip("link").contains("fl-web-0"), "that of the definition stays");
+}
+
+#[tokio::test]
+async fn a_tap_that_the_vmm_refuses_is_taken_back() {
+    let lab = lab().await;
+    let members = json!({"nics": [{"network": "lan"}], "append": "fake=netless"});
+    lab.define("web", members).await.unwrap();
+    lab.start("web").await.unwrap();
+    let mut qmp = lab.qmp("web").await;
+    let tap = json!({"type": "tap", "id": "n7", "ifname": "tap7"});
+    assert_eq!(qmp.ask_with("netdev_add", tap).await["error"]["desc"], "no tap");
+    lab.settle(async || !lab.ip("link").contains("tap7")).await;
+    // A VM without a card has no network to put it on.
+    lab.define("bare", json!({})).await.unwrap();
+    lab.start("bare").await.unwrap();
+    let mut qmp = lab.qmp("bare").await;
+    let answer = qmp.ask_with("netdev_add", json!({"type": "tap", "id": "n7", "ifname": "tap7"})).await;
+    assert!(answer["error"]["desc"].as_str().unwrap().contains("AttachNic"), "{answer}");
+}

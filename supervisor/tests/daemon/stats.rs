@@ -19,9 +19,16 @@ async fn what_vms_use_is_told_without_asking_them() {
     let mut lab = Lab::bare().await;
     lab.own_network();
     lab.start_daemon().await;
+    let disk = lab.path("disk");
+    std::fs::write(&disk, [0; 512]).unwrap();
     lab.manager.define_network("lan", "{}", none()).await.unwrap();
-    lab.define("web", json!({"nics": [{"network": "lan"}], "memory": "1G"})).await.unwrap();
-    lab.define("frozen", json!({})).await.unwrap();
+    lab.define(
+        "web",
+        json!({"nics": [{"network": "lan"}], "memory": "1G", "balloon": true, "disks": [{"path": disk}]}),
+    )
+    .await
+    .unwrap();
+    lab.define("frozen", json!({"balloon": true})).await.unwrap();
     lab.define("off", json!({})).await.unwrap();
     lab.start("web").await.unwrap();
     lab.start("frozen").await.unwrap();
@@ -56,9 +63,20 @@ async fn what_vms_use_is_told_without_asking_them() {
         "flotilla_vm_cpu_seconds_total{vm=\"frozen\"} ",
         "flotilla_vm_network_received_bytes_total{vm=\"web\",nic=\"nic0\"} ",
         "flotilla_adoption_seconds ",
+        "flotilla_ready_seconds ",
+        "flotilla_admission_refused_total 0",
+        "flotilla_vm_restarts_total{vm=\"web\"} 0",
+        "flotilla_vm_qmp_latency_seconds{vm=\"web\"} ",
     ] {
         assert!(page.lines().any(|found| found.starts_with(beginning)), "{beginning}\n{page}");
     }
+    // What VMMs are asked for is there for the next reader; one that stands still delays nobody.
+    lab.settle(async || {
+        let page = ask(&lab, "GET /metrics HTTP/1.0\r\n\r\n").await;
+        page.contains("flotilla_vm_balloon_bytes{vm=\"web\"} 268435456\n")
+            && page.contains("flotilla_vm_block_written_bytes_total{vm=\"web\",disk=\"disk0\"} 4096\n")
+    })
+    .await;
     for (request, status) in [
         ("GET /other HTTP/1.1\r\n\r\n", "HTTP/1.1 404"),
         ("POST /metrics HTTP/1.1\r\n\r\n", "HTTP/1.1 400"),

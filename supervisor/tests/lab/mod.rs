@@ -97,6 +97,23 @@ impl Lab {
         self.directory.path().join(name)
     }
 
+    /// The bus, as a client has it.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// How many children of the daemon run this program.
+    pub(crate) fn children(&self, program: &str) -> usize {
+        let daemon = self.daemon.as_ref().unwrap().id().to_string();
+        let child = |entry: &std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            // The name in brackets, the state, the parent.
+            let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1));
+            stat.contains(&format!("({program})")) && parent == Some(&daemon)
+        };
+        std::fs::read_dir("/proc").unwrap().flatten().filter(child).count()
+    }
+
     /// From now on the daemon lives in a network namespace that outlives it.
     pub(crate) fn own_network(&mut self) {
         assert!(nix::unistd::geteuid().is_root(), "a test with bridges and taps needs root");

@@ -2,7 +2,7 @@
 //!
 //! With `-incoming` it looks whether what it was given is what such a VMM saved. Words on the guest's command line make it misbehave:
 //! `fake=mute` never listens, `fake=die` ends at once with 3, `fake=lost` does so when it has an `-incoming`, `fake=balloon` cannot be saved,
-//! `fake=refuse` has no room for devices, `fake=keep` does not let go of them. Commands of its own: `x-poweroff` (the guest ends itself), `x-crash`,
+//! `fake=refuse` has no room for devices, `fake=netless` takes no tap, `fake=keep` does not let go of them. Commands of its own: `x-poweroff` (the guest ends itself), `x-crash`,
 //! `x-fds` (which handed descriptors are open), `x-let-go` (of a device).
 
 use std::collections::VecDeque;
@@ -144,6 +144,10 @@ fn serve(client: UnixStream, paused: &mut bool, saves: bool) -> std::io::Result<
             "query-status" => {
                 answer(json!({"running": !*paused, "status": if *paused { "paused" } else { "running" }}))
             }
+            "query-balloon" => answer(json!({"actual": 256 << 20})),
+            "query-blockstats" => answer(
+                json!([{"device": "disk0", "stats": {"rd_bytes": 512, "wr_bytes": 4096, "rd_operations": 1}}]),
+            ),
             "stop" => {
                 *paused = true;
                 event("STOP", json!({})) + &done
@@ -152,6 +156,7 @@ fn serve(client: UnixStream, paused: &mut bool, saves: bool) -> std::io::Result<
                 *paused = false;
                 event("RESUME", json!({})) + &done
             }
+            "netdev_add" if append().contains("fake=netless") => refusal("no tap"),
             "netdev_add" | "blockdev-add" => {
                 named.clear();
                 done.clone()

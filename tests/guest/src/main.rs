@@ -8,6 +8,7 @@
 //! quiet         no banner, no prompt before the commands of cmd= have run
 //! cmd=A;B;C     run these commands first; quote it if it has spaces, or write commas for them: cmd=touch,64;poweroff
 //! ip=ADDR/LEN   address of the first network card with a link; ip=ADDR::GATEWAY:NETMASK as Linux writes it works too
+//! pci           look for devices on PCI, too
 //! virtio_mmio.device=SIZE@ADDRESS:IRQ   a device; VMMs append these
 //! ```
 #![no_std]
@@ -24,8 +25,10 @@ mod hostile;
 mod irq;
 mod load;
 mod memory;
+mod more;
 mod net;
 mod paging;
+mod pci;
 mod power;
 mod runtime;
 mod shell;

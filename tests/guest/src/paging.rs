@@ -48,3 +48,25 @@ pub fn map_all(boot: &BootInfo) {
         }
     }
 }
+
+/// Maps what a device brings: whole GiB, of which none held RAM when [`map_all`] ran. False: there is no room, or it is beyond 512 GiB.
+pub fn map_more(start: u64, size: u64) -> bool {
+    let Some(end) = start.checked_add(size).filter(|end| *end <= 512 * GIB && size > 0) else { return false };
+    for gib in start / GIB..end.div_ceil(GIB) {
+        // SAFETY: an entry of the table in use; ours alone.
+        let entry = unsafe { addr_of_mut!(boot_pdpt).cast::<u64>().add(gib as usize) };
+        // SAFETY: as above.
+        if unsafe { entry.read_volatile() } != 0 {
+            continue;
+        }
+        let Some(table) = memory::pages(1) else { return false };
+        let table = table.as_mut_ptr().cast::<u64>();
+        for i in 0..512 {
+            // SAFETY: our page, as a table of 512 entries.
+            unsafe { table.add(i).write((gib * GIB + i as u64 * LARGE) | LEAF) };
+        }
+        // SAFETY: as above; a processor does not remember what was not there.
+        unsafe { entry.write_volatile(table as u64 | TABLE) };
+    }
+    true
+}

@@ -3,6 +3,7 @@
 use crate::blk::{self, Disk};
 use crate::boot::BootInfo;
 use crate::load::{self, Pattern};
+use crate::more::{self, More, Seen};
 use crate::net::{self, Card};
 use crate::text::{Interface, Ipv4, Size, number};
 use crate::virtio::{self, Window};
@@ -32,6 +33,9 @@ net ping ADDR [COUNT]      ping
 load disk read|write|scan DEPTH KIB MS  keep the disk busy, polling, and count; takes it over
 load net send BYTES MS                 send frames, likewise
 load net receive MS                    count frames
+more plug|unplug|state FIRST COUNT      ask for blocks of more memory (virtio-mem)
+more none                  give all of them back
+more fill|look FIRST COUNT write to blocks, or look at them
 vcpu                       fill the processor's registers, wait for a key, say which changed
 hostile [PREFIX]           misuse the devices, case by case; takes them over for good
 halt                       stop the processor for good
@@ -57,12 +61,13 @@ pub struct Shell {
     start: u64,
     disks: [Option<Disk>; MAX_DISKS],
     card: Option<Card>,
+    more: Option<More>,
 }
 
 impl Shell {
     /// `start` is the time stamp of the start.
     pub fn new(boot: &'static BootInfo, start: u64) -> Self {
-        Self { boot, start, disks: [const { None }; MAX_DISKS], card: None }
+        Self { boot, start, disks: [const { None }; MAX_DISKS], card: None, more: None }
     }
 
     /// Banner, commands of the command line, then the prompt for ever.
@@ -230,6 +235,7 @@ impl Shell {
             "disk" => shell.disk(arguments),
             "net" => shell.net(arguments),
             "load" => shell.load(arguments),
+            "more" => shell.more(arguments),
             "vcpu" => Ok(vcpu::run(|| while console::key().is_some() {})?),
             "hostile" => Ok(hostile::run(shell.boot, arguments.first().copied().unwrap_or(""))?),
             "halt" => {
@@ -309,6 +315,46 @@ impl Shell {
             _ => return Err(Failure::Usage),
         };
         say!("disk: {action} {sectors} sectors in {} us", clock::to_microseconds(cpu::tsc() - start));
+        Ok(())
+    }
+
+    fn more(&mut self, arguments: &[&str]) -> Outcome {
+        let (&action, rest) = arguments.split_first().ok_or(Failure::Usage)?;
+        if self.more.is_none() {
+            let window = self.of_kind(more::KIND).next().ok_or("there is no such device")?;
+            self.more = Some(More::open(window)?);
+        }
+        let more = self.more.as_mut().ok_or("there is no such device")?;
+        let [first, count] = numbers(rest, if action == "none" { 0 } else { 2 })?;
+        let beyond = Failure::Text("beyond the end");
+        let kind = match action {
+            "plug" => 0,
+            "unplug" => 1,
+            "none" => 2,
+            "state" => 3,
+            "fill" => {
+                say!("more: wrote {} words", more.fill(first, count).ok_or(beyond)?);
+                return Ok(());
+            }
+            "look" => {
+                let Seen { kept, zero, absent, other } = more.look(first, count).ok_or(beyond)?;
+                say!("more: {kept} kept, {zero} zero, {absent} absent, {other} other");
+                return Ok(());
+            }
+            _ => return Err(Failure::Usage),
+        };
+        let count = u16::try_from(count).map_err(|_| Failure::Text("at most 65535 blocks"))?;
+        let answer = match (more.ask(kind, first, count)?, action) {
+            ((0, 0), "state") => "all there",
+            ((0, 1), "state") => "none there",
+            ((0, 2), "state") => "some there",
+            ((0, 0), _) => "done",
+            ((1, 0), _) => "refused",
+            ((2, 0), _) => "busy",
+            ((3, 0), _) => "nonsense",
+            _ => "an answer of no kind",
+        };
+        say!("more: {answer}");
         Ok(())
     }
 

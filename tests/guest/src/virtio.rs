@@ -1,8 +1,12 @@
 //! virtio over MMIO, version 2 registers (virtio 1.2 §4.2), with split queues (§2.7). Drivers wait through `irq`, they do not spin.
+//!
+//! A device on PCI (§4.1) is driven by the names of the same registers; [`Window`] finds each in the common configuration. With the word `pci` on the
+//! command line only: to look for one takes hundreds of exits.
 
 use core::sync::atomic::{Ordering, fence};
 
 use crate::boot::BootInfo;
+use crate::pci::{self, Parts};
 use crate::{cpu, irq, memory, text};
 
 /// VIRTIO_F_VERSION_1: without it a device of this register layout cannot be driven (§6.1).
@@ -46,30 +50,107 @@ pub struct Window {
     pub address: u64,
     /// Interrupt line.
     pub irq: u32,
+    /// Of a device on PCI, whose common configuration is at the address.
+    pub pci: Option<Parts>,
 }
 
 /// What is wrong with a device, in words.
 pub type Problem = &'static str;
 
-/// Windows from `virtio_mmio.device=SIZE@ADDRESS:IRQ[:ID]`, those that do not lie in the device window (3 to 4 GiB) left out.
+/// Windows from `virtio_mmio.device=SIZE@ADDRESS:IRQ[:ID]`, those that do not lie in the device window (3 to 4 GiB) left out, and what is on PCI.
 pub fn windows(boot: &BootInfo) -> impl Iterator<Item = Window> {
-    boot.options("virtio_mmio.device").filter_map(|value| {
+    let on_pci = boot.flag("pci").then(pci::virtio).into_iter().flatten();
+    let on_pci =
+        on_pci.map(|parts| Window { address: parts.common, irq: parts.function.line(), pci: Some(parts) });
+    let announced = boot.options("virtio_mmio.device").filter_map(|value| {
         let (address, rest) = value.split_once('@')?.1.split_once(':')?;
         let irq = rest.split(':').next()?;
-        let window = Window { address: text::number(address)?, irq: text::number(irq)? as u32 };
+        let window = Window { address: text::number(address)?, irq: text::number(irq)? as u32, pci: None };
         (3 << 30..(4 << 30) - 0x200).contains(&window.address).then_some(window)
+    });
+    announced.chain(on_pci)
+}
+
+// The common configuration (§4.1.4.3).
+const PCI_STATUS: u64 = 0x14;
+const PCI_QUEUE_SELECT: u64 = 0x16;
+const PCI_QUEUE_SIZE: u64 = 0x18;
+const PCI_QUEUE_ENABLE: u64 = 0x1c;
+const PCI_QUEUE_NOTIFY_OFF: u64 = 0x1e;
+
+/// Where a register of four bytes that both buses have is in the common configuration.
+fn wide(register: u64) -> Option<u64> {
+    Some(match register {
+        reg::DEVICE_FEATURES_SEL => 0x00,
+        reg::DEVICE_FEATURES => 0x04,
+        reg::DRIVER_FEATURES_SEL => 0x08,
+        reg::DRIVER_FEATURES => 0x0c,
+        0x80 | 0x84 => register - reg::QUEUE_DESC + 0x20,
+        0x90 | 0x94 => register - reg::QUEUE_DRIVER + 0x28,
+        0xa0 | 0xa4 => register - reg::QUEUE_DEVICE + 0x30,
+        _ => return None,
     })
+}
+
+/// A register of a device on PCI.
+fn pci_read(parts: Parts, register: u64) -> u32 {
+    // SAFETY: in the device window, as `Window::read`.
+    unsafe {
+        match register {
+            reg::MAGIC => 0x7472_6976,
+            reg::VERSION => 2,
+            reg::DEVICE_ID => parts.kind,
+            reg::STATUS => cpu::read8(parts.common + PCI_STATUS).into(),
+            reg::QUEUE_NUM_MAX => cpu::read16(parts.common + PCI_QUEUE_SIZE).into(),
+            reg::QUEUE_READY => cpu::read16(parts.common + PCI_QUEUE_ENABLE).into(),
+            // Reading takes note, too.
+            reg::INTERRUPT_STATUS => cpu::read8(parts.isr).into(),
+            reg::CONFIG.. => cpu::read32(parts.device + register - reg::CONFIG),
+            _ => wide(register).map_or(0, |at| cpu::read32(parts.common + at)),
+        }
+    }
+}
+
+fn pci_write(parts: Parts, register: u64, value: u32) {
+    // SAFETY: as above.
+    unsafe {
+        match register {
+            reg::STATUS => cpu::write8(parts.common + PCI_STATUS, value as u8),
+            reg::QUEUE_SEL => cpu::write16(parts.common + PCI_QUEUE_SELECT, value as u16),
+            reg::QUEUE_NUM => cpu::write16(parts.common + PCI_QUEUE_SIZE, value as u16),
+            reg::QUEUE_READY => cpu::write16(parts.common + PCI_QUEUE_ENABLE, value as u16),
+            reg::QUEUE_NOTIFY => {
+                let selected = cpu::read16(parts.common + PCI_QUEUE_SELECT);
+                cpu::write16(parts.common + PCI_QUEUE_SELECT, value as u16);
+                let at = u64::from(cpu::read16(parts.common + PCI_QUEUE_NOTIFY_OFF)) * parts.step;
+                cpu::write16(parts.common + PCI_QUEUE_SELECT, selected);
+                cpu::write16(parts.notify + at, value as u16);
+            }
+            reg::CONFIG.. => cpu::write32(parts.device + register - reg::CONFIG, value),
+            _ => {
+                if let Some(at) = wide(register) {
+                    cpu::write32(parts.common + at, value);
+                }
+            }
+        }
+    }
 }
 
 impl Window {
     /// Reads a register.
     pub fn read(self, register: u64) -> u32 {
+        if let Some(parts) = self.pci {
+            return pci_read(parts, register);
+        }
         // SAFETY: in the device window, which `paging` maps; reads of these registers change nothing of ours.
         unsafe { cpu::read32(self.address + register) }
     }
 
     /// Writes a register.
     pub fn write(self, register: u64, value: u32) {
+        if let Some(parts) = self.pci {
+            return pci_write(parts, register, value);
+        }
         // SAFETY: as above; the device only ever learns addresses of pages that drivers own.
         unsafe { cpu::write32(self.address + register, value) };
     }
@@ -87,8 +168,9 @@ impl Window {
 
     /// An 8-bit field of the configuration space.
     pub fn config8(self, offset: u64) -> u8 {
+        let config = self.pci.map_or(self.address + reg::CONFIG, |parts| parts.device);
         // SAFETY: as in `read`.
-        unsafe { cpu::read8(self.address + reg::CONFIG + offset) }
+        unsafe { cpu::read8(config + offset) }
     }
 
     /// The features that the device offers. Allowed before it is driven.

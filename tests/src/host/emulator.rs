@@ -28,7 +28,8 @@ const PROGRAM: &str = "qemu-system-x86_64";
 
 /// `tsc=reliable no_timer_check`: a busy machine must not make the emulated clock look broken.
 const COMMAND_LINE: &str = "root=/dev/vda rw console=ttyS0 quiet loglevel=3 systemd.show_status=0 mitigations=off nokaslr \
-    random.trust_cpu=on nowatchdog audit=0 apparmor=0 selinux=0 tsc=reliable no_timer_check net.ifnames=0";
+    random.trust_cpu=on nowatchdog audit=0 apparmor=0 selinux=0 tsc=reliable no_timer_check net.ifnames=0 \
+    intel_iommu=on iommu=pt";
 
 /// What to start.
 pub(crate) struct Plan<'a> {
@@ -83,11 +84,21 @@ fn link(dir: &Path) -> PathBuf {
     dir.join("link.sock")
 }
 
+/// The image of the spare disk, all zeroes at first, which a frozen host has not touched.
+fn spare(dir: &Path) -> PathBuf {
+    dir.join("spare.img")
+}
+
+/// Bytes of it.
+const SPARE: u64 = 16 << 20;
+
 /// Starts the emulator and talks to its monitor.
 pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Emulator, HostError> {
     for stale in [link(plan.dir), plan.dir.join("console.sock")] {
         let _ = fs::remove_file(stale);
     }
+    let blank = File::create(spare(plan.dir)).and_then(|file| file.set_len(SPARE));
+    blank.map_err(io(format!("create {}", spare(plan.dir).display())))?;
     let log_path = plan.dir.join("emulator.log");
     let log = File::create(&log_path).map_err(io(format!("create {}", log_path.display())))?;
     let also = log.try_clone().map_err(io("copy a descriptor"))?;
@@ -169,6 +180,9 @@ fn arguments(plan: &Plan<'_>) -> Vec<String> {
         &path(plan.initrd),
         "-append",
         COMMAND_LINE,
+        // For what is handed to guests whole. It comes before the devices that it stands in front of.
+        "-device",
+        "intel-iommu,intremap=on",
         "-drive",
         &format!("file={},format=qcow2,if=none,id=root,cache=unsafe", path(plan.disk)),
         "-device",
@@ -177,6 +191,13 @@ fn arguments(plan: &Plan<'_>) -> Vec<String> {
         &format!("file={},format=raw,if=none,id=guest,readonly=on,file.locking=off", path(plan.guest)),
         "-device",
         "virtio-blk-pci,drive=guest,addr=3",
+        // A disk to hand over: alone behind its port, and so in its group; `iommu_platform` has it go by the IOMMU, and not past it.
+        "-drive",
+        &format!("file={},format=raw,if=none,id=spare,cache=unsafe", path(&spare(plan.dir))),
+        "-device",
+        "pcie-root-port,id=spare-port,chassis=1,addr=7",
+        "-device",
+        "virtio-blk-pci,drive=spare,serial=spare,bus=spare-port,disable-legacy=on,iommu_platform=on",
         // Port 0: the kernel picks a free one, and the monitor tells which.
         "-netdev",
         &format!("user,id=control,restrict=on,hostfwd=tcp:127.0.0.1:0-:{}", super::wire::PORT),

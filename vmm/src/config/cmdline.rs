@@ -8,6 +8,7 @@ mod backends;
 mod board;
 mod devices;
 mod incoming;
+mod memory_devices;
 mod numa;
 mod options;
 mod props;
@@ -113,6 +114,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, Cmdlin
     backends::read(&mut given, &mut config)?;
     numa::read(&mut given, &mut config)?;
     devices::read(&mut given, &mut config)?;
+    config.claim_device_memory();
     config.incoming = incoming::read(&mut given)?;
     config.start_paused = given.flag("-S");
     config.process.daemonize = given.flag("-daemonize");

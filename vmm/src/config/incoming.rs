@@ -55,6 +55,9 @@ impl VmConfig {
                     netdev_exclusion(self.netdevs.iter().find(|n| n.id == *netdev)?)?
                 }
                 driver @ (DeviceDriver::VirtioBalloon { .. }
+                | DeviceDriver::VirtioMem { .. }
+                | DeviceDriver::VirtioPmem { .. }
+                | DeviceDriver::VfioPci { .. }
                 | DeviceDriver::VhostVsock { .. }
                 | DeviceDriver::VhostUserFs { .. }
                 | DeviceDriver::VhostUserBlk { .. }) => driver.name(),

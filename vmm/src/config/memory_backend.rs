@@ -13,6 +13,8 @@ pub struct MemoryBackend {
     pub size: u64,
     /// `share=on`: writes reach the file or memfd.
     pub share: bool,
+    /// `readonly=on`: the guest reads the file and writes nothing; only for what virtio-pmem brings.
+    pub readonly: bool,
     /// `prealloc=on`: touch every page before the guest starts.
     pub prealloc: bool,
     /// `dump-guest-core`: include the pages in core dumps.

@@ -24,6 +24,7 @@ pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
     netdevs(config)?;
     chardevs(config)?;
     devices(config)?;
+    super::memory_devices::validate(config)?;
     super::vhost_user::validate(config)?;
     if config.incoming.is_some()
         && let Some(what) = config.snapshot_exclusion()
@@ -172,7 +173,7 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
     let mut names = BTreeSet::new();
     for netdev in &config.netdevs {
         let id = &netdev.id;
-        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else { continue };
+        let NetBackend::Tap { source, queues, vhost, vhost_fds, path } = &netdev.backend else { continue };
         if !*vhost && !vhost_fds.is_empty() {
             return bad(format!(
                 "netdev \"{id}\": 'vhostfd' and 'vhostfds' are not needed for a virtio-net device: add vhost=on, or leave them out"
@@ -203,6 +204,11 @@ fn netdevs(config: &VmConfig) -> Result<(), InvalidConfig> {
                 if !names.insert(name) {
                     return bad(format!("netdev \"{id}\": tap {name} is used by another netdev already"));
                 }
+            }
+            TapSource::Fds(_) if path.is_some() => {
+                return bad(format!(
+                    "netdev \"{id}\": 'path' is where a tap of a name is opened, and its descriptors are given: leave it out"
+                ));
             }
             TapSource::Fds(list) => {
                 if let Some(fd) = list.iter().find(|fd| !fds.insert(**fd)) {
@@ -282,6 +288,7 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
     let mut balloon = false;
     let (mut drives, mut netdevs) = (BTreeSet::new(), BTreeSet::new());
     let (mut cids, mut vsock_fds) = (BTreeSet::new(), BTreeSet::new());
+    let mut hosts = BTreeSet::new();
     for device in &config.devices {
         let Device { id, driver, .. } = device;
         if !has_pci && (device.is_pci() || device.multifunction) {
@@ -330,9 +337,25 @@ fn devices(config: &VmConfig) -> Result<(), InvalidConfig> {
                 }
                 &None
             }
+            DeviceDriver::VfioPci { host } => {
+                if let Some(other) = config.devices.iter().find(|d| d.driver.memory().is_some()) {
+                    return bad(format!(
+                        "device \"{id}\": a device of the host does not reach the memory that device \"{}\" brings: leave one of them out",
+                        other.id
+                    ));
+                }
+                if !hosts.insert(host.as_str()) {
+                    return bad(format!(
+                        "device \"{id}\": host device {host} is used by another device already"
+                    ));
+                }
+                &None
+            }
             DeviceDriver::PcieRootPort { .. }
             | DeviceDriver::VhostUserFs { .. }
             | DeviceDriver::VhostUserBlk { .. }
+            | DeviceDriver::VirtioMem { .. }
+            | DeviceDriver::VirtioPmem { .. }
             | DeviceDriver::VirtioSerial { .. }
             | DeviceDriver::VirtConsole { .. }
             | DeviceDriver::VirtSerialPort { .. } => &None,

@@ -3,8 +3,8 @@
 
 use super::invalid::bad;
 use super::{
-    ChardevKind, Device, DeviceDriver, InvalidConfig, MachineKind, MemoryBackendKind, NetBackend, Netdev,
-    VmConfig,
+    ChardevKind, Device, DeviceDriver, InvalidConfig, MachineKind, MemoryBackend, MemoryBackendKind,
+    NetBackend, Netdev, VmConfig,
 };
 
 /// Most bytes of a file system's tag (virtio 1.2 §5.11.4).
@@ -45,14 +45,19 @@ impl VmConfig {
         self.machine.kind == MachineKind::Q35 && self.memory_is_shared() && !self.monitors.is_empty()
     }
 
+    /// Whether what a device brings can be given to another process. `-mem-path` is not for it.
+    pub fn shares_device_memory(&self, object: &MemoryBackend) -> bool {
+        object.share || self.machine.mem_share && !matches!(object.kind, MemoryBackendKind::File(_))
+    }
+
     /// Whether another process can be given all of guest memory: it is that of a file, and writes go there.
     pub fn memory_is_shared(&self) -> bool {
         let (memory, backends) = (&self.memory, &self.memory.backends);
-        if backends.is_empty() {
-            return self.machine.mem_share;
-        }
         let anonymous = |kind: &MemoryBackendKind| *kind == MemoryBackendKind::Ram && memory.path.is_none();
-        backends.iter().all(|b| b.share || self.machine.mem_share && anonymous(&b.kind))
+        let shared = |b: &MemoryBackend| b.share || self.machine.mem_share && anonymous(&b.kind);
+        let ram = if backends.is_empty() { self.machine.mem_share } else { backends.iter().all(shared) };
+        // Devices may be told to use what other devices bring.
+        ram && self.device_memory.iter().all(|b| self.shares_device_memory(b))
     }
 }
 

@@ -3,10 +3,13 @@
 //! Runs on the main loop's thread. QMP is above this room and turns text into commands; the machine is below it. `life` is the
 //! pure state machine (what follows from what); this file applies its effects. `query` puts what the machine says into QMP's shapes.
 
+mod cpus;
 mod life;
 mod migration;
 mod qom;
 mod query;
+mod viomem;
+mod vm;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -16,15 +19,14 @@ use serde_json::{Value, json};
 use crate::config::{Drive, MachineKind, Netdev, Smp, VmConfig};
 use crate::event::LoopHandle;
 use crate::machine::{
-    BlockDevice, CpuInfo, Departure, GuestEvent, Hotplug, HotplugError, Machine, NetDevice, NewDevice,
-    Plugged, Refusal as SlotRefusal,
+    BlockDevice, GuestEvent, Hotplug, HotplugError, NewDevice, Plugged, Refusal as SlotRefusal,
 };
 use crate::process::trace;
-use crate::snapshot::Target;
 
 use life::{Effect, step};
 pub use life::{End, Input, Refusal, State};
 pub use migration::MigrationError;
+pub use vm::{BoxError, Vm};
 
 /// After this a machine cannot go on.
 const RESET_FAILED: &str = "cannot reset the VM";
@@ -71,6 +73,15 @@ pub enum Command {
     Balloon(u64),
     /// `query-balloon`.
     QueryBalloon,
+    /// `get-viomem`: how a virtio-mem device stands.
+    GetViomem(String),
+    /// `set-viomem`.
+    SetViomem {
+        /// Which device.
+        id: String,
+        /// Bytes that the guest is to have of its memory.
+        size: u64,
+    },
     /// `query-mem`.
     QueryMem,
     /// `query-block`.
@@ -173,94 +184,6 @@ impl From<HotplugError> for CommandError {
             ) => Self::NotFound(error.to_string()),
             _ => Self::Hotplug(error),
         }
-    }
-}
-
-/// An error of the machine.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// What the owner needs of a machine: the seam between a VM's life and its parts.
-pub trait Vm: Send {
-    /// Returns when every vCPU is out of the guest; on failure they all run.
-    fn pause(&mut self) -> Result<(), BoxError>;
-    /// Lets the vCPUs run.
-    fn resume(&mut self) -> Result<(), BoxError>;
-    /// The online vCPUs.
-    fn cpus(&self) -> Vec<CpuInfo>;
-    /// Memory that the guest has, in bytes, if it has a balloon.
-    fn balloon(&self) -> Option<u64>;
-    /// Asks the guest to keep so many bytes. Without effect where there is no balloon.
-    fn set_balloon(&mut self, bytes: u64);
-    /// Puts a paused machine back to its start; after an error it cannot go on.
-    fn reset(&mut self) -> Result<(), BoxError>;
-    /// Asks the guest to power down.
-    fn press_power_button(&mut self);
-    /// Adds, removes, plugs or unplugs a back end or device; after an error everything is as before.
-    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError>;
-    /// The guest has let this go: ends it, and returns its name.
-    fn device_left(&mut self, departure: &Departure) -> Option<String>;
-    /// Block nodes, those that devices use first.
-    fn block_devices(&self) -> Vec<BlockDevice>;
-    /// Network back ends, those that devices use first.
-    fn net_devices(&self) -> Vec<NetDevice>;
-    /// Devices by id, with their drivers.
-    fn devices(&self) -> Vec<(String, &'static str)>;
-    /// Named I/O threads with the host's thread, 0 while there is none.
-    fn iothreads(&self) -> Vec<(String, i32)>;
-    /// Saves a paused machine, and leaves it as it was.
-    fn save(&mut self, target: &Target) -> Result<(), BoxError>;
-    /// Ends it: no thread of it runs afterwards, and what the guest has written is durable.
-    fn shut_down(self: Box<Self>) -> Result<(), BoxError>;
-}
-
-impl Vm for Machine {
-    fn pause(&mut self) -> Result<(), BoxError> {
-        Ok(Self::pause(self)?)
-    }
-    fn resume(&mut self) -> Result<(), BoxError> {
-        Self::resume(self);
-        Ok(())
-    }
-    fn cpus(&self) -> Vec<CpuInfo> {
-        Self::cpus(self)
-    }
-    fn balloon(&self) -> Option<u64> {
-        Self::balloon(self).map(|port| port.actual())
-    }
-    fn set_balloon(&mut self, bytes: u64) {
-        if let Some(port) = Self::balloon(self) {
-            port.set_target(bytes);
-        }
-    }
-    fn reset(&mut self) -> Result<(), BoxError> {
-        Ok(Self::reset(self)?)
-    }
-    fn press_power_button(&mut self) {
-        Self::press_power_button(self);
-    }
-    fn hotplug(&mut self, request: Hotplug) -> Result<Plugged, HotplugError> {
-        Self::hotplug(self, request)
-    }
-    fn device_left(&mut self, departure: &Departure) -> Option<String> {
-        Self::device_left(self, departure)
-    }
-    fn block_devices(&self) -> Vec<BlockDevice> {
-        Self::block_devices(self)
-    }
-    fn net_devices(&self) -> Vec<NetDevice> {
-        Self::net_devices(self)
-    }
-    fn devices(&self) -> Vec<(String, &'static str)> {
-        Self::devices(self)
-    }
-    fn iothreads(&self) -> Vec<(String, i32)> {
-        Self::iothreads(self)
-    }
-    fn save(&mut self, target: &Target) -> Result<(), BoxError> {
-        Ok(Self::save(self, target)?)
-    }
-    fn shut_down(self: Box<Self>) -> Result<(), BoxError> {
-        Ok(Self::shut_down(*self)?)
     }
 }
 
@@ -369,6 +292,8 @@ impl Control {
                 let actual = self.vm.as_ref().and_then(|vm| vm.balloon());
                 return actual.map_or_else(no_balloon, |actual| reply(json!({ "actual": actual })));
             }
+            Command::GetViomem(id) => return answer(self.viomem(&id)),
+            Command::SetViomem { id, size } => return answer(self.set_viomem(&id, size)),
             Command::QueryMem => {
                 tracing::info!("guest memory: {} bytes at boot", self.memory);
                 return reply(json!({}));
@@ -536,10 +461,6 @@ impl Control {
         action(vm).map_err(|source| CommandError::Machine { what, source })
     }
 
-    fn online(&self) -> Vec<CpuInfo> {
-        self.vm.as_ref().map_or_else(Vec::new, |vm| vm.cpus())
-    }
-
     fn status(&self) -> Value {
         let (running, status) = match self.state {
             State::Running => (true, "running"),
@@ -548,39 +469,6 @@ impl Control {
             State::Shutdown => (false, "shutdown"),
         };
         json!({ "running": running, "singlestep": false, "status": status })
-    }
-
-    fn cpus(&self) -> Value {
-        let cpus = self.online().into_iter().map(|cpu| {
-            json!({
-                "CPU": cpu.index,
-                "arch": "x86",
-                "current": true,
-                "halted": false,
-                "props": props(cpu.socket_id, cpu.die_id, cpu.core_id, cpu.thread_id),
-                "qom_path": qom_path(cpu.index),
-                "thread_id": cpu.host_tid,
-            })
-        });
-        cpus.collect()
-    }
-
-    fn hotpluggable_cpus(&self) -> Value {
-        let online = self.online();
-        let cpus = (0..self.smp.max_cpus).map(|index| {
-            let (socket, die, core, thread) = place(&self.smp, index);
-            let mut cpu = json!({
-                "props": props(socket, die, core, thread),
-                "type": "host-x86-cpu",
-                "vcpus-count": 1,
-            });
-            if let Some(known) = online.iter().find(|c| c.index == index) {
-                cpu["props"] = props(known.socket_id, known.die_id, known.core_id, known.thread_id);
-                cpu["qom-path"] = qom_path(index).into();
-            }
-            cpu
-        });
-        cpus.collect()
     }
 }
 
@@ -603,24 +491,6 @@ fn one_line(error: &CommandError) -> String {
         CommandError::Machine { what, source } => format!("{what}: {source}"),
         error => error.to_string(),
     }
-}
-
-/// The die is written with a dash by some clients and with an underscore by others.
-fn props(socket: u8, die: u8, core: u8, thread: u8) -> Value {
-    json!({ "socket-id": socket, "die-id": die, "die_id": die, "core-id": core, "thread-id": thread })
-}
-
-fn qom_path(index: u8) -> String {
-    format!("/machine/unattached/device[{index}]")
-}
-
-/// Socket, die, core and thread of vCPU `index`: threads count fastest. Cores are numbered through the clusters of a die, since
-/// x86 has no clusters.
-fn place(smp: &Smp, index: u8) -> (u8, u8, u8, u8) {
-    let (threads, cores) = (smp.threads.max(1), smp.cores.max(1).saturating_mul(smp.clusters.max(1)));
-    let core = index / threads;
-    let die = core / cores;
-    (die / smp.dies.max(1), die % smp.dies.max(1), core % cores, index % threads)
 }
 
 #[cfg(test)]

@@ -1,12 +1,18 @@
 //! Commands and their outcomes, in order, over a machine that does nothing.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::event::EventLoop;
+use crate::machine::{CpuInfo, Departure, NetDevice};
+use crate::snapshot::Target;
+use crate::virtio::mem;
 
 #[derive(Default)]
 struct FakeVm {
     fails: bool,
     unsaveable: bool,
+    mem: Option<Arc<mem::Port>>,
 }
 
 impl Vm for FakeVm {
@@ -23,6 +29,9 @@ impl Vm for FakeVm {
         (!self.fails).then_some(1 << 28)
     }
     fn set_balloon(&mut self, _: u64) {}
+    fn memory_device(&self, id: &str) -> Option<Arc<mem::Port>> {
+        self.mem.clone().filter(|_| id == "mem0")
+    }
     fn reset(&mut self) -> Result<(), BoxError> {
         self.pause()
     }
@@ -60,7 +69,7 @@ impl Vm for FakeVm {
 
 fn control(config: &VmConfig, fails: bool) -> (Control, EventLoop) {
     let event_loop = EventLoop::new().unwrap();
-    (Control::new(Box::new(FakeVm { fails, unsaveable: false }), config, event_loop.handle()), event_loop)
+    (Control::new(Box::new(FakeVm { fails, ..FakeVm::default() }), config, event_loop.handle()), event_loop)
 }
 
 /// Events as their names, replies as JSON or the error's text.
@@ -194,7 +203,7 @@ fn a_snapshot_pauses_a_vm_that_runs_and_one_that_fails_does_not() {
     let event_loop = EventLoop::new().unwrap();
     let migrate = || Command::Migrate { uri: "file:/snapshot".into(), descriptors: Vec::new() };
     let status = |control: &mut Control| names(&control.execute(Command::QueryMigrate)).remove(0);
-    let machine = |unsaveable| Box::new(FakeVm { fails: false, unsaveable });
+    let machine = |unsaveable| Box::new(FakeVm { unsaveable, ..FakeVm::default() });
     let mut works = Control::new(machine(false), &VmConfig::default(), event_loop.handle());
     assert_eq!(status(&mut works), r#"{"status":"setup"}"#);
     assert_eq!(names(&works.execute(migrate())), ["STOP {}", "{}"]);
@@ -208,4 +217,54 @@ fn a_snapshot_pauses_a_vm_that_runs_and_one_that_fails_does_not() {
         assert_eq!(status(&mut fails), r#"{"status":"failed"}"#);
         assert_eq!(names(&fails.execute(Command::Cont)), ["error: the VM is running already"]);
     }
+}
+
+/// 1 GiB that is not there.
+struct Nowhere;
+
+impl mem::Store for Nowhere {
+    fn base(&self) -> u64 {
+        1 << 32
+    }
+    fn size(&self) -> u64 {
+        1 << 30
+    }
+    fn chunk(&self) -> u64 {
+        1 << 27
+    }
+    fn expose(&self, _: usize, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn memory_is_asked_for_in_blocks_and_shown_as_it_stands() {
+    let event_loop = EventLoop::new().unwrap();
+    let device = mem::Mem::new(mem::MemOptions {
+        store: Arc::new(Nowhere),
+        block_size: 2 << 20,
+        node: None,
+        requested_size: 0,
+        worker: crate::virtio::Worker::new("t"),
+    });
+    let vm = FakeVm { mem: Some(device.port()), ..FakeVm::default() };
+    let mut control = Control::new(Box::new(vm), &VmConfig::default(), event_loop.handle());
+    let set = |control: &mut Control, id: &str, size| {
+        names(&control.execute(Command::SetViomem { id: id.to_owned(), size })).remove(0)
+    };
+    assert_eq!(set(&mut control, "mem0", 64 << 20), "{}");
+    assert_eq!(
+        names(&control.execute(Command::GetViomem("mem0".into()))),
+        [r#"{"block-size":2097152,"node":0,"plugged-size":0,"requested-size":67108864,"size":1073741824}"#]
+    );
+    assert!(set(&mut control, "mem0", 1).contains("is not a multiple of block-size, 2097152 bytes"));
+    assert!(set(&mut control, "mem0", 2 << 30).contains("is more than the device has, 1073741824 bytes"));
+    assert!(set(&mut control, "mem1", 0).starts_with("error: Device mem1 not found"));
+    let unknown = control.execute(Command::GetViomem("mem1".into()));
+    assert!(matches!(&unknown[..], [Outcome::Reply(Err(CommandError::NotFound(_)))]));
+    control.execute(Command::Quit);
+    assert_eq!(set(&mut control, "mem0", 0), "error: the VM has ended");
 }

@@ -4,6 +4,8 @@
 //! (x86: GSI n goes to pin n of the IOAPIC, and to the PIC for n < 16), so setting one here would only cost a grace period.
 
 #[cfg(target_arch = "x86_64")]
+mod routes;
+#[cfg(target_arch = "x86_64")]
 pub mod saved;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -15,6 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 
+#[cfg(target_arch = "x86_64")]
+pub use routes::{Message, Routes};
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, create_controllers, reset_controllers};
 

@@ -72,6 +72,8 @@ pub struct NewDevice {
     pub queue_size: Option<u16>,
     /// A NIC uses all the queues of its back end; machines with PCI only.
     pub multi_queue: bool,
+    /// Address of a device of the host; machines with PCI only.
+    pub host: Option<String>,
     /// Number of a vCPU.
     pub cpu_id: Option<u64>,
     /// Thread that serves it; the one of devices that name none without it.

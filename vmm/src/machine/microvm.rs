@@ -6,7 +6,7 @@
 //! 0x64        reset line of the 8042    0xf010_0000 virtio-mmio, windows for the kernel command line
 //! 0x70, 0x71  no clock                  0xf020_0000 virtio-mmio, the same devices' windows for ACPI
 //! 0x3f8..400  serial, GSI 4             0xfec0_0000 IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
-//! 0x600..604  ACPI registers            4 GiB       the rest of RAM · GSI 1 VM Generation ID
+//! 0x600..604  ACPI registers            4 GiB       the rest of RAM, then what devices bring · GSI 1 VM Generation ID
 //! ```
 //!
 //! [`Microvm::build`] is in the order that KVM makes cheap; the reasons are there.
@@ -29,9 +29,9 @@ use crate::config::{MAX_CPUS, VmConfig};
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{AcpiRegisters, GENERATION_IRQ, GenerationId, I8042Reset, NoClock, SerialDevice};
 use crate::irq::{self, KvmLine, Line};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, DeviceMemory, GuestMemory};
 use crate::snapshot::SnapshotError;
-use crate::virtio::{Doorbell, balloon};
+use crate::virtio::{Doorbell, balloon, mem};
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };
 const ACPI_BASE: u16 = 0x600;
@@ -88,6 +88,8 @@ pub(super) struct Microvm {
     serial: Option<Arc<SerialDevice>>,
     button: Arc<dyn Line>,
     pub(super) balloon: Option<Arc<balloon::Port>>,
+    /// Devices that hand memory out, by id.
+    pub(super) mems: Vec<(String, Arc<mem::Port>)>,
     /// What a snapshot says of the machine.
     identity: Identity,
     /// What it has that no snapshot can hold.
@@ -99,6 +101,8 @@ pub(super) struct Microvm {
     dump_guest_core: bool,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
     vm: Arc<VmFd>,
+    /// Kept for the same reason.
+    _device_memory: DeviceMemory,
     memory: Arc<GuestMemory>,
 }
 
@@ -112,7 +116,9 @@ impl Microvm {
             None => None,
         };
         let workers = Workers::new(config);
-        let mut others = Others { chardevs, main_loop, balloon: None };
+        let device_memory = DeviceMemory::open(config, &inherited)?;
+        let mut others =
+            Others { chardevs, main_loop, balloon: None, memory: device_memory, mems: Vec::new() };
         let seating = Seating::new(config, source.as_ref().map_or(&[], |source| source.occupants()));
         let (occupants, ports) = slots::fill(config, &seating, &inherited, &workers, &mut others)?;
         let replaceable = Replaceable::new(config, &seating, ports, Arc::clone(&inherited), workers.clone())?;
@@ -126,14 +132,18 @@ impl Microvm {
             None => memory::build(&config.memory, &config.machine)?,
         });
         memory::register(&vm, &memory)?;
+        let Others { balloon, memory: device_memory, mems, .. } = others;
+        device_memory.register(&vm)?;
         irq::create_controllers(&vm)?;
         let vcpus = x86_64::create_vcpus(&kvm, &vm, &topology, config.smp.cpus)?;
         let vm = Arc::new(vm);
+        device_memory.attach(&vm);
 
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         let doorbell: Arc<dyn Doorbell> = Arc::new(KvmDoorbell(Arc::clone(&vm)));
         let line = |gsi| -> Arc<dyn Line> { Arc::new(KvmLine::new(Arc::clone(&vm), gsi)) };
-        let slots: Arc<[Slot]> = slots::connect(occupants, &memory, &doorbell, line, &buses.mmio)?.into();
+        let all_memory = device_memory.with(&memory)?;
+        let slots: Arc<[Slot]> = slots::connect(occupants, &all_memory, &doorbell, line, &buses.mmio)?.into();
         let on_power = guest::on_power(&guest_events);
         buses.ports.insert(I8042Reset::PORT, 1, Arc::new(I8042Reset::new(Arc::clone(&on_power))))?;
         buses.ports.insert(NoClock::PORT, NoClock::PORTS, Arc::new(NoClock))?;
@@ -179,7 +189,6 @@ impl Microvm {
             }
         }
         let vcpus = Vcpus::new(vcpus, buses, guest::on_end(guest_events));
-        let balloon = others.balloon;
         Ok(Self {
             vcpus,
             replaceable,
@@ -190,12 +199,14 @@ impl Microvm {
             serial,
             button: line(BUTTON_IRQ),
             balloon,
+            mems,
             identity,
             excluded: config.snapshot_exclusion(),
             asleep: from_snapshot,
             from_snapshot,
             dump_guest_core: config.machine.dump_guest_core,
             vm,
+            _device_memory: device_memory,
             memory,
         })
     }
@@ -244,6 +255,7 @@ impl Microvm {
         for slot in self.slots.iter() {
             slot.transport.reset();
         }
+        self.mems.iter().for_each(|(_, device)| device.unplug_all());
         if let Some(serial) = &self.serial {
             serial.reset();
         }

@@ -40,11 +40,12 @@ use crate::memory::MemoryError;
 use crate::net::NetError;
 use crate::pci::RootError;
 use crate::snapshot::SnapshotError;
-use crate::virtio::balloon;
+use crate::vfio::VfioError;
 use crate::virtio::rng::RngError;
 use crate::virtio::state::StateError;
 use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::vsock::VsockError;
+use crate::virtio::{balloon, mem};
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
 use q35::Q35;
@@ -142,6 +143,9 @@ pub enum MachineError {
     /// Firmware.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
+    /// A device of the host.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A tap.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -385,6 +389,16 @@ impl Machine {
             Board::Microvm(board) => board.balloon.clone(),
             Board::Q35(board) => board.balloon.clone(),
         }
+    }
+
+    /// The device of this name that hands memory out: how much the guest has, and is to have.
+    pub fn memory_device(&self, id: &str) -> Option<Arc<mem::Port>> {
+        let mems = match &self.board {
+            Board::None => return None,
+            Board::Microvm(board) => &board.mems,
+            Board::Q35(board) => &board.mems,
+        };
+        mems.iter().find(|(name, _)| name == id).map(|(_, port)| Arc::clone(port))
     }
 
     /// Ends the machine: stops the vCPUs, resets the devices, and makes durable what the guest has written.

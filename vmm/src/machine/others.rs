@@ -9,9 +9,12 @@ use crate::chardev::CharBackend;
 use crate::config::{ChardevKind, DeviceDriver, MICROVM_NET_SLOTS, SerialPort, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
+use crate::memory::DeviceMemory;
 use crate::net;
 use crate::virtio::balloon::{self, Balloon, BalloonOptions};
 use crate::virtio::console::{Console, PortOptions};
+use crate::virtio::mem::{self, Mem, MemOptions};
+use crate::virtio::pmem::{Pmem, PmemOptions};
 use crate::virtio::rng::{Rng, RngOptions, Source};
 use crate::virtio::vhost_user::{Model, VhostUser, VhostUserOptions};
 use crate::virtio::vsock::{Vsock, VsockOptions};
@@ -19,6 +22,9 @@ use crate::virtio::{VirtioDevice, Worker};
 
 /// Entries of each queue of a file system, as QEMU has it.
 const FS_QUEUE: u16 = 128;
+
+/// The option that says what such memory is.
+const MEMORY_OBJECT: &str = "-object memory-backend-…";
 
 /// The address of a NIC that another process serves.
 pub(super) fn served_mac(config: &VmConfig, id: &str, wanted: Option<[u8; 6]>) -> [u8; 6] {
@@ -34,6 +40,10 @@ pub(super) struct Others {
     pub(super) chardevs: HashMap<String, Arc<dyn CharBackend>>,
     pub(super) main_loop: LoopHandle,
     pub(super) balloon: Option<Arc<balloon::Port>>,
+    /// Memory that they bring.
+    pub(super) memory: DeviceMemory,
+    /// Those that hand it out, by id.
+    pub(super) mems: Vec<(String, Arc<mem::Port>)>,
 }
 
 impl Others {
@@ -79,6 +89,28 @@ impl Others {
                 let (guest_cid, vhost_fd) = (*guest_cid, *vhost_fd);
                 let options = VsockOptions { device: id, guest_cid, vhost_fd, inherited, worker };
                 Ok(Box::new(Vsock::open(options)?))
+            }
+            DeviceDriver::VirtioMem { memdev, requested_size, block_size, node, .. } => {
+                let store =
+                    self.memory.get(id).ok_or_else(|| no_such(id, "memdev", memdev, MEMORY_OBJECT))?;
+                let device = Mem::new(MemOptions {
+                    store,
+                    block_size: *block_size,
+                    // Tables without nodes say nothing that the number could mean.
+                    node: (!config.numa.nodes.is_empty()).then_some(*node),
+                    requested_size: *requested_size,
+                    worker: Worker::new(id),
+                });
+                self.mems.push((id.to_owned(), device.port()));
+                Ok(Box::new(device))
+            }
+            DeviceDriver::VirtioPmem { memdev, .. } => {
+                let region =
+                    self.memory.get(id).ok_or_else(|| no_such(id, "memdev", memdev, MEMORY_OBJECT))?;
+                let (device, worker) = (id.to_owned(), Worker::new(id));
+                let (base, size) = (region.base(), region.size());
+                let flush = Arc::new(move || region.flush());
+                Ok(Box::new(Pmem::new(PmemOptions { device, base, size, flush, worker })))
             }
             driver => match config.vhost_user_chardev(driver) {
                 Some(chardev) => self.vhost_user(id, driver, chardev, config),

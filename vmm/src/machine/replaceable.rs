@@ -21,6 +21,7 @@ use crate::config::{
 use crate::cpu::CpuError;
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
+use crate::vfio::VfioError;
 use crate::virtio::net::NotInserted;
 use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::{blk, net};
@@ -95,6 +96,9 @@ pub enum HotplugError {
     /// A device that cannot come or go on PCI.
     #[error(transparent)]
     Pci(#[from] PlugError),
+    /// A device of the host.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A vCPU.
     #[error(transparent)]
     Cpu(#[from] CpuError),

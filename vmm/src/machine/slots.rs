@@ -221,7 +221,13 @@ mod tests {
 
     fn others() -> Others {
         let main_loop = crate::event::EventLoop::new().unwrap().handle();
-        Others { chardevs: std::collections::HashMap::new(), main_loop, balloon: None }
+        Others {
+            chardevs: std::collections::HashMap::new(),
+            main_loop,
+            balloon: None,
+            memory: crate::memory::DeviceMemory::default(),
+            mems: Vec::new(),
+        }
     }
 
     fn in_order(config: &VmConfig) -> Seating {

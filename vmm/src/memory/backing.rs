@@ -43,6 +43,11 @@ impl Backing {
         Ok(Self { file: Some(Arc::new(file.try_clone()?)), shared: false, huge: false })
     }
 
+    /// A file that is the guest's: what it writes is there for everybody.
+    pub(super) fn shared(file: &File) -> io::Result<Self> {
+        Ok(Self { file: Some(Arc::new(file.try_clone()?)), shared: true, huge: false })
+    }
+
     /// Whether RAM is made of the host's huge pages. Those must be reserved when they are mapped: a guest that touches one that is
     /// not there any more ends the VMM with SIGBUS.
     pub(super) fn huge(&self) -> bool {

@@ -9,7 +9,7 @@
 //! What the guest reads there next is zeroes, or what a private file holds. KVM follows by itself.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::mm::Advice;
 use vm_memory::{Address as _, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
@@ -18,6 +18,29 @@ use super::GuestMemory;
 
 /// `f_type` of a hugetlbfs (linux/magic.h).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// How many hold all of guest RAM where it is. There is one VM in this process. Whoever gives pages back holds the lock meanwhile.
+static PINS: RwLock<u32> = RwLock::new(0);
+
+/// Guest RAM stays where it is while there is one: a device of the host writes to its pages past the page tables of this process, and would
+/// go on writing to pages that were given back.
+#[derive(Debug)]
+pub struct Pin(());
+
+impl Pin {
+    /// Holds guest RAM, as soon as no page is on its way back.
+    #[expect(clippy::new_without_default, reason = "it does something")]
+    pub fn new() -> Self {
+        *PINS.write().unwrap_or_else(PoisonError::into_inner) += 1;
+        Self(())
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        *PINS.write().unwrap_or_else(PoisonError::into_inner) -= 1;
+    }
+}
 
 /// Gives pages of one guest's RAM back.
 pub struct Discarder {
@@ -74,7 +97,8 @@ impl Discarder {
     fn discard_in(&self, region: &GuestRegionMmap, from: u64, to: u64) -> io::Result<u64> {
         let from = from.next_multiple_of(self.page);
         let to = to - to % self.page;
-        if from >= to {
+        let pins = PINS.read().unwrap_or_else(PoisonError::into_inner);
+        if from >= to || *pins > 0 {
             return Ok(0);
         }
         let shared = region.flags() & libc::MAP_SHARED != 0;

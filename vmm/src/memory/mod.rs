@@ -1,9 +1,10 @@
-//! Guest RAM: owns its mapping in this process and its registration with KVM.
+//! Guest RAM: owns its mapping in this process and its registration with KVM. Memory that devices bring is in `device_memory`.
 //!
 //! The machine calls [`build`] and then [`register`], before it creates the interrupt controllers: a slot created after them
 //! waits for an RCU grace period (about 8 ms). Everyone else sees RAM through [`GuestMemory`], whose accesses are checked.
 
 mod backing;
+mod device_memory;
 pub mod discard;
 pub mod layout;
 mod rom;
@@ -23,6 +24,7 @@ use crate::config::{
     MachineConfig, MachineKind, MemoryBackendKind, MemoryConfig, Placement, PlacementPolicy,
 };
 use backing::Backing;
+pub use device_memory::{DeviceMemory, DeviceRegion};
 pub use rom::Rom;
 pub use sparse::data_in;
 
@@ -92,6 +94,37 @@ pub enum MemoryError {
         /// The kernel's answer.
         #[source]
         source: io::Error,
+    },
+    /// Memory that a device brings cannot lie there.
+    #[error(
+        "device \"{device}\": its memory at {base:#x}+{size:#x} {what}: write another memaddr, or leave it out"
+    )]
+    Place {
+        /// Which device.
+        device: String,
+        /// Guest physical address.
+        base: u64,
+        /// Bytes.
+        size: u64,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// Memory that a device brings could not be had.
+    #[error("device \"{device}\": {source}")]
+    OfDevice {
+        /// Which device.
+        device: String,
+        /// Why not.
+        #[source]
+        source: Box<Self>,
+    },
+    /// Blocks that are smaller than what can be given back.
+    #[error("block-size of {block} bytes is smaller than the {page} byte pages under it: make it as large")]
+    BlockSize {
+        /// Bytes of a block.
+        block: u64,
+        /// Bytes of a page.
+        page: u64,
     },
     /// KVM refused a memory slot.
     #[error("KVM refused guest memory at {base:#x}+{size:#x}: {source}")]
@@ -387,6 +420,7 @@ mod tests {
             kind: MemoryBackendKind::Ram,
             size: 2 << 20,
             share: false,
+            readonly: false,
             prealloc: true,
             dump_guest_core: true,
             placement: Some(Placement { policy: PlacementPolicy::Bind, nodes }),

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,6 +26,9 @@ pub use ioctl::Offloads;
 
 /// Bytes of `struct virtio_net_hdr_v1` before each packet (virtio 1.2 §5.1.6), on the tap as in the ring.
 pub const HEADER_BYTES: usize = 12;
+
+/// Where taps are opened.
+const TUN: &str = "/dev/net/tun";
 
 /// What a driver may accept and the rings need the kernel to know: indirect descriptors, event indices, VERSION_1, and
 /// mergeable buffers, which decide the header's length.
@@ -71,9 +75,15 @@ pub enum Problem {
         "no permission to use tap {0}; run as its owner or as root, or make it with `ip tuntap add … user NAME`"
     )]
     Denied(String),
-    /// The kernel has no taps.
-    #[error("cannot open /dev/net/tun: {0}; load the module with `modprobe tun`")]
-    NoTun(#[source] io::Error),
+    /// The kernel has no taps, or not where it was told to look.
+    #[error("cannot open {}: {source}; load the module with `modprobe tun`, or leave out path=", path.display())]
+    NoTun {
+        /// Where it looked.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// A descriptor number that is not open, or is used twice.
     #[error("descriptor {0} is not open, or is a standard stream")]
     BadDescriptor(RawFd),
@@ -114,12 +124,13 @@ impl Backend {
     /// when this fails.
     pub fn open(netdev: &Netdev, inherited: &Inherited) -> Result<Self, NetError> {
         let failed = |problem| NetError { netdev: netdev.id.clone(), problem };
-        let NetBackend::Tap { source, queues, vhost, vhost_fds } = &netdev.backend else {
+        let NetBackend::Tap { source, queues, vhost, vhost_fds, path } = &netdev.backend else {
             return Err(failed(Problem::Unsupported("vhost-user")));
         };
         // All descriptors are taken before anything can fail.
         let vhost_fds: Vec<_> = vhost_fds.iter().map(|n| take_descriptor(*n)).collect();
-        let taps = open_taps(&netdev.id, source, usize::from(*queues), inherited).map_err(failed)?;
+        let device = path.as_deref().unwrap_or(Path::new(TUN));
+        let taps = open_taps(&netdev.id, source, device, usize::from(*queues), inherited).map_err(failed)?;
         let mut vhost_fds = vhost_fds.into_iter();
         let vhosts = taps
             .iter()
@@ -257,6 +268,7 @@ pub fn default_mac(index: u8) -> [u8; 6] {
 fn open_taps(
     id: &str,
     source: &TapSource,
+    device: &Path,
     queues: usize,
     inherited: &Inherited,
 ) -> Result<Vec<Tap>, Problem> {
@@ -265,7 +277,7 @@ fn open_taps(
         TapSource::Name(name) => (0..queues.max(1))
             .map(|_| match inherited.take_tap(name) {
                 Some(fd) => Ok(fd),
-                None => open_name(name, several),
+                None => open_name(name, device, several),
             })
             .collect::<Result<_, _>>()?,
         TapSource::Fds(numbers) => take_descriptors(numbers)?,
@@ -283,13 +295,14 @@ fn open_taps(
     fds.into_iter().map(|fd| Tap::new(fd, id, several)).collect()
 }
 
-fn open_name(name: &str, several: bool) -> Result<OwnedFd, Problem> {
+fn open_name(name: &str, device: &Path, several: bool) -> Result<OwnedFd, Problem> {
     // TUNSETIFF would make a tap that does not exist, and it would be gone when we end: look first.
     if !ioctl::interface_exists(name).map_err(|e| Problem::Host("look for the interface", e))? {
         return Err(Problem::Missing(name.to_owned()));
     }
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|e| Problem::NoTun(e.into()))?;
+    let opened = rustix::fs::open(device, flags, Mode::empty());
+    let fd = opened.map_err(|e| Problem::NoTun { path: device.into(), source: e.into() })?;
     ioctl::attach(&fd, name, several).map_err(|e| match e.raw_os_error() {
         Some(libc::EBUSY) => Problem::Busy(name.to_owned()),
         Some(libc::EPERM) => Problem::Denied(name.to_owned()),

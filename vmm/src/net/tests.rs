@@ -11,7 +11,10 @@ fn netdev(source: TapSource) -> Netdev {
 }
 
 fn with_queues(source: TapSource, queues: u16) -> Netdev {
-    Netdev { id: "nic0".into(), backend: NetBackend::Tap { source, queues, vhost: false, vhost_fds: vec![] } }
+    Netdev {
+        id: "nic0".into(),
+        backend: NetBackend::Tap { source, queues, vhost: false, vhost_fds: vec![], path: None },
+    }
 }
 
 pub(crate) fn named(name: &str) -> Netdev {
@@ -33,7 +36,7 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     std::thread::spawn(|| {
         // SAFETY: only this thread is moved, and it ends with the test.
         let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
-        if !unshared || !std::path::Path::new("/dev/net/tun").exists() || !ip("link show") {
+        if !unshared || !Path::new("/dev/net/tun").exists() || !ip("link show") {
             return eprintln!("SKIPPED: needs root, /dev/net/tun and `ip`");
         }
         test();
@@ -61,6 +64,12 @@ fn what_is_no_tap_is_refused_in_words() {
             let text = open(&netdev).unwrap_err().to_string();
             assert!(text.starts_with("netdev \"nic0\": ") && text.contains(problem), "{text}");
         }
+        let mut elsewhere = named("t1");
+        if let NetBackend::Tap { path, .. } = &mut elsewhere.backend {
+            *path = Some("/dev/no-such-tun".into());
+        }
+        let text = open(&elsewhere).unwrap_err().to_string();
+        assert!(text.contains("cannot open /dev/no-such-tun: No such file"), "{text}");
         assert!(!ip("link show none0"), "made nothing");
         let null = || std::fs::File::open("/dev/null").unwrap().into_raw_fd();
         let text = open(&netdev(TapSource::Fds(vec![null()]))).unwrap_err().to_string();
@@ -70,6 +79,7 @@ fn what_is_no_tap_is_refused_in_words() {
             queues: 1,
             vhost: true,
             vhost_fds: vec![null()],
+            path: None,
         };
         let text = open(&Netdev { id: "nic0".into(), backend: vhost }).unwrap_err().to_string();
         assert!(text.ends_with("is not an open /dev/vhost-net"), "{text}");
@@ -138,9 +148,13 @@ fn a_tap_has_several_queues_by_name_or_by_descriptors() {
         let mixed = netdev(TapSource::Fds(vec![zero[2], one[2]]));
         let text = Backend::open(&mixed, &Inherited::default()).unwrap_err().to_string();
         assert!(text.contains("are not queues of one tap"), "{text}");
-        // What was refused was closed.
-        let text = Backend::open(&mixed, &Inherited::default()).unwrap_err().to_string();
-        assert!(text.contains("is not open"), "{text}");
+        // What is refused is closed. A pipe tells: the numbers themselves may be another test's by now, which must not lose them.
+        let (mut reader, writer) = io::pipe().unwrap();
+        let no_tap = netdev(TapSource::Fds(vec![OwnedFd::from(writer).into_raw_fd()]));
+        let text = Backend::open(&no_tap, &Inherited::default()).unwrap_err().to_string();
+        assert!(text.contains("is not a tap opened with"), "{text}");
+        // A child of another test has it for a moment, perhaps.
+        assert_eq!(io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
         let backend =
             Backend::open(&netdev(TapSource::Fds(zero[..2].to_vec())), &Inherited::default()).unwrap();
         for on in [false, false, true, true] {

@@ -42,7 +42,9 @@ pub(super) fn types() -> Value {
         ("virtconsole", "device"),
         ("virtio-balloon-device", "virtio-device"),
         ("virtio-blk-device", "virtio-device"),
+        ("virtio-mem-device", "virtio-device"),
         ("virtio-net-device", "virtio-device"),
+        ("virtio-pmem-device", "virtio-device"),
         ("virtio-rng-device", "virtio-device"),
         ("virtio-serial-device", "virtio-device"),
         ("virtserialport", "device"),
@@ -103,6 +105,16 @@ const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
+        "virtio-mem-device",
+        &[
+            ("block-size", "size"),
+            ("memaddr", "uint64"),
+            ("memdev", "link<memory-backend>"),
+            ("node", "uint32"),
+            ("requested-size", "size"),
+        ],
+    ),
+    (
         "virtio-net-device",
         &[
             ("iothread", "link<iothread>"),
@@ -115,6 +127,7 @@ const PROPERTIES: &[(&str, &[(&str, &str)])] = &[
             ("vectors", "uint32"),
         ],
     ),
+    ("virtio-pmem-device", &[("memaddr", "uint64"), ("memdev", "link<memory-backend>")]),
     ("virtio-rng-device", &[("max-bytes", "uint64"), ("period", "uint32"), ("rng", "link<rng-backend>")]),
     ("virtio-serial-device", &[("max-ports", "uint32")]),
     ("virtserialport", &[("chardev", "str"), ("name", "str"), ("nr", "uint32")]),
@@ -161,6 +174,7 @@ mod tests {
                 "virtio-blk" => ",drive=x",
                 "virtio-net" => ",netdev=x",
                 "virtio-rng" => ",rng=x",
+                "virtio-mem" | "virtio-pmem" => ",memdev=x",
                 "vhost-vsock" => ",guest-cid=3",
                 "vhost-user-blk" => ",chardev=x",
                 "vhost-user-fs" => ",chardev=x,tag=x",

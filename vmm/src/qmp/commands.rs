@@ -112,6 +112,13 @@ const IOTHREADS: Kind = List(&Object(&[
     must("poll-shrink", Int),
     must("thread-id", Int),
 ]));
+const VIOMEM: Kind = Object(&[
+    must("block-size", Int),
+    must("node", Int),
+    must("plugged-size", Int),
+    must("requested-size", Int),
+    must("size", Int),
+]);
 const PROPERTIES: Kind = List(&Object(&[must("name", Text), must("type", Text)]));
 const TRACE_EVENTS: Kind =
     List(&Object(&[must("name", Text), must("state", Word(&["disabled", "enabled"])), must("vcpu", Bool)]));
@@ -144,6 +151,9 @@ pub(super) const COMMANDS: &[Spec] = &[
     command("device_add", plug::DEVICE, NOTHING, |a, _| plug::device(a).map(Action::Control)),
     command("device_del", plug::ID, NOTHING, |a, _| {
         Ok(Action::Control(Command::DeviceDel(plug::name(a, "id")?)))
+    }),
+    command("get-viomem", plug::ID, VIOMEM, |a, _| {
+        Ok(Action::Control(Command::GetViomem(plug::name(a, "id")?)))
     }),
     command("getfd", &[must("fdname", Text)], NOTHING, getfd),
     command("human-monitor-command", &[must("command-line", Text), may("cpu-index", Int)], Text, line),
@@ -216,6 +226,10 @@ pub(super) const COMMANDS: &[Spec] = &[
         Err(QmpError::generic("The service of VNC is not supported: a VM has no display"))
     }),
     control!("quit", Quit, NOTHING),
+    command("set-viomem", &[must("id", Text), must("requested-size", Int)], NOTHING, |a, _| {
+        let (id, size) = (plug::name(a, "id")?, a.int("requested-size").unwrap_or(u64::MAX));
+        Ok(Action::Control(Command::SetViomem { id, size }))
+    }),
     control!("stop", Stop, NOTHING),
     control!("system_powerdown", SystemPowerdown, NOTHING),
     control!("system_reset", SystemReset, NOTHING),

@@ -12,7 +12,9 @@ use super::arguments::Kind::{self, Any, Bool, Int, Null, Object, OneOf, Text, Wo
 use super::arguments::{Arguments, Get, Member, check, may, must, quote};
 use super::descriptors::Descriptors;
 use super::message::QmpError;
-use crate::config::{Aio, BackingImage, DetectZeroes, Drive, ImageFormat, NetBackend, Netdev, TapSource};
+use crate::config::{
+    Aio, BackingImage, DetectZeroes, Drive, HostAddress, ImageFormat, NetBackend, Netdev, TapSource,
+};
 use crate::control::Command;
 use crate::machine::NewDevice;
 
@@ -357,7 +359,7 @@ pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result
             return Err(bad("Tap device is missing, use 'ifname' or 'fd' to configure a tap device"));
         }
     };
-    let backend = NetBackend::Tap { source, queues, vhost, vhost_fds: Vec::new() };
+    let backend = NetBackend::Tap { source, queues, vhost, vhost_fds: Vec::new(), path: None };
     Ok(Command::NetdevAdd { netdev: Netdev { id, backend }, fds, vhost_fds })
 }
 
@@ -401,6 +403,7 @@ pub(super) fn device(arguments: &Arguments) -> Result<Command, QmpError> {
         num_queues,
         queue_size,
         multi_queue: arguments.boolean("mq").unwrap_or(false),
+        host: HostAddress::given(arguments.text("host"), arguments.text("sysfsdev")),
         cpu_id: arguments.int("cpu-id"),
         iothread: arguments.text("iothread"),
     })))

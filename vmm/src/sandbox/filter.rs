@@ -58,6 +58,8 @@ const COMMON: &[c_long] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
+    // what lies under guest memory: a reset, the start of a balloon
+    libc::SYS_fstatfs,
     // threads and time
     libc::SYS_clone,
     libc::SYS_clone3,
@@ -99,8 +101,8 @@ const MAIN: &[c_long] = &[
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
-    // reset: what lies under guest memory
-    libc::SYS_fstatfs,
+    // a device of the host that comes: which IOMMU group it is in; snapshots
+    libc::SYS_readlinkat,
     // Ctrl-A x on a terminal: SIGTERM to this process
     libc::SYS_kill,
 ];
@@ -130,7 +132,6 @@ const SAVING: &[c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_flock,
     libc::SYS_mkdirat,
-    libc::SYS_readlinkat,
     libc::SYS_renameat,
     libc::SYS_renameat2,
     #[cfg(target_arch = "x86_64")]
@@ -158,6 +159,8 @@ const ROTATION: &[c_long] = &[libc::SYS_rename];
 const KVM_TYPE: u32 = 0xae00;
 /// `_IOC_TYPE` of vhost's requests: a process without vhost devices has no descriptor that knows them.
 const VHOST_TYPE: u32 = 0xaf00;
+/// `_IOC_TYPE` of VFIO's, likewise.
+const VFIO_TYPE: u32 = 0x3b00;
 const IOC_TYPE_MASK: u32 = 0xff00;
 
 /// Other requests: non-blocking mode, terminal modes at the end, offloads and header size of taps.
@@ -386,7 +389,9 @@ impl Program {
                 self.masked(flags, MAKING, 0, otherwise)?;
             }
             Verdict::Ioctl { plugs } => {
-                self.jump(JUMP_EQ, VHOST_TYPE, Self::ALLOW, Self::TRAP)?;
+                self.jump(JUMP_EQ, VFIO_TYPE, Self::ALLOW, Self::TRAP)?;
+                let vfio = self.last();
+                self.jump(JUMP_EQ, VHOST_TYPE, Self::ALLOW, vfio)?;
                 let vhost = self.last();
                 self.jump(JUMP_EQ, KVM_TYPE, Self::ALLOW, vhost)?;
                 self.0.push(op(AND, IOC_TYPE_MASK));
@@ -493,6 +498,8 @@ mod tests {
             (libc::SYS_openat, [0, 0, 0o2001, 0, 0, 0], true),
             (libc::SYS_ioctl, [0, 0x4004_54ca, 0, 0, 0, 0], false),
             (libc::SYS_ioctl, [0, 0x4004_54d0, 0, 0, 0, 0], true),
+            // KVM_SET_USER_MEMORY_REGION: virtio-mem hands memory out from its I/O thread.
+            (libc::SYS_ioctl, [0, 0x4020_ae46, 0, 0, 0, 0], true),
             (libc::SYS_socket, [1, 2, 0, 0, 0, 0], false),
         ] {
             assert_eq!(

@@ -5,6 +5,9 @@ use std::os::fd::AsRawFd;
 
 use super::*;
 
+/// Status of a child whose body panics.
+const PANICKED: i32 = 101;
+
 /// Runs `body` in a child process; returns its exit status and what it wrote to standard error.
 fn in_child(body: impl FnOnce()) -> (i32, String) {
     let (reader, writer) = rustix::pipe::pipe().unwrap();
@@ -16,9 +19,16 @@ fn in_child(body: impl FnOnce()) -> (i32, String) {
             unsafe { libc::dup2(writer.as_raw_fd(), libc::STDERR_FILENO) };
             // A test of the log, at the same time, may have left the number of a file that is now our pipe.
             report_to(-1);
-            body();
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            let why =
+                done.err().map(|why| why.downcast::<String>().map_or_else(|_| "?".to_owned(), |why| *why));
+            if let Some(why) = &why {
+                // What is printed goes to the harness, which is not here.
+                // SAFETY: writes a buffer of this frame.
+                unsafe { libc::write(libc::STDERR_FILENO, why.as_ptr().cast(), why.len()) };
+            }
             // SAFETY: ends the child.
-            unsafe { libc::_exit(0) }
+            unsafe { libc::_exit(why.map_or(0, |_| PANICKED)) }
         }
         child => {
             drop(writer);
@@ -27,6 +37,7 @@ fn in_child(body: impl FnOnce()) -> (i32, String) {
             let mut status = 0;
             // SAFETY: waits for the child just made.
             unsafe { libc::waitpid(child, &mut status, 0) };
+            assert!(libc::WIFEXITED(status), "ended by signal {}: {text}", libc::WTERMSIG(status));
             (libc::WEXITSTATUS(status), text)
         }
     }

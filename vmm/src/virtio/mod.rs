@@ -9,6 +9,7 @@
 //! registers  what they come to on every transport
 //! blk net    device models: configuration, requests         queue    the split ring and its chains
 //! rng balloon console  small devices
+//! mem pmem   memory that devices bring
 //! worker     I/O threads and the gate that reset waits at   state    what is saved of a transport and its device
 //! spin       how long a device looks before it sleeps (pure)
 //! ```
@@ -31,9 +32,11 @@ mod chain;
 pub mod console;
 #[cfg(fuzzing)]
 mod fuzz;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 mod registers;
 pub mod rng;

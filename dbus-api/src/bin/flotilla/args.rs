@@ -1,6 +1,8 @@
 //! The command line of `flotilla`: verbs, options and their help. Owns no behaviour; every other file of the command may use its types.
 
+pub(crate) mod create;
 pub(crate) mod device;
+pub(crate) mod job;
 pub(crate) mod network;
 pub(crate) mod spec;
 pub(crate) mod template;
@@ -90,8 +92,9 @@ Examples:
     /// Reads it from a JSON or TOML file ("-" is the standard input), or makes it from options. Relative paths in a file count from the
     /// file's folder. The VM's name is the file's, without its ending, unless --name says otherwise.
     #[command(after_help = "\
-Keys of a definition (only \"kernel\" is required):
+Keys of a definition (only \"kernel\" is required, and not even that where there is \"firmware\"):
   kernel       image: bzImage, ELF vmlinux or raw (PE) kernel
+  firmware     { code, vars }: images of firmware for a q35, such as OVMF; vars is written to, each VM has its own
   initrd       initial RAM disk
   append       kernel command line
   memory       guest RAM: \"512M\", \"2G\", or a number of MiB; 256M when absent
@@ -119,6 +122,17 @@ Examples:
   jq '.memory=\"2G\"' web.json | flotilla define - --name web --replace
   flotilla define web --kernel /boot/vmlinuz --disk web.img --bridge br0")]
     Define(DefineArgs),
+    /// Make a VM from a cloud image, and start it
+    ///
+    /// Its first disk comes of the image: it shares blocks with it where the file system can do that, or else lies over it, and then the image must
+    /// stay as it is (--whole copies it). Its guest finds its name, its ssh keys and its user-data on a small disk, as cloud-init looks for them.
+    /// Without a kernel the VM is a q35 with the host's firmware (package ovmf or edk2-ovmf). Its disk goes with it: see `flotilla rm`.
+    #[command(after_help = "\
+Examples:
+  flotilla create web --image debian-12-genericcloud-amd64.qcow2 --ssh-key ~/.ssh/id_ed25519.pub
+  flotilla create web --image debian.qcow2 --size 20G --memory 2G --cpus 2 --network lan --user-data user-data.yaml
+  flotilla create tiny --image rootfs.img --kernel vmlinuz --append root=/dev/vda")]
+    Create(create::CreateArgs),
     /// Change a VM's definition in your editor
     ///
     /// $VISUAL or $EDITOR gets it as JSON. Limits and the restart policy hold at once; everything else from the next start on.
@@ -171,7 +185,7 @@ Examples:
   flotilla console web
   echo uptime | flotilla console web")]
     Console(ConsoleArgs),
-    /// Remove VMs' definitions; their disks stay
+    /// Remove VMs' definitions; their disks stay, but for those that `create` or `clone` made
     #[command(
         visible_alias = "remove",
         after_help = "\
@@ -221,6 +235,9 @@ Examples:
   flotilla clone base --count 20 --name web-%%
   flotilla clone base -n 3 --user-data user-data.yaml --label role=web --json")]
     Clone(template::CloneArgs),
+    /// List what is under way, and cancel it
+    #[command(subcommand)]
+    Job(job::JobVerb),
     /// Show what happens to the VMs, as it happens
     ///
     /// First how each stands, then every change: numbered, in order, none left out. When some were missed all of them are shown anew.

@@ -162,7 +162,7 @@ fn parse(text: &str, format: Format, label: &str) -> Result<VmSpec, Failure> {
             .replace("duplicate field", "key given twice:");
         Failure::new(Exit::Definition, format!("{label}{line}: {key}{message}"))
     };
-    match format {
+    let spec: VmSpec = match format {
         Format::Json => {
             let mut reader = serde_json::Deserializer::from_str(text);
             let of_json = |error: &serde_json::Error, key| {
@@ -173,7 +173,7 @@ fn parse(text: &str, format: Format, label: &str) -> Result<VmSpec, Failure> {
             let spec = serde_path_to_error::deserialize(&mut reader)
                 .map_err(|error| of_json(error.inner(), Some(error.path().to_string())))?;
             reader.end().map_err(|error| of_json(&error, None))?;
-            Ok(spec)
+            spec
         }
         Format::Toml => {
             let line_of = |error: &toml::de::Error| {
@@ -184,15 +184,17 @@ fn parse(text: &str, format: Format, label: &str) -> Result<VmSpec, Failure> {
                 .map_err(|error| fail(line_of(&error), None, error.message()))?;
             serde_path_to_error::deserialize(reader).map_err(|error| {
                 fail(line_of(error.inner()), Some(error.path().to_string()), error.inner().message())
-            })
+            })?
         }
+    };
+    if spec.kernel.is_none() && spec.firmware.is_none() {
+        return Err(fail(Some(1), None, "missing field `kernel` (a q35 can have `firmware` instead)"));
     }
+    Ok(spec)
 }
 
-/// A definition from options; `kernel` stands in when `--kernel` is absent.
+/// A definition from options; `kernel` stands in when `--kernel` is absent. Without either it has none.
 pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result<VmSpec, Failure> {
-    let kernel =
-        options.kernel.or(kernel).ok_or_else(|| Failure::new(Exit::Usage, "a definition needs --kernel"))?;
     let spec = VmSpec {
         uuid: None,
         description: String::new(),
@@ -200,7 +202,8 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
         machine: options.machine.unwrap_or_default(),
         cpus: options.cpus.unwrap_or(1),
         memory: options.memory.unwrap_or_default(),
-        kernel,
+        kernel: options.kernel.or(kernel),
+        firmware: None,
         initrd: options.initrd,
         append: options.append,
         balloon: false,
@@ -218,9 +221,10 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
 
 /// Makes every path absolute, counted from `folder`.
 fn absolute(mut spec: VmSpec, folder: &Path) -> Result<VmSpec, Failure> {
-    let paths = std::iter::once(&mut spec.kernel)
-        .chain(spec.initrd.as_mut())
-        .chain(spec.disks.iter_mut().map(|disk| &mut disk.path));
+    let firmware = spec.firmware.iter_mut().flat_map(|firmware| [&mut firmware.code, &mut firmware.vars]);
+    let images =
+        spec.disks.iter_mut().flat_map(|disk| std::iter::once(&mut disk.path).chain(&mut disk.backing));
+    let paths = spec.kernel.iter_mut().chain(spec.initrd.as_mut()).chain(firmware).chain(images);
     for path in paths {
         if path.as_os_str().is_empty() {
             return Err(Failure::new(Exit::Definition, "a path is empty"));
@@ -286,13 +290,17 @@ mod tests {
     #[test]
     fn paths_count_from_the_folder() {
         let spec = parse(
-            r#"{"kernel":"k","initrd":"/i","disks":[{"path":"../d"},{"path":"./e"}]}"#,
+            r#"{"kernel":"k","initrd":"/i","firmware":{"code":"c","vars":"/v"},
+                "disks":[{"path":"../d"},{"path":"./e","backing":"f"}]}"#,
             Format::Json,
             "x",
         );
         let spec = absolute(spec.unwrap(), Path::new("/vm/web")).unwrap();
         let paths: Vec<_> = spec.disks.iter().map(|disk| disk.path.to_str().unwrap()).collect();
-        assert_eq!(spec.kernel, Path::new("/vm/web/k"));
+        assert_eq!(spec.kernel.as_deref(), Some(Path::new("/vm/web/k")));
+        let firmware = spec.firmware.unwrap();
+        assert_eq!((firmware.code.to_str(), firmware.vars.to_str()), (Some("/vm/web/c"), Some("/v")));
+        assert_eq!(spec.disks[1].backing.as_deref(), Some(Path::new("/vm/web/f")));
         assert_eq!(spec.initrd.as_deref(), Some(Path::new("/i")));
         assert_eq!(paths, ["/vm/web/../d", "/vm/web/e"]);
         let empty = parse(r#"{"kernel":""}"#, Format::Json, "x").unwrap();

@@ -1,11 +1,12 @@
 //! The `flotilla` command: the first client of the API. Here: from the command line to a verb, and from its outcome to an exit status.
 //!
-//! Rooms, upper first: `run` uses `console`, `define` and `power`, `template` uses `power`; those, `inspect` and `logs` use `jobs` and `client`; all use `output`,
+//! Rooms, upper first: `run` uses `console`, `define` and `power`, `create` uses `define`, `template` and `job` use `power`; those, `inspect` and `logs` use `jobs` and `client`; all use `output`,
 //! `failure` and `args`.
 
 mod args;
 mod client;
 mod console;
+mod create;
 mod define;
 mod device;
 mod doctor;
@@ -13,6 +14,7 @@ mod edit;
 mod failure;
 mod generate;
 mod inspect;
+mod job;
 mod jobs;
 mod logs;
 mod network;
@@ -61,6 +63,7 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
     let done = match cli.verb {
         Verb::Run(args) => return run::run(&client, args).await,
         Verb::Console(args) => return console::console(&client, args).await,
+        Verb::Create(args) => create::create(&client, args).await,
         Verb::Edit(args) => edit::edit(&client, args).await,
         Verb::Start(args) => power::start(&client, args).await,
         Verb::Stop(args) => power::stop(&client, args).await,
@@ -74,6 +77,7 @@ async fn carry_out(cli: Cli) -> Result<i32, Failure> {
         Verb::Network(verb) => network::network(&client, verb).await,
         Verb::Nic(verb) => device::nic(&client, verb).await,
         Verb::Disk(verb) => device::disk(&client, verb).await,
+        Verb::Job(verb) => job::job(&client, verb).await,
         Verb::Template(verb) => template::template(&client, verb).await,
         Verb::Clone(args) => template::clone(&client, args).await,
         Verb::Events(args) => watch::events(&client, args).await,

@@ -75,6 +75,7 @@ impl Actor {
             }
             Internal::Plugged { run, result, gone } => return self.plugged(run, result, gone).await,
             Internal::Finished { run, id, gone } => return self.finished(run, &id, gone).await,
+            Internal::Tap(news) => return self.tap(news).await,
             Internal::Client(told) => {
                 if self.gained(&told) {
                     self.record().await;

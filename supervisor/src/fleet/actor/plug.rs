@@ -31,6 +31,13 @@ pub(super) struct Plugging {
     left: bool,
 }
 
+impl Plugging {
+    /// This is its job.
+    pub(super) fn is(&self, job: u32) -> bool {
+        self.job == job
+    }
+}
+
 /// Devices that nobody waits for and that are being put away, each by one task: a second one would take the next device's tap, which has
 /// the same name. The value: the guest let go of it meanwhile.
 pub(super) type Finishing = BTreeMap<String, bool>;
@@ -68,8 +75,9 @@ impl Actor {
         let (id, plug) = match ask {
             Ask::Attach(hardware) => {
                 let plug = Plug::attach(hardware.kind(), how.persist);
-                let others: Vec<&str> =
-                    self.devices.added.iter().chain(self.finishing.keys()).map(String::as_str).collect();
+                let clients = self.taken_by_clients();
+                let others = self.devices.added.iter().chain(self.finishing.keys()).chain(&clients);
+                let others: Vec<&str> = others.map(String::as_str).collect();
                 let machine = self.machine();
                 let seats = Arc::make_mut(&mut self.seats);
                 let (id, _, _) = seats.reserve(&self.spec, machine, &others, hardware)?;

@@ -93,7 +93,8 @@ impl Actor {
         if self.vm.state().idle() {
             // A card that a newer definition dropped could not go while the VMM held its tap.
             let keep = network::taps(&self.name, &self.spec);
-            let taps = self.seats.taps(&self.name);
+            let clients = std::mem::take(&mut self.taps);
+            let taps = self.seats.taps(&self.name).into_iter().chain(clients.into_values());
             self.context.network.remove_taps(self.uuid, taps, &keep).await;
         }
     }

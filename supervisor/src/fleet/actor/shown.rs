@@ -55,6 +55,7 @@ impl Actor {
             devices: self.devices.clone(),
             last_log: Arc::clone(&self.last_log),
             restarts: self.vm.row(),
+            restarted: self.restarted,
             ..(*before).clone()
         }
     }

@@ -2,7 +2,7 @@
 //! that does not answer by itself.
 
 use super::rig::{Desc, NEXT, Rig, SIZE, WRITE};
-use super::{BALLOON, BLK, CONSOLE, NET, RNG, VSOCK};
+use super::{BALLOON, BLK, CONSOLE, MEM, NET, PMEM, RNG, VSOCK};
 use crate::virtio::reg;
 
 /// What makes a device give requests of a queue back.
@@ -99,6 +99,18 @@ impl Rig {
             }
             (BALLOON, 2) => self.put(first, &[self.statistics(place)]),
             (BALLOON, _) => self.put(first, &[Desc(at, 4096, WRITE, 0)]),
+            (MEM, _) => {
+                // VIRTIO_MEM_REQ_STATE of the first block, wherever that is.
+                let base = [self.window.config32(16), self.window.config32(20)].map(u32::to_le_bytes);
+                self.fill(place, &[3, 0, 0, 0, 0, 0, 0, 0]);
+                self.fill(place + 8, base.as_flattened());
+                self.fill(place + 16, &[1, 0, 0, 0, 0, 0, 0, 0]);
+                self.put_question(first, Desc(at, 24, NEXT, 0), 10, place + 64);
+            }
+            (PMEM, _) => {
+                self.fill(place, &[0; 4]);
+                self.put_question(first, Desc(at, 4, NEXT, 0), 4, place + 64);
+            }
             (VSOCK, 1) => {
                 // Of a connection that does not exist: the host says nothing to that.
                 self.fill(place, &vsock_header(self, RST, 0));
@@ -107,6 +119,14 @@ impl Rig {
             (VSOCK, _) => self.put(first, &[Desc(at, 4096, WRITE, 0)]),
             _ => {}
         }
+    }
+
+    /// A request and, behind it in the table, the place of its answer, whose first byte is a status.
+    fn put_question(&mut self, first: u16, request: Desc, room: u32, place: u64) {
+        let answer = self.expect_status(place);
+        let next = (first + 1) % SIZE;
+        self.put(first, &[Desc(request.0, request.1, request.2, next)]);
+        self.put(next, &[Desc(answer, room, WRITE, 0)]);
     }
 
     /// VIRTIO_BALLOON_S_MEMFREE, whatever the number.

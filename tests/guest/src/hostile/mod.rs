@@ -11,13 +11,15 @@
 use crate::blk::{self, Disk};
 use crate::boot::BootInfo;
 use crate::virtio::{self, Problem, reg};
-use crate::{net, put, say};
+use crate::{more, net, put, say};
 
 mod blk_cases;
 mod board_cases;
 mod control_cases;
 mod good;
+mod memory_cases;
 mod net_cases;
+mod pci_cases;
 mod registers;
 mod rig;
 mod rings;
@@ -85,6 +87,17 @@ pub struct Case {
     pub run: fn(&mut Rig) -> Outcome,
 }
 
+/// Where a device is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Bus {
+    /// Anywhere.
+    Any,
+    /// On MMIO.
+    Mmio,
+    /// On PCI.
+    Pci,
+}
+
 /// A queue under attack.
 pub struct Target {
     /// Starts the names of its cases.
@@ -105,6 +118,8 @@ pub struct Target {
     pub registers: bool,
     /// Those of `rings` do.
     pub rings: bool,
+    /// The only bus that it is on.
+    pub bus: Bus,
     /// Cases of its own.
     pub cases: &'static [&'static [Case]],
 }
@@ -121,6 +136,11 @@ pub const RNG: u32 = 4;
 pub const BALLOON: u32 = 5;
 /// As above.
 pub const VSOCK: u32 = 19;
+
+/// As above.
+pub const MEM: u32 = more::KIND;
+/// As above.
+pub const PMEM: u32 = 27;
 
 /// VIRTIO_BLK_F_MQ.
 const QUEUES: u64 = 1 << 12;
@@ -142,12 +162,14 @@ const PLAIN: Target = Target {
     writable: false,
     registers: false,
     rings: true,
+    bus: Bus::Any,
     cases: &[],
 };
 
 #[rustfmt::skip]
 const TARGETS: &[Target] = &[
-    Target { name: "board", kind: BLK, rings: false, cases: &[board_cases::CASES], ..PLAIN },
+    Target { name: "pci", kind: BLK, rings: false, bus: Bus::Pci, cases: &[pci_cases::CASES], ..PLAIN },
+    Target { name: "board", kind: BLK, rings: false, bus: Bus::Mmio, cases: &[board_cases::CASES], ..PLAIN },
     Target { name: "blk", kind: BLK, registers: true, cases: &[blk_cases::REQUESTS, blk_cases::SEGMENTS], ..PLAIN },
     Target { name: "blk-second", kind: BLK, queues: 2, queue: 1, features: QUEUES, ..PLAIN },
     Target { name: "net-tx", kind: NET, queues: 2, queue: 1, registers: true, cases: &[net_cases::TRANSMIT], ..PLAIN },
@@ -163,6 +185,8 @@ const TARGETS: &[Target] = &[
     Target { name: "balloon-deflate", kind: BALLOON, queues: 2, queue: 1, cases: &[small_cases::PAGES], ..PLAIN },
     Target { name: "balloon-stats", kind: BALLOON, queues: 3, queue: 2, features: STATS, prompt: Prompt::Another, cases: &[small_cases::STATISTICS], ..PLAIN },
     Target { name: "balloon-reporting", kind: BALLOON, queues: 5, queue: 4, features: STATS | REPORTING, writable: true, cases: &[small_cases::REPORTS], ..PLAIN },
+    Target { name: "mem", kind: MEM, registers: true, cases: &[memory_cases::BLOCKS], ..PLAIN },
+    Target { name: "pmem", kind: PMEM, registers: true, cases: &[memory_cases::FLUSHES], ..PLAIN },
     Target { name: "vsock-tx", kind: VSOCK, queues: 3, queue: 1, prompt: Prompt::Feed { queue: 0 }, registers: true, cases: &[vsock_cases::PACKETS], ..PLAIN },
     Target { name: "vsock-rx", kind: VSOCK, queues: 3, prompt: Prompt::Message { queue: 1 }, writable: true, cases: &[vsock_cases::BUFFERS], ..PLAIN },
 ];
@@ -180,6 +204,10 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
             say!("hostile: there is no {}", target.name);
             continue;
         };
+        let bus = if window.pci.is_some() { Bus::Pci } else { Bus::Mmio };
+        if target.bus != Bus::Any && target.bus != bus {
+            continue;
+        }
         window.write(reg::QUEUE_SEL, u32::from(target.queue));
         if window.read(reg::QUEUE_NUM_MAX) == 0 {
             say!("hostile: there is no queue of {}", target.name);
@@ -187,7 +215,8 @@ pub fn run(boot: &BootInfo, prefix: &str) -> Result<(), Problem> {
         }
         let mut rig = Rig::new(space, window, target);
         let own = target.cases.iter().copied();
-        let all = target.registers.then_some(registers::CASES).into_iter();
+        // Their offsets are those of MMIO.
+        let all = (target.registers && bus == Bus::Mmio).then_some(registers::CASES).into_iter();
         let rings = [rings::CASES, rings::INDIRECT_CASES].into_iter().filter(|_| target.rings);
         for case in all.chain(rings).chain(own).flatten() {
             if !starts_with(target.name, case.name, prefix) {

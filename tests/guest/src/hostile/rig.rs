@@ -5,7 +5,7 @@ use core::cell::Cell;
 use core::sync::atomic::{Ordering, fence};
 
 use super::good::Prompt;
-use super::{BALLOON, BLK, Outcome, Target};
+use super::{BALLOON, BLK, MEM, Outcome, Target};
 use crate::boot::BootInfo;
 use crate::virtio::{Problem, VERSION_1, Window, reg};
 use crate::{clock, cpu, memory};
@@ -442,6 +442,8 @@ impl Rig {
             Some(at) => match peek::<u8>(at) {
                 0 => Outcome::Served,
                 1 | 2 | 0xff => Outcome::Refused,
+                // VIRTIO_MEM_RESP_ERROR.
+                3 if self.target.kind == MEM => Outcome::Refused,
                 _ => Outcome::Wrong("no-such-status"),
             },
             None if self.target.kind == BLK => Outcome::Refused,

@@ -5,12 +5,13 @@
 //!
 //! ```text
 //! bench [--vmm PATH] [--floor PATH] [--guest PATH] [--peer NAME=PATH[,ARGUMENT...]]... [--runs N] [--fleet N] [--fleet-runs N] [--control-runs N]
-//!       [--load-runs N] [--saved-runs N] [--memory MIB] [--json]
+//!       [--load-runs N] [--saved-runs N] [--memory MIB] [--json | --layout]
 //! ```
 
 mod control;
 mod fleet;
 mod lan;
+mod layout;
 mod load;
 mod process;
 mod report;
@@ -42,6 +43,8 @@ usage: bench [OPTIONS]
   --load-runs N      rounds of what disk and network carry (default 5; 0 leaves that part out). Needs root for a tap
   --saved-runs N     rounds of snapshots and of starts from them (default 5; 0 leaves that part out)
   --memory MIB       guest memory (default 256)
+  --layout           instead of all that: follow one start of the VMM (built with --config profile.release.package.vmm.strip=false), and say what
+                     vmm/layout.ld lacks and what it names in vain
   --json             one JSON object instead of tables";
 
 struct Options {
@@ -56,6 +59,7 @@ struct Options {
     load_runs: usize,
     saved_runs: usize,
     memory: usize,
+    layout: bool,
     json: bool,
 }
 
@@ -72,6 +76,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
         load_runs: 5,
         saved_runs: 5,
         memory: 256,
+        layout: false,
         json: false,
     };
     while let Some(name) = arguments.next() {
@@ -88,6 +93,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--load-runs" => options.load_runs = number(&name, &value()?, 0, 1_000)?,
             "--saved-runs" => options.saved_runs = number(&name, &value()?, 0, 1_000)?,
             "--memory" => options.memory = number(&name, &value()?, 128, 3072)?,
+            "--layout" => options.layout = true,
             "--json" => options.json = true,
             "--help" | "-h" => return Ok(None),
             _ => return Err(format!("{name}: unknown option\n{USAGE}").into()),
@@ -125,6 +131,11 @@ fn bench() -> Result<()> {
         &[beside("guest"), "tests/guest/target/release/guest".into(), "/usr/share/flotilla/guest.elf".into()],
     )?;
     let vmm = find(options.vmm, "--vmm", &[beside("flotilla-vmm"), "/usr/bin/flotilla-vmm".into()])?;
+    if options.layout {
+        let setting = Setting::new(&guest, options.memory)?;
+        print!("{}", layout::look(&Subject::named("flotilla", vmm)?, &setting)?);
+        return Ok(());
+    }
     let mut subjects = vec![
         Subject::named("floor", find(options.floor, "--floor", &[beside("floor")])?)?,
         Subject::named("flotilla", vmm.clone())?,

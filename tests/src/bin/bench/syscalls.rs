@@ -1,4 +1,5 @@
-//! Counts the system calls of all threads of a VMM, from its exec to its guest's first byte, by tracing it.
+//! All threads of a VMM under a tracer, from its exec to its guest's first byte: counts their system calls, or shows
+//! their stops to who wants them.
 
 use std::collections::HashSet;
 use std::io;
@@ -41,25 +42,48 @@ impl Drop for Traced {
     }
 }
 
-/// Runs `subject` once under the tracer.
+/// Runs `subject` once and counts its system calls.
 pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
+    let (mut calls, mut inside) = (0, HashSet::new());
+    trace(subject, setting, libc::PTRACE_SYSCALL, |pid, signal| {
+        if signal != SYSCALL_STOP {
+            return false;
+        }
+        // Stops come in pairs, at entry and at exit, for each thread.
+        if inside.insert(pid) {
+            calls += 1;
+        } else {
+            inside.remove(&pid);
+        }
+        true
+    })?;
+    Ok(calls)
+}
+
+/// Runs `subject` once, each thread from stop to stop of this kind, until its guest's first byte. `stopped` is given the thread and
+/// the signal of each stop, first of all that of the exec, and says whether it was its own; other signals are passed on.
+pub(crate) fn trace(
+    subject: &Subject,
+    setting: &Setting,
+    kind: libc::c_uint,
+    mut stopped: impl FnMut(i32, i32) -> bool,
+) -> Result<()> {
     let vm = Vm::start(subject, setting, 0, Command::Hold, true)?;
     let leader = i32::try_from(vm.pid())?;
     let mut traced = Traced { vm, leader, known: HashSet::new() };
     let end = Instant::now() + DEADLINE;
-    let (mut calls, mut inside) = (0, HashSet::new());
     loop {
         let mut status = 0;
         // SAFETY: writes one number. __WALL: threads of the child too; WNOHANG: the deadline is ours.
         let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::__WALL | libc::WNOHANG) };
-        if Instant::now() > end {
-            return Err(format!("{}: no byte from its guest under the tracer", subject.name).into());
-        }
         if pid == 0 {
+            if Instant::now() > end {
+                return Err(format!("{}: no byte from its guest under the tracer", subject.name).into());
+            }
             // Nothing stopped: wait for output or a moment. The tracer's own wait has no deadline, so this is a short sleep.
             let moment = Timespec::try_from(Duration::from_micros(200))?;
             if poll(&mut [traced.vm.console()?], Some(&moment))? > 0 && traced.vm.saw_first_byte()? {
-                return Ok(calls);
+                return Ok(());
             }
             continue;
         }
@@ -73,6 +97,7 @@ pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
             continue;
         }
         let mut signal = 0;
+        let own = stopped(pid, libc::WSTOPSIG(status));
         if pid == leader && traced.known.insert(pid) {
             let follow = libc::PTRACE_O_TRACESYSGOOD
                 | libc::PTRACE_O_TRACECLONE
@@ -80,22 +105,19 @@ pub(crate) fn count(subject: &Subject, setting: &Setting) -> Result<u64> {
                 | libc::PTRACE_O_TRACEVFORK
                 | libc::PTRACE_O_EXITKILL;
             request(libc::PTRACE_SETOPTIONS, pid, follow)?;
-        } else if libc::WSTOPSIG(status) == SYSCALL_STOP {
-            // Stops come in pairs, at entry and at exit, for each thread.
-            if inside.insert(pid) {
-                calls += 1;
-            } else {
-                inside.remove(&pid);
-            }
-        } else if !traced.known.insert(pid) && status >> 16 == 0 && libc::WSTOPSIG(status) != libc::SIGSTOP {
+        } else if !own
+            && !traced.known.insert(pid)
+            && status >> 16 == 0
+            && libc::WSTOPSIG(status) != libc::SIGSTOP
+        {
             // A real signal: passed on. The first stop of a new thread and the tracer's own events are not.
             signal = libc::WSTOPSIG(status);
         }
         // A thread may have been killed meanwhile.
-        let _ = request(libc::PTRACE_SYSCALL, pid, signal);
+        let _ = request(kind, pid, signal);
         let now = Timespec::try_from(Duration::ZERO)?;
         if poll(&mut [traced.vm.console()?], Some(&now))? > 0 && traced.vm.saw_first_byte()? {
-            return Ok(calls);
+            return Ok(());
         }
     }
 }

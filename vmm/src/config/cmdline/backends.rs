@@ -175,7 +175,7 @@ fn netdev(text: &str) -> Result<Netdev, CmdlineError> {
     let pairs = props.number("queues", 1..=QUEUE_PAIRS_MAX)?;
     let vhost = props.boolean("vhost")?.unwrap_or(false);
     let vhost_fds = fd_list(&mut props, "vhostfd", "vhostfds")?;
-    props.refuse("path")?;
+    let path = props.path("path")?;
     if props.boolean("macnat")? == Some(true) {
         return Err(props.unsupported("macnat=on"));
     }
@@ -205,7 +205,7 @@ fn netdev(text: &str) -> Result<Netdev, CmdlineError> {
     };
     props.finish()?;
     let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-    Ok(Netdev { id, backend: NetBackend::Tap { source, queues, vhost, vhost_fds } })
+    Ok(Netdev { id, backend: NetBackend::Tap { source, queues, vhost, vhost_fds, path } })
 }
 
 /// `one=N` or `many=A:B:C`.

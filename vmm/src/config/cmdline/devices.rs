@@ -1,11 +1,11 @@
 //! `-device`: the devices of the guest.
 
 use super::props::Props;
-use super::{CmdlineError, Given};
-use crate::config::{Device, DeviceDriver, VmConfig};
+use super::{CmdlineError, Given, memory_devices};
+use crate::config::{Device, DeviceDriver, HostAddress, VmConfig};
 
 /// Drivers of this version, by their name on a machine without PCI.
-const DRIVERS: [&str; 10] = [
+const DRIVERS: [&str; 12] = [
     "virtio-blk-device",
     "virtio-net-device",
     "virtio-serial-device",
@@ -16,21 +16,19 @@ const DRIVERS: [&str; 10] = [
     "vhost-vsock-device",
     "vhost-user-fs-device",
     "vhost-user-blk-device",
+    "virtio-mem-device",
+    "virtio-pmem-device",
 ];
 /// Those of them that a machine with PCI has under the same name.
 const WITHOUT_BUS: [&str; 2] = ["virtconsole", "virtserialport"];
 const ROOT_PORT: &str = "pcie-root-port";
+const HOST_DEVICE: &str = "vfio-pci";
 
 /// Drivers that a later version will have.
-const KNOWN: [&str; 16] = [
-    "vfio-pci",
+const KNOWN: [&str; 11] = [
     "virtio-scsi-pci",
     "scsi-hd",
     "scsi-cd",
-    "virtio-mem-device",
-    "virtio-mem-pci",
-    "virtio-pmem-device",
-    "virtio-pmem-pci",
     "pvpanic",
     "nec-usb-xhci",
     "virtio-gpu-pci",
@@ -77,7 +75,7 @@ fn device(text: &str, iothreads: &[String]) -> Result<(Option<String>, String, D
     // One model, whatever it is plugged into.
     let twin = name.strip_suffix("-pci").map(|stem| format!("{stem}-device"));
     let model = twin.filter(|twin| DRIVERS.contains(&twin.as_str()));
-    let is_pci = model.is_some() || name == ROOT_PORT;
+    let is_pci = model.is_some() || name == ROOT_PORT || name == HOST_DEVICE;
     let model = model.unwrap_or_else(|| name.clone());
     if !DRIVERS.contains(&model.as_str()) && !is_pci {
         let known = KNOWN.contains(&name.as_str()) || KNOWN_PREFIXES.iter().any(|p| name.starts_with(p));
@@ -100,10 +98,13 @@ fn device(text: &str, iothreads: &[String]) -> Result<(Option<String>, String, D
         "virtio-blk-device" => virtio_blk(&mut props)?,
         "virtio-net-device" => virtio_net(&mut props, iothreads)?,
         "vhost-user-blk-device" => vhost_user_blk(&mut props)?,
+        "virtio-mem-device" => memory_devices::mem(&mut props)?,
+        "virtio-pmem-device" => memory_devices::pmem(&mut props)?,
         "vhost-user-fs-device" => {
             DeviceDriver::VhostUserFs { chardev: props.required("chardev")?, tag: props.required("tag")? }
         }
         ROOT_PORT => root_port(&mut props)?,
+        HOST_DEVICE => host_device(&mut props)?,
         _ => super::small_devices::driver(&model, &mut props)?,
     };
     if is_pci {
@@ -125,8 +126,18 @@ fn drivers() -> Vec<String> {
     let mut names: Vec<String> = DRIVERS.map(String::from).to_vec();
     let pci = DRIVERS.iter().filter(|name| !WITHOUT_BUS.contains(name));
     names.extend(pci.filter_map(|name| name.strip_suffix("-device")).map(|stem| format!("{stem}-pci")));
-    names.push(ROOT_PORT.to_owned());
+    names.extend([ROOT_PORT.to_owned(), HOST_DEVICE.to_owned()]);
     names
+}
+
+fn host_device(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {
+    let Some(text) = HostAddress::given(props.text("host")?, props.text("sysfsdev")?) else {
+        return Err(props.bad("vfio-pci needs one of 'host' and 'sysfsdev': add host=DDDD:BB:SS.F"));
+    };
+    match text.parse() {
+        Ok(host) => Ok(DeviceDriver::VfioPci { host }),
+        Err(()) => Err(props.bad(format!("host={text}: write DDDD:BB:SS.F, like 0000:1a:00.3"))),
+    }
 }
 
 fn root_port(props: &mut Props) -> Result<DeviceDriver, CmdlineError> {

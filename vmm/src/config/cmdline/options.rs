@@ -91,7 +91,7 @@ pub(super) const OPTIONS: &[Spec] = &[
     used(
         "-netdev",
         Arity::Many,
-        "tap,id=ID,ifname=NAME[,queues=N]|fd=N|fds=A:B[,vhost=on[,vhostfd=N|vhostfds=A:B]]\ta network back end",
+        "tap,id=ID,ifname=NAME[,path=DEVICE][,queues=N]|fd=N|fds=A:B[,vhost=on[,vhostfd=N|vhostfds=A:B]]\ta network back end",
     ),
     used(
         "-device",
@@ -103,6 +103,8 @@ pub(super) const OPTIONS: &[Spec] = &[
          virtio-rng-device,rng=ID[,max-bytes=N,period=MILLISECONDS]\n\
          vhost-vsock-device,guest-cid=N[,vhostfd=N]\n\
          vhost-user-fs-device,chardev=ID,tag=TEXT\n\
+         virtio-mem-device,memdev=ID[,memaddr=ADDRESS][,requested-size=SIZE][,block-size=SIZE][,node=N]\n\
+         virtio-pmem-device,memdev=ID[,memaddr=ADDRESS]\n\
          vhost-user-blk-device,chardev=ID[,num-queues=N][,queue-size=N]\ta device of the guest",
     ),
     used(
@@ -121,8 +123,8 @@ pub(super) const OPTIONS: &[Spec] = &[
         Arity::Many,
         "iothread,id=ID\n\
          rng-random,id=ID,filename=PATH\n\
-         memory-backend-ram|memory-backend-file|memory-backend-memfd,id=ID,size=N[,mem-path=PATH][,share=on|off][,prealloc=on|off]\t\
-         a thread for devices to run on (at most 8), a source of random bytes, or guest memory",
+         memory-backend-ram|memory-backend-file|memory-backend-memfd,id=ID,size=N[,mem-path=PATH][,share=on|off][,readonly=on|off][,prealloc=on|off]\t\
+         a thread for devices to run on (at most 8), a source of random bytes, guest memory, or memory that a device brings",
     ),
     used("-qmp", Arity::One, "unix:PATH,server,nowait|tcp:IP:PORT,server,nowait\twhere QMP clients connect"),
     used("-mon", Arity::One, "chardev=ID[,id=ID],mode=control\tQMP on a character back end"),

@@ -137,6 +137,10 @@ fn memory_backend(kind: &str, mut props: Props) -> Result<MemoryBackend, Cmdline
     };
     // A private mapping of a memfd would be anonymous memory with a detour: as in QEMU, sharing is what it is for.
     let share = props.boolean("share")?.unwrap_or(kind == MemoryBackendKind::Memfd);
+    let readonly = props.boolean("readonly")?.unwrap_or(false);
+    if readonly && !matches!(kind, MemoryBackendKind::File(_)) {
+        return Err(props.bad("'readonly' belongs to memory-backend-file: leave it out"));
+    }
     let dump_guest_core = props.boolean("dump-guest-core")?.unwrap_or(true);
     let (first, second) = (props.boolean("mem-prealloc")?, props.boolean("prealloc")?);
     let policy = match props.text("policy")?.as_deref() {
@@ -166,7 +170,7 @@ fn memory_backend(kind: &str, mut props: Props) -> Result<MemoryBackend, Cmdline
     };
     props.finish()?;
     let prealloc = first.or(second).unwrap_or(false);
-    Ok(MemoryBackend { id, kind, size, share, prealloc, dump_guest_core, placement })
+    Ok(MemoryBackend { id, kind, size, share, readonly, prealloc, dump_guest_core, placement })
 }
 
 /// `A` or `A-B`, as bits.

@@ -311,8 +311,8 @@ fn each_bad_line_gets_one_clear_line() {
             "-kernel /k -device nonsense,id=x",
             "-device: unknown driver 'nonsense': use virtio-blk-device, virtio-net-device, virtio-serial-device, \
              virtconsole, virtserialport, virtio-balloon-device, virtio-rng-device, vhost-vsock-device, \
-             vhost-user-fs-device, vhost-user-blk-device, virtio-blk-pci, virtio-net-pci, virtio-serial-pci, virtio-balloon-pci, virtio-rng-pci, \
-             vhost-vsock-pci, vhost-user-fs-pci, vhost-user-blk-pci, pcie-root-port",
+             vhost-user-fs-device, vhost-user-blk-device, virtio-mem-device, virtio-pmem-device, virtio-blk-pci, virtio-net-pci, virtio-serial-pci, virtio-balloon-pci, virtio-rng-pci, \
+             vhost-vsock-pci, vhost-user-fs-pci, vhost-user-blk-pci, virtio-mem-pci, virtio-pmem-pci, pcie-root-port, vfio-pci",
         ),
         (
             "-kernel /k -drive file=/x,id=d -device virtio-blk-pci,drive=d,bus=pcie.0,addr=0x1",
@@ -601,6 +601,11 @@ fn spellings_of_others_mean_the_same() {
         (&config.chardevs[0].kind, &config.chardevs[1].kind),
         (&socket("/a", false), &socket("/b", true))
     );
+    let tap = run("-kernel /k -netdev tap,id=n,ifname=t,path=/dev/tun2").netdevs.remove(0).backend;
+    let NetBackend::Tap { path, .. } = tap else { panic!("{tap:?}") };
+    assert_eq!(path.as_deref(), Some(std::path::Path::new("/dev/tun2")));
+    let given = error("-kernel /k -netdev tap,id=n,fd=9,path=/dev/tun2");
+    assert!(given.contains("'path' is where a tap of a name is opened"), "{given}");
     assert_eq!(config.process.trace, Some(Trace::File("/points".into())));
     assert_eq!(run("-kernel /k -trace type=events").process.trace, Some(Trace::All));
 }

@@ -9,7 +9,7 @@ fn netdev(id: &str) -> Netdev {
     let source = TapSource::Name("tap0".into());
     Netdev {
         id: id.into(),
-        backend: NetBackend::Tap { source, queues: 1, vhost: false, vhost_fds: Vec::new() },
+        backend: NetBackend::Tap { source, queues: 1, vhost: false, vhost_fds: Vec::new(), path: None },
     }
 }
 

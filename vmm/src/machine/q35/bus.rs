@@ -1,21 +1,25 @@
 //! What is on a q35's buses: opens the host ends of the devices, and puts everything where the command line says.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::VmFd;
 
 use super::map;
-use crate::config::{Device, DeviceDriver, PciAddr, PciPlace, Smp, VmConfig};
+use crate::config::{Device, DeviceDriver, HostAddress, PciAddr, PciPlace, Smp, VmConfig};
 use crate::inherit::Inherited;
-use crate::irq::{KvmMessages, Level, Messages, SharedLine};
+use crate::irq::{KvmMessages, Level, Messages, Routes, SharedLine};
 use crate::machine::doorbell::KvmPciDoorbell;
 use crate::machine::others::{Others, served_mac};
 use crate::machine::slots::{Workers, no_such};
 use crate::machine::{Departure, MachineError, OnLeft, devices};
 use crate::memory::GuestMemory;
 use crate::pci::{Address, Function, HostBridge, PortEvents, PortOptions, Root, RootPort, lpc};
+use crate::vfio::{self, Container, HostFunction, VfioError};
 use crate::virtio::pci::{PciTransport, Place, Wires};
 use crate::virtio::{Doorbell, VirtioDevice, blk, net};
+
+/// Driver of a device of the host.
+pub(super) const HOST_DEVICE: &str = "vfio-pci";
 
 /// The host end of a device, by its name.
 pub(super) enum End {
@@ -38,17 +42,50 @@ struct Model {
     end: End,
 }
 
+/// What comes into a place.
+enum Part {
+    Model(Model),
+    Host(HostAddress),
+}
+
 /// What will be on the buses, in command-line order.
 pub(super) struct Plan {
     ports: Vec<(String, PciAddr, PortOptions)>,
-    devices: Vec<(String, PciPlace, bool, Model)>,
+    devices: Vec<(String, PciPlace, bool, Part)>,
+}
+
+/// A device as the bus has it.
+pub(super) enum Body {
+    Virtio(Arc<PciTransport>),
+    /// One of the host's.
+    Host(Arc<HostFunction>),
+}
+
+impl Body {
+    pub(super) fn function(&self) -> Arc<dyn Function> {
+        match self {
+            Self::Virtio(transport) => Arc::clone(transport) as _,
+            Self::Host(function) => Arc::clone(function) as _,
+        }
+    }
+
+    /// Ends the device, whoever may still hold it for a moment.
+    pub(super) fn shut_down(&self) -> std::io::Result<()> {
+        match self {
+            Self::Virtio(transport) => transport.shut_down(),
+            Self::Host(function) => {
+                function.shut_down();
+                Ok(())
+            }
+        }
+    }
 }
 
 /// A device in its place.
 pub(super) struct Seat {
     pub(super) id: String,
     pub(super) driver: &'static str,
-    pub(super) transport: Arc<PciTransport>,
+    pub(super) body: Body,
     pub(super) end: End,
     /// On the root bus; that of the root port for what is behind one.
     pub(super) addr: PciAddr,
@@ -70,6 +107,11 @@ pub(super) struct Fixtures {
     messages: Arc<dyn Messages>,
     pins: [Arc<SharedLine>; map::PINS],
     on_left: OnLeft,
+    vm: Arc<VmFd>,
+    /// Ways of the messages of devices of the host.
+    routes: Arc<Routes>,
+    /// The memory that devices of the host reach; there is none before the first of them.
+    container: Mutex<Option<Arc<Container>>>,
 }
 
 impl Fixtures {
@@ -83,7 +125,37 @@ impl Fixtures {
                 SharedLine::new(Arc::clone(vm), gsi.next().unwrap_or(map::FIRST_PIN))
             }),
             on_left,
+            vm: Arc::clone(vm),
+            routes: Arc::new(Routes::new(Arc::clone(vm))),
+            container: Mutex::new(None),
         }
+    }
+
+    /// The memory that devices of the host reach, if there has been one.
+    pub(super) fn container(&self) -> MutexGuard<'_, Option<Arc<Container>>> {
+        self.container.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a device of the host, which comes to lie at `addr` of the root bus, or behind the port there.
+    pub(super) fn take(
+        &self,
+        host: &HostAddress,
+        addr: PciAddr,
+        Place { behind_port, multifunction }: Place,
+    ) -> Result<Body, VfioError> {
+        let mut container = self.container();
+        let opened = match &*container {
+            Some(container) => Arc::clone(container),
+            None => Container::open(&self.vm, &self.memory)?,
+        };
+        let wires = vfio::Wires {
+            vm: Arc::clone(&self.vm),
+            routes: Arc::clone(&self.routes),
+            gsi: map::FIRST_PIN + u32::from(addr.slot) % map::PINS as u32,
+        };
+        let function = HostFunction::open(&opened, host, behind_port, multifunction, wires)?;
+        *container = Some(opened);
+        Ok(Body::Host(function))
     }
 
     /// The line of pin A of a device in `slot` of the root bus; a bridge passes on pin A of device 0 behind it as its own.
@@ -145,6 +217,10 @@ pub(super) fn open(
             plan.ports.push((id.clone(), *addr, PortOptions { number, multifunction, fast_unplug }));
             continue;
         }
+        if let DeviceDriver::VfioPci { host } = driver {
+            plan.devices.push((id.clone(), place, *multifunction, Part::Host(host.clone())));
+            continue;
+        }
         let model = match driver {
             DeviceDriver::VirtioBlk { drive, .. } => {
                 devices::disk(id, driver, disk_queues(&config.smp), config, inherited, workers)?.map(|disk| {
@@ -173,7 +249,7 @@ pub(super) fn open(
             }
         };
         let Some(model) = model else { continue };
-        plan.devices.push((id.clone(), place, *multifunction, model));
+        plan.devices.push((id.clone(), place, *multifunction, Part::Model(model)));
     }
     Ok(plan)
 }
@@ -185,6 +261,10 @@ pub(super) fn populate(
     plan: Plan,
     fixtures: &Fixtures,
 ) -> Result<(Vec<Slot>, Vec<Seat>), MachineError> {
+    let is_host = |(.., part): &(_, _, _, Part)| matches!(part, Part::Host(_));
+    if !plan.ports.is_empty() || plan.devices.iter().any(is_host) {
+        vfio::allow_pinning();
+    }
     root.add(Address { device: 0, function: 0 }, Arc::clone(bridge) as _)?;
     root.add(Address { device: 31, function: 0 }, lpc(map::PM_BASE))?;
     // The others have no address yet.
@@ -198,26 +278,32 @@ pub(super) fn populate(
         slots.push(Slot { id, port, addr });
     }
     let mut seats = Vec::with_capacity(plan.devices.len());
-    for (id, place, multifunction, Model { driver, device, end }) in plan.devices {
-        match place {
-            PciPlace::Root(addr) => {
-                let place = Place { behind_port: false, multifunction };
-                let transport = fixtures.connect(device, addr, place);
-                root.add(address(addr), Arc::clone(&transport) as _)?;
-                seats.push(Seat { id, driver, transport, end, addr, port: None });
-            }
+    for (id, place, multifunction, part) in plan.devices {
+        let (addr, slot) = match &place {
+            PciPlace::Root(addr) => (*addr, None),
             PciPlace::Port(name) => {
-                let slot = slots.iter().find(|slot| slot.id == name);
-                let slot = slot.ok_or_else(|| no_such(&id, "bus", &name, "-device pcie-root-port"))?;
-                let place = Place { behind_port: true, multifunction };
-                let transport = fixtures.connect(device, slot.addr, place);
-                // Places have been checked: the slot is empty.
-                if slot.port.insert_cold(Arc::clone(&transport) as _).is_ok() {
-                    let addr = slot.addr;
-                    seats.push(Seat { id, driver, transport, end, addr, port: Some(name) });
-                }
+                let slot = slots.iter().find(|slot| slot.id == *name);
+                let slot = slot.ok_or_else(|| no_such(&id, "bus", name, "-device pcie-root-port"))?;
+                (slot.addr, Some(slot))
             }
-        }
+        };
+        let at = Place { behind_port: slot.is_some(), multifunction };
+        let (driver, body, end) = match part {
+            Part::Model(Model { driver, device, end }) => {
+                (driver, Body::Virtio(fixtures.connect(device, addr, at)), end)
+            }
+            Part::Host(host) => (HOST_DEVICE, fixtures.take(&host, addr, at)?, End::Other),
+        };
+        let port = match slot {
+            None => {
+                root.add(address(addr), body.function())?;
+                None
+            }
+            // Places have been checked: the slot is empty.
+            Some(slot) if slot.port.insert_cold(body.function()).is_err() => continue,
+            Some(slot) => Some(slot.id.clone()),
+        };
+        seats.push(Seat { id, driver, body, end, addr, port });
     }
     Ok((slots, seats))
 }

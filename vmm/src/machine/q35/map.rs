@@ -27,10 +27,10 @@ pub(super) const FIRST_PIN: u32 = 16;
 /// Lines that the pins of all slots share.
 pub(super) const PINS: usize = 4;
 
-/// The windows for BARs of a machine with so much RAM, and the whole map as the guest is told it. Firmware puts large BARs at the end of what its
-/// processor can address, so there the upper window goes so far.
-pub(super) fn windows(ram: u64, has_firmware: bool) -> (Vec<Window>, Pcie) {
-    let end = GAP_END + ram.saturating_sub(Q35_GAP_START);
+/// The windows for BARs of a machine with so much RAM, and other memory up to `beyond` (0: there is none); and the whole map as the guest is
+/// told it. Firmware puts large BARs at the end of what its processor can address, so there the upper window goes so far.
+pub(super) fn windows(ram: u64, beyond: u64, has_firmware: bool) -> (Vec<Window>, Pcie) {
+    let end = beyond.max(GAP_END + ram.saturating_sub(Q35_GAP_START));
     let base = end.next_multiple_of(WINDOW64_ALIGN);
     let reachable = 1u64.checked_shl(address_bits()).unwrap_or(u64::MAX);
     let size = if has_firmware { reachable.saturating_sub(base) } else { WINDOW64_SIZE };
@@ -82,13 +82,17 @@ mod tests {
     #[test]
     fn windows_lie_outside_ram() {
         for ram in [128 << 20, 2 << 30, 3 << 30, (6 << 30) + 4096] {
-            let (windows, pcie) = windows(ram, false);
+            let (windows, pcie) = windows(ram, 0, false);
             assert_eq!(windows[0], HOLE);
             let Some(high) = windows.get(1) else { continue };
             assert!(high.base >= GAP_END + ram.saturating_sub(Q35_GAP_START));
             assert!(high.base.is_multiple_of(WINDOW64_ALIGN));
             assert_eq!(pcie.window64, Some((high.base, high.size)));
-            let (firmware, _) = super::windows(ram, true);
+            let (firmware, _) = super::windows(ram, 0, true);
+            let beyond = (12 << 30) + 4096;
+            if let Some(moved) = super::windows(ram, beyond, false).0.get(1) {
+                assert_eq!(moved.base, 13 << 30);
+            }
             assert!(firmware[1].base == high.base && firmware[1].size >= high.size);
         }
         const { assert!(WINDOW32.base + WINDOW32.size <= EVENTS.events) }
@@ -98,7 +102,7 @@ mod tests {
 
     #[test]
     fn bars_go_beside_ecam() {
-        let (_, pcie) = windows(1 << 30, true);
+        let (_, pcie) = windows(1 << 30, 0, true);
         let at = |ecam| with_ecam(pcie, ecam);
         assert_eq!((at(None).ecam, at(None).window32), (ECAM, (WINDOW32.base, WINDOW32.size)));
         assert_eq!(at(Some(ECAM)).window32, (WINDOW32.base, WINDOW32.size));

@@ -7,7 +7,7 @@
 //! 0x70, 0x71  clock, GSI 8                      0xc000_0000  BARs, 768 MiB
 //! 0x3f8..400  serial, GSI 4                     0xfec0_0000  IOAPIC · 0xfee0_0000 LAPIC · 0xfef0_c000 KVM's own pages
 //! 0x600..60c  ACPI registers, GSI 9             4 GiB        the rest of RAM
-//! 0xce9, 0xcea  sleep                           behind it    64-bit BARs, 32 GiB
+//! 0xce9, 0xcea  sleep                           behind it    what devices bring, then 64-bit BARs, 32 GiB
 //!                                               0xf000_0000  with maxcpus: events, processors; GSI 10
 //! 0xcf8..d00  configuration space, reset        to 4 GiB     flash, with firmware
 //! 0x510..51c  fw_cfg, with firmware
@@ -46,10 +46,10 @@ use crate::device::{
 };
 use crate::inherit::Inherited;
 use crate::irq::{self, KvmLine, Line as _, SharedLine};
-use crate::memory::{self, GuestMemory, layout};
+use crate::memory::{self, DeviceMemory, GuestMemory, layout};
 use crate::pci::{HostBridge, Root};
 use crate::snapshot::SnapshotError;
-use crate::virtio::balloon;
+use crate::virtio::{balloon, mem};
 use bus::{Fixtures, Seat, Slot};
 use cpus::HotCpus;
 use firmware::Firmware;
@@ -144,6 +144,8 @@ pub(in crate::machine) struct Q35 {
     /// The guest has asked for a reset that has not come yet.
     resetting: Arc<AtomicBool>,
     pub(in crate::machine) balloon: Option<Arc<balloon::Port>>,
+    /// Devices that hand memory out, by id.
+    pub(in crate::machine) mems: Vec<(String, Arc<mem::Port>)>,
     /// What a snapshot says of the machine, but for its devices.
     identity: Identity,
     /// And of its flash.
@@ -157,6 +159,8 @@ pub(in crate::machine) struct Q35 {
     dump_guest_core: bool,
     /// The VM file goes before guest memory, so that no slot outlives its mapping.
     vm: Arc<VmFd>,
+    /// Kept for the same reason too.
+    device_memory: DeviceMemory,
     memory: Arc<GuestMemory>,
 }
 
@@ -174,7 +178,9 @@ impl Q35 {
         };
         let workers = Workers::new(config);
         let clock_loop = main_loop.clone();
-        let mut others = Others { chardevs, main_loop: main_loop.clone(), balloon: None };
+        let memory = DeviceMemory::open(config, &inherited)?;
+        let mut others =
+            Others { chardevs, main_loop: main_loop.clone(), balloon: None, memory, mems: Vec::new() };
         let images = firmware::open(config, &inherited)?;
         let plan = bus::open(config, &inherited, &workers, &mut others)?;
 
@@ -185,6 +191,8 @@ impl Q35 {
             None => memory::build(&config.memory, &config.machine)?,
         });
         memory::register(&vm, &memory)?;
+        let Others { balloon, memory: device_memory, mems, .. } = others;
+        device_memory.register(&vm)?;
         if let Some(images) = &images {
             images.register(&vm)?;
         }
@@ -192,16 +200,17 @@ impl Q35 {
         let mut maker = VcpuMaker::new(&kvm, &topology)?;
         let vcpus = maker.make_first(&kvm, &vm, &topology, config.smp.cpus)?;
         let vm = Arc::new(vm);
+        device_memory.attach(&vm);
 
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
-        let (windows, pcie) = map::windows(config.memory.size, images.is_some());
+        let (windows, pcie) = map::windows(config.memory.size, device_memory.end(), images.is_some());
         let root = Root::new(Arc::clone(&buses.mmio), windows);
         let bridge = HostBridge::new(map::ECAM, root.ecam());
         let can_grow = config.smp.max_cpus > config.smp.cpus;
         let hot_cpus = can_grow
             .then(|| HotCpus::new(&config.smp, maker, &vm, Arc::clone(&device_left), &buses.mmio))
             .transpose()?;
-        let fixtures = Fixtures::new(&vm, &memory, device_left);
+        let fixtures = Fixtures::new(&vm, &device_memory.with(&memory)?, device_left);
         let (slots, seats) = bus::populate(&root, &bridge, plan, &fixtures)?;
 
         let resetting = Arc::new(AtomicBool::new(false));
@@ -268,7 +277,7 @@ impl Q35 {
             }
         }
         let vcpus = Vcpus::new(vcpus, buses, guest::on_end(events));
-        let (shelves, balloon) = (Shelves::new(config, &seats, main_loop), others.balloon);
+        let shelves = Shelves::new(config, &seats, main_loop);
         Ok(Self {
             vcpus,
             workers,
@@ -287,6 +296,7 @@ impl Q35 {
             rtc,
             resetting,
             balloon,
+            mems,
             identity,
             layout,
             excluded: config.snapshot_exclusion(),
@@ -294,6 +304,7 @@ impl Q35 {
             from_snapshot,
             dump_guest_core: config.machine.dump_guest_core,
             vm,
+            device_memory,
             memory,
         })
     }
@@ -325,6 +336,7 @@ impl Q35 {
     /// Everything as at power-on, and the kernel loaded again. The vCPUs must be paused, and stay so.
     pub(in crate::machine) fn reset(&mut self) -> Result<(), MachineError> {
         self.root.reset();
+        self.mems.iter().for_each(|(_, device)| device.unplug_all());
         self.pm.reset();
         self.rtc.reset();
         if let Some(serial) = &self.serial {
@@ -335,10 +347,19 @@ impl Q35 {
             self.wiring.processors = cpus.present();
         }
         irq::reset_controllers(&self.vm)?;
-        if std::mem::take(&mut self.from_snapshot) {
-            memory::renew(&self.memory, self.dump_guest_core)?;
-        } else if self.wiring.clears_memory {
-            guest::clear(&self.memory);
+        let renews = std::mem::take(&mut self.from_snapshot);
+        if renews || self.wiring.clears_memory {
+            let replace = || -> Result<(), MachineError> {
+                if renews {
+                    return Ok(memory::renew(&self.memory, self.dump_guest_core)?);
+                }
+                guest::clear(&self.memory);
+                Ok(())
+            };
+            match &*self.fixtures.container() {
+                Some(container) => container.while_unmapped(replace)?,
+                None => replace(),
+            }?;
         }
         let state = self.start.load(&self.memory, &self.wiring, true)?;
         guest::reset_vcpus(&self.vcpus, &self.wiring.topology, self.wiring.max_cpus, state)?;
@@ -367,8 +388,8 @@ impl Q35 {
     /// Goes through all devices even if one fails, and returns the first failure.
     pub(in crate::machine) fn shut_down(mut self) -> Result<(), MachineError> {
         let mut result = self.vcpus.stop().map_err(MachineError::from);
-        for Seat { id, transport, .. } in &self.seats {
-            if let Err(source) = transport.shut_down() {
+        for Seat { id, body, .. } in &self.seats {
+            if let Err(source) = body.shut_down() {
                 let error = MachineError::Flush { device: id.clone(), source };
                 if result.is_ok() {
                     result = Err(error);

@@ -10,14 +10,13 @@
 //! one opens it again.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use super::bus::{End, Seat, disk_queues};
+use super::bus::{Body, End, HOST_DEVICE, Seat, disk_queues};
 use super::cpus::{self, HotCpus};
 use super::served::Sockets;
 use super::{Departure, Q35};
 use crate::block::Disk;
-use crate::config::{BackingImage, Drive, Netdev, PciAddr, ROOT_BUS, VmConfig};
+use crate::config::{BackingImage, Drive, HostAddress, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
@@ -65,6 +64,17 @@ pub enum PlugError {
     /// No address.
     #[error("Failed to add virtio pci {0}: Should set addr.")]
     NoAddr(&'static str),
+    /// A guest has one device once.
+    #[error("Failed to add device: host device {0} is used by device \"{1}\" already")]
+    HostTaken(HostAddress, String),
+    /// The IOMMU does not know memory that devices bring.
+    #[error(
+        "Failed to add device: device \"{0}\": a device of the host does not reach the memory that device \"{1}\" brings"
+    )]
+    BesideMemory(String, String),
+    /// No address of a device of the host.
+    #[error("Failed to add device: host \"{0}\": write DDDD:BB:SS.F, like 0000:1a:00.3")]
+    Host(String),
     /// Another place than the one behind a root port.
     #[error("Failed to plug device: HotPlug is not supported for device with devfn {0}")]
     Function(u8),
@@ -368,6 +378,7 @@ impl Q35 {
             "virtio-blk-pci" => ("blk", "virtio-blk-pci"),
             "virtio-net-pci" => ("net", "virtio-net-pci"),
             SERVED_DISK => ("blk", SERVED_DISK),
+            HOST_DEVICE => ("vfio", HOST_DEVICE),
             other => return Err(PlugError::Driver(other.to_owned()).into()),
         };
         if self.is_taken(&new.id) {
@@ -391,11 +402,25 @@ impl Q35 {
             return Err(occupied().into());
         }
         let (place, id) = (Place { behind_port: true, multifunction: false }, new.id.clone());
-        let worker = self.workers.find(new.iothread.as_ref());
-        let worker = worker.ok_or_else(|| Refusal::NoIothread(new.iothread.clone().unwrap_or_default()))?;
-        let (device, end) = self.shelves.take(new, kind, &self.inherited, worker.clone())?;
-        let transport = self.fixtures.connect(device, slot.addr, place);
-        slot.port.plug(Arc::clone(&transport) as _).map_err(|_| occupied())?;
+        let (body, end) = if driver == HOST_DEVICE {
+            let host = new.host.as_deref().unwrap_or_default();
+            let host: HostAddress = host.parse().map_err(|()| PlugError::Host(host.to_owned()))?;
+            if let Some(other) = self.device_memory.device() {
+                return Err(PlugError::BesideMemory(new.id.clone(), other.to_owned()).into());
+            }
+            let same = |seat: &&Seat| matches!(&seat.body, Body::Host(other) if *other.address() == host);
+            if let Some(seat) = self.seats.iter().find(same) {
+                return Err(PlugError::HostTaken(host, seat.id.clone()).into());
+            }
+            (self.fixtures.take(&host, slot.addr, place)?, End::Other)
+        } else {
+            let worker = self.workers.find(new.iothread.as_ref());
+            let worker =
+                worker.ok_or_else(|| Refusal::NoIothread(new.iothread.clone().unwrap_or_default()))?;
+            let (device, end) = self.shelves.take(new, kind, &self.inherited, worker.clone())?;
+            (Body::Virtio(self.fixtures.connect(device, slot.addr, place)), end)
+        };
+        slot.port.plug(body.function()).map_err(|_| occupied())?;
         match &end {
             End::Disk(node, _) => self.shelves.drives.use_by(node, Some(&id)),
             End::Nic(netdev, _) | End::ServedNic(netdev, _) => self.shelves.nets.use_by(netdev, Some(&id)),
@@ -403,7 +428,7 @@ impl Q35 {
             End::Other => {}
         }
         let addr = slot.addr;
-        self.seats.push(Seat { id, driver, transport, end, addr, port: Some(bus.clone()) });
+        self.seats.push(Seat { id, driver, body, end, addr, port: Some(bus.clone()) });
         Ok(())
     }
 
@@ -430,7 +455,7 @@ impl Q35 {
             return None;
         }
         let seat = self.seats.remove(self.seats.iter().position(|s| s.port.as_deref() == Some(port))?);
-        if let Err(error) = seat.transport.shut_down() {
+        if let Err(error) = seat.body.shut_down() {
             tracing::error!(device = seat.id, "data that the guest has written may be lost: {error}");
         }
         // No file stays open, and no tap stays taken, whoever may still hold the device for a moment.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use super::Q35;
-use super::bus::{Seat, Slot};
+use super::bus::{Body, HOST_DEVICE, Seat, Slot};
 use super::cpus::HotCpus;
 use super::firmware::{Firmware, SavedFirmware};
 use crate::config::PciAddr;
@@ -63,12 +63,16 @@ fn instance(seat: &Seat) -> u32 {
 
 /// The devices by place.
 pub(super) fn stands(seats: &[Seat]) -> Vec<Stand> {
-    let stand = |seat: &Seat| Stand {
-        name: format!("device \"{}\"", seat.id),
-        instance: instance(seat),
-        transport: Arc::clone(&seat.transport) as _,
+    let stand = |seat: &Seat| {
+        // A device of the host is in no snapshot.
+        let Body::Virtio(transport) = &seat.body else { return None };
+        Some(Stand {
+            name: format!("device \"{}\"", seat.id),
+            instance: instance(seat),
+            transport: Arc::clone(transport) as _,
+        })
     };
-    seats.iter().map(stand).collect()
+    seats.iter().filter_map(stand).collect()
 }
 
 /// What has registers besides the devices.
@@ -131,6 +135,10 @@ impl Q35 {
                 let device = format!("device \"{}\"", seat.id);
                 return Err(MachineError::State { device, source: StateError::Leaving });
             }
+        }
+        if let Some(seat) = self.seats.iter().find(|seat| matches!(seat.body, Body::Host(_))) {
+            let source = StateError::Excluded(HOST_DEVICE);
+            return Err(MachineError::State { device: format!("device \"{}\"", seat.id), source });
         }
         if let Some(id) = self.hot_cpus.iter().flat_map(HotCpus::ids).next() {
             let source = StateError::Excluded("a vCPU that was plugged");

@@ -250,11 +250,12 @@ fn written(offset: u16, data: &[u8], at: u16) -> Option<u8> {
 /// Class, subclass and interface of a device type.
 fn class(device_type: u32) -> u32 {
     match device_type {
-        1 => 0x02_00_00,  // network
-        2 => 0x01_00_00,  // mass storage: SCSI, as QEMU has it
-        3 => 0x07_80_00,  // communication, other
-        19 => 0x02_80_00, // network, other: sockets
-        _ => 0x00_ff_00,  // unclassified, other
+        1 => 0x02_00_00,       // network
+        2 => 0x01_00_00,       // mass storage: SCSI, as QEMU has it
+        3 => 0x07_80_00,       // communication, other
+        24 | 27 => 0x05_80_00, // memory, other
+        19 => 0x02_80_00,      // network, other: sockets
+        _ => 0x00_ff_00,       // unclassified, other
     }
 }
 

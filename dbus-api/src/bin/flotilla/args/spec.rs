@@ -26,13 +26,13 @@ pub(crate) struct SpecArgs {
     /// A network card on this network, then perhaps ",mac=ADDRESS"; may be given again; after the cards of --bridge
     #[arg(long = "network", value_name = "NETWORK[,...]", value_parser = parse_network_nic)]
     pub(crate) network_nics: Vec<Nic>,
-    /// Guest RAM, such as 512M or 2G [default: 256M]
+    /// Guest RAM, such as 512M or 2G [default: 256M; with `create` 1G]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u8>,
-    /// Board: microvm, or q35 (PCIe, ACPI) [default: microvm]
+    /// Board: microvm, or q35 (PCIe, ACPI) [default: microvm; with `create` and no kernel q35]
     #[arg(long, value_name = "BOARD")]
     pub(crate) machine: Option<Machine>,
 }

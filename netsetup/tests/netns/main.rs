@@ -5,40 +5,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's way to fail")]
 
-use std::future::Future;
+mod serving;
+mod space;
+
 use std::os::fd::AsRawFd;
 use std::process::Command;
 
 use netsetup::{BRIDGE_TAG, BridgeSpec, Link, LinkKind, Net, NetError, Outcome, TapSpec};
+use space::{in_namespace, ip};
 
 const TAG: &str = "flotilla:2f1c7f3e-0000-4000-8000-000000000001";
 const OTHER_TAG: &str = "flotilla:2f1c7f3e-0000-4000-8000-000000000002";
-
-/// Runs a test in an empty network namespace.
-fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce(Net) -> F + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap_or_else(|error| {
-            panic!("no network namespace ({error}): these tests need root and CAP_SYS_ADMIN")
-        });
-        assert!(std::path::Path::new("/dev/net/tun").exists(), "no /dev/net/tun: load the tun module");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let test = test(Net::connect().unwrap());
-            tokio::time::timeout(std::time::Duration::from_secs(60), test).await.expect("the test hangs");
-        });
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// `ip` speaks for the administrator here, and is a second witness of what we did.
-fn ip(arguments: &str) -> String {
-    let output =
-        Command::new("ip").args(arguments.split(' ')).output().expect("these tests need ip (iproute2)");
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
 
 fn gone(name: &str) -> bool {
     !Command::new("ip").args(["link", "show", name]).output().unwrap().status.success()
@@ -384,4 +361,54 @@ fn two_at_once_share_one_bridge() {
 #[test]
 fn outside_a_runtime_is_an_error() {
     assert!(matches!(Net::connect(), Err(NetError::NoRuntime)));
+}
+
+/// Reads what comes in at a tap until a frame with this word in it, or nothing more is there.
+fn hears(tap: &std::os::fd::OwnedFd, word: &[u8]) -> bool {
+    let mut frame = [0u8; 2048];
+    while let Ok(length) = nix::unistd::read(tap, &mut frame) {
+        if frame[..length].windows(word.len()).any(|window| window == word) {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn isolated_taps_hear_everybody_but_each_other() {
+    in_namespace(|net| async move {
+        net.ensure_bridge(&bridge("flbr0", &[])).await.unwrap();
+        let mut taps = Vec::new();
+        for (name, isolated) in [("fl-a-0", true), ("fl-b-0", true), ("fl-c-0", false)] {
+            net.ensure_tap(&TapSpec { isolated, ..tap(name, Some("flbr0")) }).await.unwrap();
+            taps.push(net.open_tap(name).await.unwrap());
+        }
+        // To all, from an address of its own, of a type for experiments; before it, ten bytes of the virtio-net header.
+        let say = |from: usize, word: &[u8; 4]| {
+            let mut frame = [0u8; 10 + 60];
+            frame[10..16].fill(0xff);
+            frame[16..22].copy_from_slice(&[2, 0, 0, 0, 0, from as u8]);
+            frame[22..24].copy_from_slice(&[0x88, 0xb5]);
+            frame[24..28].copy_from_slice(word);
+            // A port that is not up yet takes nothing.
+            let _ = nix::unistd::write(&taps[from], &frame);
+        };
+        // The bridge gives a frame to all its ports at once: when one has it the others have what they will ever have.
+        let heard = async |from: usize, word: &[u8; 4], by: usize| {
+            loop {
+                say(from, word);
+                if hears(&taps[by], word) {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        heard(2, b"up-a", 0).await;
+        heard(2, b"up-b", 1).await;
+        heard(0, b"from", 2).await;
+        assert!(!hears(&taps[1], b"from"));
+        // Not isolated any more, it is heard: so it was that which kept it.
+        net.ensure_tap(&tap("fl-a-0", Some("flbr0"))).await.unwrap();
+        heard(0, b"open", 1).await;
+    });
 }

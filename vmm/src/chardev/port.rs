@@ -508,6 +508,7 @@ impl CharBackend for Port {
                 Err(_) => return,
             }
         }
+        stream.discard_input();
     }
 }
 

@@ -14,6 +14,8 @@ use super::FrontEnd;
 
 /// What a terminal or pipe that polls as writable takes without blocking (tty: WAKEUP_CHARS; pipe: PIPE_BUF, which is more).
 const SAFE_WRITE: usize = 256;
+/// What is thrown away of a client's last bytes: a client that sends without end must not hold up the VM's.
+const DISCARD_MAX: usize = 64 << 10;
 /// The most that the kernel passes with one message (SCM_MAX_FD).
 const DESCRIPTORS_MAX: usize = 253;
 
@@ -102,6 +104,20 @@ impl Stream {
             }
         }
         Ok(sent)
+    }
+
+    /// Throws away what the peer of a socket has sent, up to [`DISCARD_MAX`], as nobody will read it. A unix socket that is closed with bytes
+    /// unread is a reset to its peer (unix(7)), whose program may then end in failure although it was answered.
+    pub(super) fn discard_input(&self) {
+        let Some(input) = self.input.as_ref().filter(|_| self.at_eof != AtEof::KeepOutput) else { return };
+        let mut space = [0; 4096];
+        for _ in 0..DISCARD_MAX / space.len() {
+            match rustix::io::read(input, &mut space) {
+                Ok(0) => return,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     /// Reads what is there. On a unix socket, descriptors that come with the bytes go to `takes_descriptors` first, if that is somebody.

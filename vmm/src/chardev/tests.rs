@@ -148,6 +148,28 @@ fn a_client_that_stopped_writing_still_gets_output() {
 }
 
 #[test]
+fn what_a_client_sends_at_the_end_does_not_cost_it_the_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut event_loop = EventLoop::new().unwrap();
+    let backend = open(&unix(&path), Traffic::Messages, &mut event_loop.ops()).unwrap();
+    let front = Front::new(100);
+    backend.attach(Arc::<Front>::clone(&front));
+    let mut client = client(&path);
+    client.write_all(b"quit").unwrap();
+    run_until(&mut event_loop, || front.got() == b"quit");
+    backend.write(b"answer");
+    // The rest of a line, say, after the loop has run for the last time.
+    client.write_all(b"\n").unwrap();
+    backend.drain(Duration::from_secs(1));
+    drop((backend, event_loop));
+    client.set_nonblocking(false).unwrap();
+    let mut text = String::new();
+    client.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "answer");
+}
+
+#[test]
 fn a_full_front_end_stops_input_and_hang_up_is_still_seen() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");

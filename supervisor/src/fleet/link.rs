@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::FleetError;
 use super::life::Command;
-use super::monitor;
+use super::words;
 use crate::qmp::{Monitor, Proxy};
 
 #[derive(Clone)]
@@ -135,13 +135,13 @@ impl Link {
     ) -> impl Future<Output = Result<(), FleetError>> + Send + use<> {
         let mut line = self.line.subscribe();
         async move {
-            let decided = timeout(monitor::COMMAND, line.wait_for(|line| !matches!(line, Line::Expected)));
+            let decided = timeout(words::COMMAND, line.wait_for(|line| !matches!(line, Line::Expected)));
             let line = match decided.await {
                 Ok(Ok(line)) => line.clone(),
                 Ok(Err(_)) | Err(_) => Line::Expected,
             };
             match line {
-                Line::Up(monitor) => monitor::send(&monitor, command).await,
+                Line::Up(monitor) => words::send(&monitor, command).await,
                 Line::Down => Err(FleetError::VmmDied("the VMM has ended".to_owned())),
                 Line::Expected => Err(FleetError::QmpTimeout("the VMM does not answer".to_owned())),
             }
@@ -157,7 +157,7 @@ impl Link {
         let line = self.line.borrow().clone();
         async move {
             match line {
-                Line::Up(monitor) => monitor::save(&monitor, state, memory).await,
+                Line::Up(monitor) => words::save(&monitor, state, memory).await,
                 Line::Down => Err(FleetError::VmmDied("the VMM has ended".to_owned())),
                 Line::Expected => Err(FleetError::QmpTimeout("the VMM does not answer".to_owned())),
             }

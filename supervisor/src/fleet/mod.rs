@@ -8,6 +8,7 @@
 //! inbox.rs      what an actor can be told, and the way to it
 //! link.rs       the actor's connection to its VMM, the proxy on it, and the commands that wait for it
 //! monitor.rs    the task behind it: tries, reports, forwards events
+//! words.rs      what is said over it, and errors of QMP as ours
 //! prepare.rs    files, taps and command line for a start
 //! saving.rs     what templates and clones need of a VM
 //! networks.rs   networks: define, delete
@@ -53,6 +54,7 @@ pub mod spec;
 pub mod usage;
 pub mod view;
 pub mod vm;
+mod words;
 
 use std::path::PathBuf;
 use std::sync::Arc;

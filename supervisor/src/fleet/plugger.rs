@@ -13,11 +13,11 @@ use uuid::Uuid;
 
 use super::command;
 use super::inbox::{Internal, TAKEN};
-use super::monitor::map_error;
 use super::plug::{Action, Next, Plug, Rewrite, Went};
 use super::prepare;
 use super::seats::Hardware;
 use super::spec as rules;
+use super::words::map_error;
 use super::{Context, FleetError};
 use crate::qmp::{Monitor, QmpError, QmpEvent};
 

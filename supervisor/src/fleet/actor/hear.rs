@@ -1,10 +1,11 @@
 //! The actor's part that hears: what tasks, VMM and clients tell becomes an input of the state machine, and the table of devices is kept.
 
-use super::{Actor, monitor};
+use super::Actor;
 use crate::fleet::inbox::Internal;
 use crate::fleet::life::{Command, Input};
 use crate::fleet::seats::Seats;
 use crate::fleet::view::News;
+use crate::fleet::words;
 use crate::qmp::{QmpEvent, Stage, Told, Tracked};
 use std::sync::Arc;
 use tracing::warn;
@@ -104,7 +105,7 @@ impl Actor {
             "RESUME" => Some(Input::VcpusChanged { run, paused: false }),
             "SHUTDOWN" => {
                 let guest = event.data.get("guest").and_then(serde_json::Value::as_bool) == Some(true);
-                Some(Input::ShutdownSeen { run, why: monitor::ending(event), guest })
+                Some(Input::ShutdownSeen { run, why: words::ending(event), guest })
             }
             _ => None,
         }

@@ -1,7 +1,7 @@
 //! Disks and NICs of any board: how each is made from its configuration and its host end.
 
 use super::MachineError;
-use super::slots::{Workers, no_such};
+use super::workers::{Workers, no_such};
 use crate::block::Disk;
 use crate::config::{DeviceDriver, VmConfig};
 use crate::inherit::Inherited;

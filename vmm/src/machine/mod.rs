@@ -11,17 +11,20 @@
 //! Only the thread that owns the VM's life calls a [`Machine`]. What the guest does comes back through
 //! [`Environment::guest_events`], from vCPU threads.
 
+mod backends;
 mod devices;
 mod doorbell;
 mod guest;
 mod hotplug;
 mod microvm;
 mod others;
+mod plugging;
 mod q35;
 mod replaceable;
 mod seating;
 mod slots;
 mod snapshot;
+mod workers;
 
 use std::collections::HashMap;
 use std::io;
@@ -48,9 +51,9 @@ use crate::virtio::vsock::VsockError;
 use crate::virtio::{balloon, mem};
 pub use hotplug::{NewDevice, Refusal, SlotKind};
 use microvm::Microvm;
+pub use plugging::{BlockDevice, Hotplug, HotplugError, NetDevice, PlugError, Plugged};
+pub use q35::FirmwareError;
 use q35::Q35;
-pub use q35::{FirmwareError, PlugError};
-pub use replaceable::{BlockDevice, Hotplug, HotplugError, NetDevice, Plugged};
 use snapshot::Stand;
 
 /// What the guest did that ends, or should end, its run. Sent from vCPU threads to the control room.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::MachineError;
-use super::slots::no_such;
+use super::workers::no_such;
 use crate::chardev::CharBackend;
 use crate::config::{ChardevKind, DeviceDriver, MICROVM_NET_SLOTS, SerialPort, VmConfig};
 use crate::event::LoopHandle;

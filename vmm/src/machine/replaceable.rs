@@ -5,130 +5,19 @@
 //! After a device was refused, the next one opens it again.
 
 use std::collections::HashMap;
-use std::os::fd::{IntoRawFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::backends::{forget_descriptors, is_spent, open_disk, open_netdev};
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
-use super::q35::PlugError;
+use super::plugging::{BlockDevice, Hotplug, HotplugError, NetDevice};
 use super::seating::Seating;
-use super::slots::Workers;
-use crate::block::{BlockError, Disk};
-use crate::config::{
-    BackingImage, DeviceDriver, Drive, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, NetBackend, Netdev, TapSource,
-    VmConfig,
-};
-use crate::cpu::CpuError;
+use super::workers::Workers;
+use crate::block::Disk;
+use crate::config::{BackingImage, DeviceDriver, MICROVM_BLOCK_SLOTS, MICROVM_NET_SLOTS, VmConfig};
 use crate::inherit::Inherited;
-use crate::net::{Backend, NetError};
-use crate::vfio::VfioError;
+use crate::net::Backend;
 use crate::virtio::net::NotInserted;
-use crate::virtio::vhost_user::VhostUserError;
 use crate::virtio::{blk, net};
-
-/// What a client can ask for.
-#[derive(Debug)]
-pub enum Hotplug {
-    /// `blockdev-add`.
-    AddDrive {
-        /// The block node.
-        drive: Box<Drive>,
-        /// The block node that lies under the last of its images.
-        node: Option<String>,
-        /// Descriptors that stand for files of these images.
-        files: Vec<(PathBuf, OwnedFd)>,
-    },
-    /// `blockdev-del`.
-    RemoveDrive(String),
-    /// `netdev_add`, with the descriptors that stand for its taps and its vhost ends.
-    AddNetdev {
-        /// The back end. Descriptors in it are ignored in favour of the following ones.
-        netdev: Netdev,
-        /// Taps.
-        fds: Vec<OwnedFd>,
-        /// vhost-net.
-        vhost_fds: Vec<OwnedFd>,
-    },
-    /// `netdev_del`.
-    RemoveNetdev(String),
-    /// `chardev-add`: the socket of a process that is to serve a device.
-    AddChardev {
-        /// Its name.
-        id: String,
-        /// The socket.
-        path: PathBuf,
-    },
-    /// `chardev-remove`.
-    RemoveChardev(String),
-    /// `device_add`.
-    Plug(NewDevice),
-    /// `device_del`: the device is gone when this returns.
-    Unplug(String),
-}
-
-/// What was done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Plugged {
-    /// As asked.
-    Done,
-    /// The guest has been told that there are other vCPUs than before.
-    CpusResized,
-}
-
-/// Why it was not done. Everything is then as it was before.
-#[derive(Debug, thiserror::Error)]
-pub enum HotplugError {
-    /// It does not fit.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// The disk image.
-    #[error(transparent)]
-    Block(#[from] BlockError),
-    /// The tap.
-    #[error(transparent)]
-    Net(#[from] NetError),
-    /// The slot of a disk.
-    #[error(transparent)]
-    Disk(#[from] blk::PortError),
-    /// The slot of a NIC.
-    #[error(transparent)]
-    Nic(#[from] net::PortError),
-    /// A device that cannot come or go on PCI.
-    #[error(transparent)]
-    Pci(#[from] PlugError),
-    /// A device of the host.
-    #[error(transparent)]
-    Vfio(#[from] VfioError),
-    /// A vCPU.
-    #[error(transparent)]
-    Cpu(#[from] CpuError),
-    /// The process that is to serve a device.
-    #[error(transparent)]
-    Served(#[from] VhostUserError),
-    /// A machine without slots.
-    #[error("this machine has no replaceable slots")]
-    NoSlots,
-}
-
-/// One occupied block slot, as queries show it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BlockDevice {
-    /// Name of the device; none for a block node that no device uses.
-    pub device: Option<String>,
-    /// The block node.
-    pub drive: Drive,
-    /// Transfers so far.
-    pub stats: blk::Stats,
-}
-
-/// One network back end, as queries show it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetDevice {
-    /// Name, driver and address of the device; none for a back end that no device uses.
-    pub device: Option<(String, &'static str, [u8; 6])>,
-    /// The back end.
-    pub netdev: Netdev,
-}
 
 /// The slots and what is or may come into them.
 pub(super) struct Replaceable {
@@ -363,46 +252,4 @@ impl Replaceable {
         }
         list
     }
-}
-
-/// Opens an image; where descriptors were sent for it, they stand for its files, as inherited ones do for those of the command line.
-pub(super) fn open_disk(
-    drive: &Drive,
-    files: Vec<(PathBuf, OwnedFd)>,
-    inherited: &Inherited,
-) -> Result<Disk, BlockError> {
-    if files.is_empty() { Disk::open(drive, inherited) } else { Disk::open(drive, &Inherited::of(files)) }
-}
-
-pub(super) fn open_netdev(
-    netdev: &mut Netdev,
-    fds: Vec<OwnedFd>,
-    vhost: Vec<OwnedFd>,
-    inherited: &Inherited,
-) -> Result<Backend, NetError> {
-    if let NetBackend::Tap { source, vhost_fds, .. } = &mut netdev.backend {
-        // From here on the numbers own the descriptors, as those on a command line do.
-        if !fds.is_empty() {
-            *source = TapSource::Fds(fds.into_iter().map(IntoRawFd::into_raw_fd).collect());
-        }
-        *vhost_fds = vhost.into_iter().map(IntoRawFd::into_raw_fd).collect();
-    }
-    let result = Backend::open(netdev, inherited);
-    forget_descriptors(netdev);
-    result
-}
-
-/// Whoever opened the netdev owns its descriptors: the numbers may stand for something else later.
-pub(super) fn forget_descriptors(netdev: &mut Netdev) {
-    if let NetBackend::Tap { source, vhost_fds, .. } = &mut netdev.backend {
-        vhost_fds.clear();
-        if let TapSource::Fds(fds) = source {
-            fds.clear();
-        }
-    }
-}
-
-/// Whether it was made from descriptors, and has been used.
-pub(super) fn is_spent(netdev: &Netdev) -> bool {
-    matches!(&netdev.backend, NetBackend::Tap { source: TapSource::Fds(fds), .. } if fds.is_empty())
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::others::Others;
 use super::replaceable::Ports;
 use super::seating::Seating;
+use super::workers::Workers;
 use super::{MachineError, devices};
 use crate::boot::MmioSlot;
 use crate::bus::Bus;
@@ -19,7 +20,7 @@ use crate::net;
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::mmio::{MmioTransport, WINDOW_SIZE};
 use crate::virtio::net::{Net, NetOptions};
-use crate::virtio::{Doorbell, VirtioDevice, Worker};
+use crate::virtio::{Doorbell, VirtioDevice};
 
 const CMDLINE_WINDOWS: u64 = 0xf010_0000;
 const ACPI_WINDOWS: u64 = 0xf020_0000;
@@ -32,8 +33,6 @@ const OTHER_SLOTS: usize =
 const SLOTS: usize = MICROVM_BLOCK_SLOTS + MICROVM_NET_SLOTS;
 /// Of a queue in an empty slot.
 const QUEUE_SIZE: u16 = 256;
-/// The I/O thread of devices that name none: `io-default`.
-const DEFAULT_IOTHREAD: &str = "default";
 
 /// A device in its slot, not connected to a machine yet.
 pub(super) struct Occupant {
@@ -56,42 +55,6 @@ impl Slot {
             None if number < MICROVM_BLOCK_SLOTS => format!("block slot {number}"),
             None => format!("network slot {}", number.saturating_sub(MICROVM_BLOCK_SLOTS)),
         }
-    }
-}
-
-/// The I/O threads of a VM by name. A thread starts when a guest first drives a device on it.
-#[derive(Clone)]
-pub(super) struct Workers {
-    named: Vec<(String, Worker)>,
-    default: Worker,
-}
-
-impl Workers {
-    pub(super) fn new(config: &VmConfig) -> Self {
-        Self {
-            named: config.iothreads.iter().map(|id| (id.clone(), Worker::new(id))).collect(),
-            default: Worker::new(DEFAULT_IOTHREAD),
-        }
-    }
-
-    /// Those that the command line names, in its order.
-    pub(super) fn named(&self) -> impl Iterator<Item = (&str, &Worker)> {
-        self.named.iter().map(|(id, worker)| (id.as_str(), worker))
-    }
-
-    /// The one of that name, or that of devices that name none.
-    pub(super) fn find(&self, iothread: Option<&String>) -> Option<&Worker> {
-        let Some(id) = iothread else { return Some(&self.default) };
-        self.named.iter().find(|(name, _)| name == id).map(|(_, worker)| worker)
-    }
-
-    /// As [`find`](Self::find), for `device` of the command line.
-    pub(super) fn get(&self, device: &str, iothread: Option<&String>) -> Result<Worker, MachineError> {
-        let missing = || {
-            let id = iothread.cloned().unwrap_or_default();
-            no_such(device, "iothread", &id, "-object iothread")
-        };
-        self.find(iothread).cloned().ok_or_else(missing)
     }
 }
 
@@ -131,14 +94,14 @@ pub(super) fn fill(
             DeviceDriver::VirtConsole { .. } | DeviceDriver::VirtSerialPort { .. } => {}
             driver => {
                 check_room(id, "devices besides disks and NICs", others.len(), OTHER_SLOTS)?;
-                let device = others_made.make(id, driver, config, inherited, &workers.default)?;
+                let device = others_made.make(id, driver, config, inherited, workers.default())?;
                 others.push(Occupant { id: Some(id.clone()), device });
             }
         }
     }
     let (mut ports, mut occupants) = (Ports::default(), Vec::with_capacity(SLOTS + others.len()));
     for place in blocks {
-        let worker = workers.default.clone();
+        let worker = workers.default().clone();
         let (device, id) = named(place, || {
             Blk::new(BlkOptions {
                 backend: None,
@@ -153,7 +116,7 @@ pub(super) fn fill(
         occupants.push(Occupant { id, device: Box::new(device) });
     }
     for (place, number) in nets.into_iter().zip(0..) {
-        let (worker, mac) = (workers.default.clone(), net::default_mac(number));
+        let (worker, mac) = (workers.default().clone(), net::default_mac(number));
         let (device, id) = named(place, || {
             Net::new(NetOptions { backend: None, mac, multi_queue: false, queue_size: QUEUE_SIZE, worker })
         });
@@ -177,10 +140,6 @@ fn check_room(device: &str, what: &'static str, used: usize, slots: usize) -> Re
         return Ok(());
     }
     Err(MachineError::TooMany { device: device.into(), what, slots })
-}
-
-pub(super) fn no_such(device: &str, what: &'static str, id: &str, option: &'static str) -> MachineError {
-    MachineError::NoSuch { device: device.into(), what, id: id.into(), option }
 }
 
 /// Where slot `number` is.

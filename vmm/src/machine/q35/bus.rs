@@ -10,7 +10,7 @@ use crate::inherit::Inherited;
 use crate::irq::{KvmMessages, Level, Messages, Routes, SharedLine};
 use crate::machine::doorbell::KvmPciDoorbell;
 use crate::machine::others::{Others, served_mac};
-use crate::machine::slots::{Workers, no_such};
+use crate::machine::workers::{Workers, no_such};
 use crate::machine::{Departure, MachineError, OnLeft, devices};
 use crate::memory::GuestMemory;
 use crate::pci::{Address, Function, HostBridge, PortEvents, PortOptions, Root, RootPort, lpc};

@@ -16,8 +16,8 @@ use crate::cpu::{Topology, Vcpu, Vcpus};
 use crate::device::{CpuController, EVENT_CPUS, EventRegister};
 use crate::irq::KvmLine;
 use crate::machine::hotplug::NewDevice;
-use crate::machine::replaceable::HotplugError;
-use crate::machine::{Departure, OnLeft, PlugError};
+use crate::machine::plugging::{HotplugError, PlugError};
+use crate::machine::{Departure, OnLeft};
 use crate::pci::Pending;
 
 /// What `device_add` calls a vCPU.

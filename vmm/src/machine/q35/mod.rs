@@ -31,9 +31,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_ioctls::VmFd;
 
 use super::others::Others;
-use super::replaceable::{BlockDevice, NetDevice};
-use super::slots::Workers;
+use super::plugging::{BlockDevice, NetDevice};
 use super::snapshot::{Identity, Source, Stand, wake};
+use super::workers::Workers;
 use super::{CpuInfo, Departure, Environment, GuestEvent, MachineError, guest};
 use crate::boot::{self, Board, BootFiles, Hardware, NumaNode, Pcie, Platform, SerialPort, Standard};
 use crate::bus::{Bus, BusDevice};
@@ -54,7 +54,6 @@ use bus::{Fixtures, Seat, Slot};
 use cpus::HotCpus;
 use firmware::Firmware;
 pub use firmware::FirmwareError;
-pub use plug::PlugError;
 use plug::Shelves;
 
 const SERIAL: SerialPort = SerialPort { port: 0x3f8, irq: 4 };

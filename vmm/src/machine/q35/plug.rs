@@ -19,13 +19,10 @@ use crate::block::Disk;
 use crate::config::{BackingImage, Drive, HostAddress, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
+use crate::machine::backends::{forget_descriptors, is_spent, open_disk, open_netdev};
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
-use crate::machine::replaceable::{
-    BlockDevice, Hotplug, HotplugError, NetDevice, Plugged, forget_descriptors, is_spent, open_disk,
-    open_netdev,
-};
+use crate::machine::plugging::{BlockDevice, Hotplug, HotplugError, NetDevice, PlugError, Plugged};
 use crate::net::{self, Backend};
-use crate::pci::Pending;
 use crate::virtio::blk::{self, Blk, BlkOptions};
 use crate::virtio::net::{Net, NetOptions};
 use crate::virtio::pci::Place;
@@ -37,103 +34,6 @@ const BACKENDS_MAX: usize = 64;
 const SERVED_DISK: &str = "vhost-user-blk-pci";
 /// Of a queue of a device that is plugged.
 const QUEUE_SIZE: u16 = 256;
-
-/// Why a device cannot come or go. The texts that StratoVirt's clients know are theirs.
-#[derive(Debug, thiserror::Error)]
-pub enum PlugError {
-    /// The name of the device is taken.
-    #[error("Device id {0} existed")]
-    DeviceExists(String),
-    /// A driver that cannot be plugged.
-    #[error("Failed to add device: Driver {0} is not support")]
-    Driver(String),
-    /// No block node of that name.
-    #[error("Failed to add virtio pci blk: No drive configured matched for blk device")]
-    NoDrive,
-    /// No network back end of that name.
-    #[error("Failed to add virtio pci net: Netdev: \"{0}\" not found for net device")]
-    NoNetdev(String),
-    /// Nowhere to plug it.
-    #[error("Failed to add virtio pci {kind}: Failed to add virtio pci device: {why}")]
-    Place {
-        /// blk or net.
-        kind: &'static str,
-        /// What is wrong with the place.
-        why: String,
-    },
-    /// No address.
-    #[error("Failed to add virtio pci {0}: Should set addr.")]
-    NoAddr(&'static str),
-    /// A guest has one device once.
-    #[error("Failed to add device: host device {0} is used by device \"{1}\" already")]
-    HostTaken(HostAddress, String),
-    /// The IOMMU does not know memory that devices bring.
-    #[error(
-        "Failed to add device: device \"{0}\": a device of the host does not reach the memory that device \"{1}\" brings"
-    )]
-    BesideMemory(String, String),
-    /// No address of a device of the host.
-    #[error("Failed to add device: host \"{0}\": write DDDD:BB:SS.F, like 0000:1a:00.3")]
-    Host(String),
-    /// Another place than the one behind a root port.
-    #[error("Failed to plug device: HotPlug is not supported for device with devfn {0}")]
-    Function(u8),
-    /// The root bus.
-    #[error("Failed to plug device: No hot plug controller found for bus pcie.0 when plug")]
-    RootBus,
-    /// No such device.
-    #[error("Can not find parent device from pci bus")]
-    NoDevice,
-    /// A device on the root bus.
-    #[error("No hot plug controller found for bus pcie.0 when unplug request")]
-    Fixed,
-    /// The guest has not finished with the slot.
-    #[error(transparent)]
-    Pending(#[from] Pending),
-    /// The name of a chardev is taken.
-    #[error("Chardev {0} is already registered.")]
-    ChardevExists(String),
-    /// No chardev of that name.
-    #[error("Chardev {0} not found: add it first (chardev-add)")]
-    NoChardev(String),
-    /// Something uses it.
-    #[error("chardev {0} is in use by {1}: remove that first")]
-    ChardevInUse(String, String),
-    /// More than any VM needs.
-    #[error("too many chardevs: a VM has at most {0}; remove one first (chardev-remove)")]
-    TooManyChardevs(usize),
-    /// A device that another process serves has no chardev.
-    #[error(
-        "Failed to add vhost-user device: 'chardev' is missing: name the socket of its process (chardev-add)"
-    )]
-    NoChardevGiven,
-    /// The process would not see what the guest writes.
-    #[error(
-        "Failed to add vhost-user device: guest memory is not shared: start the VM with mem-share=on in -machine"
-    )]
-    PrivateMemory,
-    /// The name of a vCPU is taken.
-    #[error("Device id {0} already existed.")]
-    CpuDeviceExists(String),
-    /// All vCPUs are there from the start.
-    #[error("There is no hotpluggable cpu-id for this VM.")]
-    NoCpuSlots,
-    /// The tables of a guest with NUMA nodes say who belongs where for good.
-    #[error("Not support to hotplug/hotunplug cpu in numa architecture now.")]
-    Numa,
-    /// No number.
-    #[error("Argument cpu-id is required.")]
-    NoCpuId,
-    /// A number beyond the last.
-    #[error("Max cpu-id is {0}")]
-    CpuIdMax(u8),
-    /// The number of a vCPU that has been there from the start.
-    #[error("Cpu-id {0} already exist.")]
-    CpuIdExists(u8),
-    /// The number of a vCPU that has been plugged.
-    #[error("Cpu-id {0} is running, device id is {1}.")]
-    CpuIdRuns(u8, String),
-}
 
 struct Named<C> {
     config: C,

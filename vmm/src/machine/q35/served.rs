@@ -8,9 +8,9 @@
 
 use std::path::PathBuf;
 
-use super::plug::PlugError;
 use crate::config::{ChardevKind, Device, VmConfig};
 use crate::event::LoopHandle;
+use crate::machine::plugging::PlugError;
 use crate::virtio::vhost_user::{Model, VhostUser, VhostUserError, VhostUserOptions};
 
 /// Named sockets: more could never be used.

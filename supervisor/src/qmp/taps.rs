@@ -72,7 +72,8 @@ impl Wanted {
             return None;
         }
         let mut rest: Map<String, Value> = serde_json::from_str(request.arguments.as_ref()?.get()).ok()?;
-        if rest.get("type")? != "tap" || rest.contains_key("fd") || rest.contains_key("fds") {
+        // What says how it is to be opened is not for the owner to open.
+        if rest.get("type")? != "tap" || ["fd", "fds", "path"].iter().any(|key| rest.contains_key(*key)) {
             return None;
         }
         let Some(Value::String(name)) = rest.remove("ifname") else { return None };
@@ -196,6 +197,7 @@ mod tests {
             r#"{"type":"tap","ifname":"tap7"}"#,
             r#"{"type":"tap","id":"n1","ifname":"tap7","fd":"mine"}"#,
             r#"{"type":"tap","id":"n1","ifname":"tap7","fds":"a:b"}"#,
+            r#"{"type":"tap","id":"n1","ifname":"tap7","path":"/dev/tun2"}"#,
             r#"{"type":"vhost-user","id":"n1","ifname":"tap7"}"#,
             r#"{"id":"n1","ifname":"tap7"}"#,
         ] {

@@ -85,6 +85,7 @@ pub(super) const NETDEV: &[Member] = &[
     may("ifname", Text),
     may("fd", Text),
     may("fds", Text),
+    may("path", Text),
     may("queues", Int),
     may("vhost", Bool),
     may("vhostfd", Text),
@@ -308,7 +309,7 @@ fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError>
             "argument 'chardev' of a vhost-user netdev is missing: add the socket of its process first (chardev-add)",
         ));
     };
-    let of_a_tap = ["ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds"];
+    let of_a_tap = ["ifname", "fd", "fds", "path", "vhost", "vhostfd", "vhostfds"];
     if let Some(member) = of_a_tap.into_iter().find(|member| arguments.contains_key(*member)) {
         return Err(bad(format!(
             "argument '{member}' is for a tap, not for a vhost-user netdev: leave it out"
@@ -322,6 +323,17 @@ fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError>
         fds: Vec::new(),
         vhost_fds: Vec::new(),
     })
+}
+
+/// The device that a tap is opened through.
+fn tun_path(arguments: &Arguments) -> Result<Option<PathBuf>, QmpError> {
+    match arguments.text("path") {
+        None => Ok(None),
+        Some(path) if path.is_empty() || path.len() > PATH_MAX || path.contains('\0') => {
+            Err(bad(format!("argument 'path' must be a path of 1 to {PATH_MAX} bytes")))
+        }
+        Some(path) => Ok(Some(path.into())),
+    }
 }
 
 /// `netdev_add`. Descriptors that it names are taken, whatever becomes of the request.
@@ -359,7 +371,13 @@ pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result
             return Err(bad("Tap device is missing, use 'ifname' or 'fd' to configure a tap device"));
         }
     };
-    let backend = NetBackend::Tap { source, queues, vhost, vhost_fds: Vec::new(), path: None };
+    let path = tun_path(arguments)?;
+    if path.is_some() && !fds.is_empty() {
+        return Err(bad(
+            "argument 'path' is where a tap of a name is opened, and its descriptors are given: leave it out",
+        ));
+    }
+    let backend = NetBackend::Tap { source, queues, vhost, vhost_fds: Vec::new(), path };
     Ok(Command::NetdevAdd { netdev: Netdev { id, backend }, fds, vhost_fds })
 }
 

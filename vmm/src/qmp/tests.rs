@@ -81,13 +81,14 @@ impl Vm for FakeVm {
                 format!("{} {:?}", netdev.id, netdev.backend)
             }
             Hotplug::AddNetdev { netdev, fds, .. } => {
-                let NetBackend::Tap { source, queues, vhost, .. } = &netdev.backend else { panic!() };
+                let NetBackend::Tap { source, queues, vhost, path, .. } = &netdev.backend else { panic!() };
                 let fds: Vec<String> = fds.into_iter().map(said).collect();
                 let name = match source {
                     TapSource::Name(name) => name.clone(),
                     TapSource::Fds(_) => fds.join("+"),
                 };
-                format!("{} {name} {queues} {vhost}", netdev.id)
+                let through = path.iter().map(|path| format!(" through {}", path.display()));
+                format!("{} {name} {queues} {vhost}{}", netdev.id, through.collect::<String>())
             }
             Hotplug::Unplug(id) if id == "none" => return Err(Refusal::NoDevice(id).into()),
             other => format!("{other:?}"),

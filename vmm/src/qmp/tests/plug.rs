@@ -144,6 +144,14 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
             "argument 'queues' must be 1 to 16",
         ),
         (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","ifname":"t","path":""}}"#,
+            "argument 'path' must be a path of 1 to 4095 bytes",
+        ),
+        (
+            r#"{"execute":"netdev_add","arguments":{"id":"x","chardev":"c","path":"/dev/tun2"}}"#,
+            "argument 'path' is for a tap",
+        ),
+        (
             r#"{"execute":"netdev_add","arguments":{"id":"x","fd":"t"}}"#,
             "no descriptor is called 't': send it with getfd first",
         ),
@@ -258,6 +266,15 @@ fn descriptors_come_with_getfd_and_go_to_the_netdev_that_names_them() {
         EMPTY
     );
     assert_eq!(*world.asked.lock().unwrap(), ["n second+first 2 false"]);
+    // A tap of a name is opened through another device, one that is open already through none.
+    let through = r#"{"execute":"netdev_add","arguments":{"id":"p","ifname":"tap9","path":"/dev/tun2"}}"#;
+    assert_eq!(world.ask(&mut client, through), EMPTY);
+    assert_eq!(world.asked.lock().unwrap().last().unwrap(), "p tap9 1 false through /dev/tun2");
+    send_with(&client, r#"{"execute":"getfd","arguments":{"fdname":"d"}}"#, &["fourth"]);
+    assert_eq!(world.line(&mut client), EMPTY);
+    let both = world
+        .ask(&mut client, r#"{"execute":"netdev_add","arguments":{"id":"q","fd":"d","path":"/dev/tun2"}}"#);
+    assert!(both.contains("argument 'path' is where a tap of a name is opened"), "{both}");
     // Those of a snapshot likewise.
     let pair =
         r#"{"execute":"getfd","arguments":{"fdname":"s"}}{"execute":"getfd","arguments":{"fdname":"m"}}"#;

@@ -117,6 +117,8 @@ pub struct NumaNode {
     pub cpus: Vec<u8>,
     /// Stretches of RAM: address and bytes.
     pub memory: Vec<(u64, u64)>,
+    /// Where memory may come and go while the guest runs: address and bytes.
+    pub device_memory: Vec<(u64, u64)>,
     /// How far every node is from this one, in their order.
     pub distances: Vec<u8>,
 }

@@ -1,4 +1,5 @@
-//! SRAT and SLIT (ACPI 6.4 §5.2.16, §5.2.17): which processors and which memory belong together, and how far the nodes are from each other.
+//! SRAT and SLIT (ACPI 6.4 §5.2.16, §5.2.17): which processors and which memory belong together, also memory that devices hand out, and how far
+//! the nodes are from each other.
 
 use acpi_tables::sdt::Sdt;
 
@@ -7,6 +8,8 @@ use crate::boot::{NumaNode, Platform};
 
 const HEADER: u32 = 36;
 const ENABLED: u32 = 1;
+/// Nothing may be there yet, and what is may leave (§5.2.16.2). Linux plans for it, and gives what comes to the node.
+const HOT_PLUGGABLE: u32 = 1 << 1;
 
 fn new(signature: [u8; 4], revision: u8) -> Sdt {
     Sdt::new(signature, HEADER, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION)
@@ -29,14 +32,16 @@ pub(super) fn srat(platform: &Platform<'_>, nodes: &[NumaNode]) -> Sdt {
             body.extend([0, node[1], node[2], node[3]]);
             body.extend([0; 4]);
         }
-        for (base, size) in &node.memory {
+        let ram = node.memory.iter().map(|range| (range, ENABLED));
+        let to_come = node.device_memory.iter().map(|range| (range, ENABLED | HOT_PLUGGABLE));
+        for ((base, size), flags) in ram.chain(to_come) {
             body.extend([1, 40]);
             body.extend(id.to_le_bytes());
             body.extend([0; 2]);
             body.extend(base.to_le_bytes());
             body.extend(size.to_le_bytes());
             body.extend([0; 4]);
-            body.extend(ENABLED.to_le_bytes());
+            body.extend(flags.to_le_bytes());
             body.extend([0; 8]);
         }
     }

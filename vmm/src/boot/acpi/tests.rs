@@ -53,15 +53,17 @@ fn q35_tables(processors: &[bool], numa: bool, address: u64) -> Tables {
         events: EventRegisters { events: 0xf000_0000, cpus: 0xf000_0004, gsi: 10 },
         first_pin: 16,
     };
-    let node = |cpus: &[u8], memory: &[(u64, u64)], distances: &[u8]| NumaNode {
+    type Ranges<'a> = &'a [(u64, u64)];
+    let node = |cpus: &[u8], memory: Ranges<'_>, device_memory: Ranges<'_>, distances: &[u8]| NumaNode {
         cpus: cpus.into(),
         memory: memory.into(),
+        device_memory: device_memory.into(),
         distances: distances.into(),
     };
     let numa = if numa {
         vec![
-            node(&[1], &[(0, 1 << 30)], &[10, 31]),
-            node(&[0], &[(1 << 30, 1 << 30), (4 << 30, 1 << 30)], &[31, 10]),
+            node(&[1], &[(0, 1 << 30)], &[(8 << 30, 2 << 30)], &[10, 31]),
+            node(&[0], &[(1 << 30, 1 << 30), (4 << 30, 1 << 30)], &[], &[31, 10]),
         ]
     } else {
         Vec::new()
@@ -260,12 +262,18 @@ fn nodes_say_who_belongs_together_and_how_far_they_are() {
     };
     let (srat, slit) = (find(b"SRAT"), find(b"SLIT"));
     assert_eq!((sum(srat), sum(slit)), (0, 0));
-    assert_eq!((srat.len(), slit.len()), (48 + 2 * 16 + 3 * 40, 36 + 8 + 4));
+    assert_eq!((srat.len(), slit.len()), (48 + 2 * 16 + 4 * 40, 36 + 8 + 4));
     // The first node: processor 1, a GiB from 0.
     assert_eq!(srat[48..56], [0, 16, 0, 1, 1, 0, 0, 0]);
     assert_eq!(
         (&srat[64..70], number(&srat[72..80]), number(&srat[80..88])),
         (&[1, 40, 0, 0, 0, 0][..], 0, 1 << 30)
+    );
+    assert_eq!(number(&srat[92..96]), 1);
+    // And what a device of its node hands out: it may come and go.
+    assert_eq!(
+        (&srat[104..110], number(&srat[112..120]), number(&srat[120..128]), number(&srat[132..136])),
+        (&[1, 40, 0, 0, 0, 0][..], 8 << 30, 2 << 30, 3)
     );
     assert_eq!((number(&slit[36..44]), &slit[44..]), (2, &[10, 31, 31, 10][..]));
 }

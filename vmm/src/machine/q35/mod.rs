@@ -37,7 +37,7 @@ use super::workers::Workers;
 use super::{CpuInfo, Departure, Environment, GuestEvent, MachineError, guest};
 use crate::boot::{self, Board, BootFiles, Hardware, NumaNode, Pcie, Platform, SerialPort, Standard};
 use crate::bus::{Bus, BusDevice};
-use crate::config::{self, VmConfig};
+use crate::config::{self, DeviceDriver, VmConfig};
 use crate::cpu::x86_64::VcpuMaker;
 use crate::cpu::{self, Buses, Topology, Vcpus, x86_64};
 use crate::device::{
@@ -240,7 +240,7 @@ impl Q35 {
                 .as_ref()
                 .map_or_else(|| vec![true; config.smp.cpus.into()], HotCpus::present),
             topology,
-            standard: standard(config),
+            standard: standard(config, &device_memory),
             pcie,
             has_serial: serial.is_some(),
             append: config.boot.append.clone(),
@@ -417,16 +417,25 @@ fn memory_sizes(ram: u64) -> [(u8, u8); 5] {
 }
 
 /// What the tables say beyond the devices.
-fn standard(config: &VmConfig) -> Standard {
+fn standard(config: &VmConfig, device_memory: &DeviceMemory) -> Standard {
     let mut free = layout::ram(config.memory.size, layout::Q35_GAP_START);
     let memory = free.iter().map(|range| (range.base, range.size)).collect();
     let texts = config.smbios.iter().map(|t| (t.table, t.key, t.value.clone())).collect();
     let board = Board { texts, uuid: config.uuid.unwrap_or_default(), memory };
     let numa = &config.numa;
     let size = |memdev: &str| config.memory.backends.iter().find(|b| b.id == memdev).map_or(0, |b| b.size);
+    // A file that the guest sees as memory says no node: it is of none.
+    let handed_out = |wanted: u8| {
+        let of_node = config.devices.iter().filter(move |device| match &device.driver {
+            DeviceDriver::VirtioMem { node, .. } => *node == u16::from(wanted),
+            _ => false,
+        });
+        of_node.filter_map(|device| device_memory.get(&device.id)).map(|r| (r.base(), r.size())).collect()
+    };
     let node = |node: &config::NumaNode| NumaNode {
         cpus: node.cpus.clone(),
         memory: layout::take(&mut free, size(&node.memdev)).iter().map(|r| (r.base, r.size)).collect(),
+        device_memory: handed_out(node.id),
         distances: numa.nodes.iter().map(|to| numa.distance(node.id, to.id)).collect(),
     };
     let numa = numa.nodes.iter().map(node).collect();

@@ -71,6 +71,12 @@ pub(super) fn places(config: &VmConfig) -> Result<Vec<Option<PciPlace>>, Invalid
             if matches!(device.driver, DeviceDriver::PcieRootPort { .. }) {
                 return bad(format!("device \"{id}\": a root port is on pcie.0 only"));
             }
+            // Whoever lets a device go that has a slot of its own must be able to do without it.
+            if device.driver.memory().is_some() {
+                return bad(format!(
+                    "device \"{id}\" brings memory, which cannot leave a running VM: write bus={ROOT_BUS}"
+                ));
+            }
             if addr != (PciAddr { slot: 0, function: 0 }) {
                 return bad(format!(
                     "device \"{id}\": there is one place behind a root port: write addr=0x0"

@@ -127,6 +127,11 @@ pub enum PlugError {
     /// A driver that cannot be plugged.
     #[error("Failed to add device: Driver {0} is not support")]
     Driver(String),
+    /// Memory that a device brings has its place before anything runs.
+    #[error(
+        "Failed to add device: Driver {0} is not support: give the VM the device with -device; a virtio-mem-pci with requested-size=0 hands out memory later (set-viomem)"
+    )]
+    Memory(&'static str),
     /// No block node of that name.
     #[error("Failed to add virtio pci blk: No drive configured matched for blk device")]
     NoDrive,

@@ -414,6 +414,10 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
     ask(m, drive(), "");
     ask(m, drive(), "already registered");
     ask(m, plug("a", "virtio-rng-pci", "pcie.1", Some("0")), "Driver virtio-rng-pci is not support");
+    for driver in ["virtio-mem-pci", "virtio-pmem-pci"] {
+        let why = format!("Driver {driver} is not support: give the VM the device with -device");
+        ask(m, plug("a", driver, "pcie.1", Some("0")), &why);
+    }
     ask(m, plug("rng", "virtio-blk-pci", "pcie.1", Some("0")), "Device id rng existed");
     ask(m, plug("a", "virtio-blk-pci", "pcie.1", None), "Should set addr.");
     ask(m, plug("a", "virtio-blk-pci", "pcie.1", Some("1")), "not supported for device with devfn 8");

@@ -135,6 +135,13 @@ mod tests {
                 ),
                 "device \"v\": a device of the host does not reach the memory that device \"d\" brings",
             ),
+            (
+                format!(
+                    "-machine q35 {} -device pcie-root-port,id=p,bus=pcie.0,addr=1 -device virtio-mem-pci,id=d,memdev=m,bus=p,addr=0",
+                    ram("")
+                ),
+                "device \"d\" brings memory, which cannot leave a running VM: write bus=pcie.0",
+            ),
         ] {
             let error = read(&line).unwrap_err().to_string();
             assert!(error.contains(want), "{line}: {error}");

@@ -279,6 +279,8 @@ impl Q35 {
             "virtio-net-pci" => ("net", "virtio-net-pci"),
             SERVED_DISK => ("blk", SERVED_DISK),
             HOST_DEVICE => ("vfio", HOST_DEVICE),
+            "virtio-mem-pci" => return Err(PlugError::Memory("virtio-mem-pci").into()),
+            "virtio-pmem-pci" => return Err(PlugError::Memory("virtio-pmem-pci").into()),
             other => return Err(PlugError::Driver(other.to_owned()).into()),
         };
         if self.is_taken(&new.id) {

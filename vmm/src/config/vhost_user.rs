@@ -18,6 +18,13 @@ impl Netdev {
             NetBackend::Tap { .. } => None,
         }
     }
+
+    /// Pairs of queues that it has, of which a device uses several with `mq=on`.
+    pub fn queue_pairs(&self) -> u16 {
+        match &self.backend {
+            NetBackend::Tap { queues, .. } | NetBackend::VhostUser { queues, .. } => *queues,
+        }
+    }
 }
 
 impl VmConfig {
@@ -78,14 +85,8 @@ pub(super) fn validate(config: &VmConfig) -> Result<(), InvalidConfig> {
         }
     }
     for netdev in &config.netdevs {
-        if let NetBackend::VhostUser { chardev, queues } = &netdev.backend {
+        if let NetBackend::VhostUser { chardev, .. } = &netdev.backend {
             check_socket(config, &format!("netdev \"{}\"", netdev.id), chardev)?;
-            if *queues > 1 {
-                return bad(format!(
-                    "netdev \"{}\": vhost-user with queues={queues} is not supported in this version: leave it out",
-                    netdev.id
-                ));
-            }
         }
     }
     Ok(())

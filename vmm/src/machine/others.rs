@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::MachineError;
 use super::workers::no_such;
 use crate::chardev::CharBackend;
-use crate::config::{ChardevKind, DeviceDriver, MICROVM_NET_SLOTS, SerialPort, VmConfig};
+use crate::config::{ChardevKind, DeviceDriver, MICROVM_NET_SLOTS, Netdev, SerialPort, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
 use crate::memory::DeviceMemory;
@@ -136,8 +136,10 @@ impl Others {
             DeviceDriver::VhostUserBlk { num_queues, queue_size, .. } => {
                 (Model::Blk { queues: *num_queues }, *queue_size)
             }
-            DeviceDriver::VirtioNet { mac, queue_size, .. } => {
-                (Model::Net { mac: served_mac(config, id, *mac) }, *queue_size)
+            DeviceDriver::VirtioNet { mac, queue_size, netdev, multi_queue, .. } => {
+                let netdev = config.netdevs.iter().find(|n| n.id == *netdev).filter(|_| *multi_queue);
+                let (mac, pairs) = (served_mac(config, id, *mac), netdev.map_or(1, Netdev::queue_pairs));
+                (Model::Net { mac, pairs }, *queue_size)
             }
             driver => {
                 return Err(MachineError::UnsupportedDevice { device: id.into(), driver: driver.name() });

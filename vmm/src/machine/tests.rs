@@ -453,7 +453,7 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
 #[test]
 fn what_another_process_serves_comes_to_a_root_port_and_goes() {
     use crate::vhost::user::double::{BackEnd, Skills};
-    let features = 1 << 32 | 1 << 30;
+    let features = 1 << 32 | 1 << 30 | 1 << 22;
     let skills = || Skills { features, protocol: 1 | 1 << 3 | 1 << 9, queues: 2, config: vec![0; 60] };
     let (back, other) = (BackEnd::start(skills()), BackEnd::start(skills()));
     let options = "-object memory-backend-memfd,id=ram,size=256M -chardev file,id=log,path=/dev/null \
@@ -461,11 +461,12 @@ fn what_another_process_serves_comes_to_a_root_port_and_goes() {
     let Some((mut machine, left)) = q35(options) else { return };
     let add = |id: &str, back: &BackEnd| Hotplug::AddChardev { id: id.into(), path: back.path.clone() };
     let remove = |id: &str| Hotplug::RemoveChardev(id.into());
-    let netdev = |id: &str, chardev: &str| {
-        let backend = crate::config::NetBackend::VhostUser { chardev: chardev.into(), queues: 1 };
+    let netdev_of = |id: &str, chardev: &str, queues| {
+        let backend = crate::config::NetBackend::VhostUser { chardev: chardev.into(), queues };
         let netdev = crate::config::Netdev { id: id.into(), backend };
         Hotplug::AddNetdev { netdev, fds: Vec::new(), vhost_fds: Vec::new() }
     };
+    let netdev = |id: &str, chardev: &str| netdev_of(id, chardev, 2);
     let plug = |id: &str, driver: &str, back: &str, port: &str| {
         Hotplug::Plug(NewDevice {
             id: id.into(),
@@ -475,6 +476,7 @@ fn what_another_process_serves_comes_to_a_root_port_and_goes() {
             bus: Some(port.into()),
             addr: Some("0x0".into()),
             num_queues: Some(2),
+            multi_queue: true,
             ..NewDevice::default()
         })
     };
@@ -501,6 +503,9 @@ fn what_another_process_serves_comes_to_a_root_port_and_goes() {
         ask(m, plug("b", "vhost-user-blk-pci", "c", "pcie.2"), "chardev c is in use by device a");
         ask(m, netdev("n", "c"), "chardev c is in use by device a");
         ask(m, remove("c"), "chardev c is in use by device a");
+        ask(m, netdev_of("n", "d", 3), "");
+        ask(m, plug("b", "virtio-net-pci", "n", "pcie.2"), "has 2 pairs of queues, and 3 are wanted");
+        ask(m, Hotplug::RemoveNetdev("n".into()), "");
         ask(m, netdev("n", "d"), "");
         ask(m, netdev("n", "d"), "already registered");
         ask(m, remove("d"), "chardev d is in use by netdev n");

@@ -30,7 +30,7 @@ const BACKING_MAX: usize = 64;
 const IOPS_MAX: u64 = 1_000_000;
 /// Largest cache of a qcow2 image, in bytes.
 const CACHE_MAX: u64 = 32 << 20;
-const QUEUE_PAIRS_MAX: u64 = 16;
+const QUEUE_PAIRS_MAX: u16 = 16;
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 32;
 const DISK_QUEUE_SIZES: (u16, u16) = (4, 1024);
@@ -302,6 +302,17 @@ pub(super) fn chardev(arguments: &Arguments) -> Result<Command, QmpError> {
     Ok(Command::ChardevAdd { id, path: path.into() })
 }
 
+/// `queues`.
+fn queue_pairs(arguments: &Arguments) -> Result<Option<u16>, QmpError> {
+    let pairs = arguments.int("queues").map(|n| u16::try_from(n).unwrap_or(u16::MAX));
+    match pairs {
+        Some(n) if !(1..=QUEUE_PAIRS_MAX).contains(&n) => {
+            Err(bad(format!("argument 'queues' must be 1 to {QUEUE_PAIRS_MAX}")))
+        }
+        pairs => Ok(pairs),
+    }
+}
+
 /// `netdev_add` for what another process serves.
 fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError> {
     let Some(chardev) = arguments.text("chardev") else {
@@ -315,11 +326,9 @@ fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError>
             "argument '{member}' is for a tap, not for a vhost-user netdev: leave it out"
         )));
     }
-    if arguments.int("queues").is_some_and(|n| n != 1) {
-        return Err(bad("argument 'queues' of a vhost-user netdev must be 1 in this version"));
-    }
+    let queues = queue_pairs(arguments)?.unwrap_or(1);
     Ok(Command::NetdevAdd {
-        netdev: Netdev { id, backend: NetBackend::VhostUser { chardev, queues: 1 } },
+        netdev: Netdev { id, backend: NetBackend::VhostUser { chardev, queues } },
         fds: Vec::new(),
         vhost_fds: Vec::new(),
     })
@@ -357,10 +366,9 @@ pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result
     if !vhost && !vhost_fds.is_empty() {
         return Err(bad("Argument 'vhostfd' or 'vhostfds' are not needed for virtio-net device"));
     }
-    let queues = match arguments.int("queues") {
+    let queues = match queue_pairs(arguments)? {
         None => u16::try_from(fds.len().max(1)).unwrap_or(u16::MAX),
-        Some(n) if (1..=QUEUE_PAIRS_MAX).contains(&n) => u16::try_from(n).unwrap_or(1),
-        Some(_) => return Err(bad(format!("argument 'queues' must be 1 to {QUEUE_PAIRS_MAX}"))),
+        Some(n) => n,
     };
     let source = match (arguments.text("ifname"), fds.is_empty()) {
         (Some(_), false) => return Err(bad("arguments 'ifname' and 'fd' exclude each other")),

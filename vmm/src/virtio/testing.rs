@@ -225,6 +225,18 @@ impl Rig {
         self.wait(|| ring.next_used())
     }
 
+    /// Sends a command to a NIC; `None` when the device answered nothing.
+    pub(crate) fn command(&self, ring: &mut Ring, bytes: &[u8]) -> Option<u8> {
+        let answer = GuestAddress(DATA + 0x8000);
+        self.memory.write_slice(bytes, GuestAddress(DATA)).unwrap();
+        self.memory.write_obj(0xffu8, answer).unwrap();
+        let head = ring.add(&[(DATA, bytes.len() as u32, false), (answer.0, 1, true)]);
+        self.kick(ring);
+        let (id, len) = self.used(ring);
+        assert_eq!(id, u32::from(head));
+        (len == 1).then(|| self.memory.read_obj(answer).unwrap())
+    }
+
     pub(crate) fn wait_needs_reset(&self) {
         self.wait(|| self.needs_reset().then_some(()));
     }

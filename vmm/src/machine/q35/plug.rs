@@ -411,7 +411,8 @@ impl Shelves {
         if let Some(chardev) = netdev.vhost_user_chardev() {
             let mac = new.mac.unwrap_or_else(|| net::default_mac(self.nics));
             let queue_size = new.queue_size.unwrap_or(QUEUE_SIZE);
-            let model = vhost_user::Model::Net { mac };
+            let pairs = if new.multi_queue { netdev.queue_pairs() } else { 1 };
+            let model = vhost_user::Model::Net { mac, pairs };
             let nic = self.sockets.open(&new.id, chardev, model, queue_size)?;
             self.nics = self.nics.wrapping_add(1);
             return Ok((Box::new(nic), End::ServedNic(name, mac)));

@@ -168,8 +168,8 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
             "argument 'ifname' is for a tap",
         ),
         (
-            r#"{"execute":"netdev_add","arguments":{"id":"x","chardev":"c","queues":2}}"#,
-            "must be 1 in this version",
+            r#"{"execute":"netdev_add","arguments":{"id":"x","chardev":"c","queues":17}}"#,
+            "argument 'queues' must be 1 to 16",
         ),
         (
             r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"pty","data":{"addr":{"type":"unix","data":{"path":"/s"}}}}}}"#,
@@ -208,7 +208,7 @@ fn sockets_of_processes_that_serve_devices_get_names() {
     for line in [
         r#"{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/run/c"}},"server":false}}}}"#,
         r#"{"execute":"netdev_add","arguments":{"id":"n","type":"vhost-user","chardev":"c"}}"#,
-        r#"{"execute":"netdev_add","arguments":{"id":"o","chardev":"c","queues":1}}"#,
+        r#"{"execute":"netdev_add","arguments":{"id":"o","chardev":"c","queues":4}}"#,
         r#"{"execute":"chardev-remove","arguments":{"id":"c"}}"#,
     ] {
         assert_eq!(world.ask(&mut client, line), EMPTY, "{line}");
@@ -219,7 +219,7 @@ fn sockets_of_processes_that_serve_devices_get_names() {
         [
             r#"AddChardev { id: "c", path: "/run/c" }"#,
             r#"n VhostUser { chardev: "c", queues: 1 }"#,
-            r#"o VhostUser { chardev: "c", queues: 1 }"#,
+            r#"o VhostUser { chardev: "c", queues: 4 }"#,
             r#"RemoveChardev("c")"#,
         ]
     );

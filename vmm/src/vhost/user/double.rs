@@ -112,7 +112,7 @@ fn header(stream: &UnixStream) -> Option<([u8; 12], Vec<OwnedFd>)> {
 fn serve(mut stream: UnixStream, skills: &Skills, rings: &Double, wrong: &Wrong) {
     let number = |bytes: &[u8], at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
     let long = |bytes: &[u8], at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
-    let mut setup = [Setup::default(), Setup::default(), Setup::default()];
+    let mut setup: Vec<Setup> = (0..32).map(|_| Setup::default()).collect();
     while let Some((head, mut fds)) = header(&stream) {
         let (request, flags, length) = (number(&head, 0), number(&head, 4), number(&head, 8));
         let mut payload = vec![0; length as usize];
@@ -143,16 +143,19 @@ fn serve(mut stream: UnixStream, skills: &Skills, rings: &Double, wrong: &Wrong)
                 let base = rings.base(index).unwrap_or(0);
                 reply = Some([index.to_ne_bytes(), u32::from(base).to_ne_bytes()].concat());
             }
-            12..=14 => setup[ring(&payload)].fds[request as usize - 12] = fds.pop(),
+            12..=14 => {
+                let index = ring(&payload);
+                setup[index].fds[request as usize - 12] = fds.pop();
+                // The kick starts it; it is served once it is enabled.
+                if request == 12 {
+                    setup[index].start(index as u32, rings);
+                }
+            }
             15 => reply = Some(skills.protocol.to_ne_bytes().to_vec()),
             16 => assert_eq!(long(&payload, 0) & !skills.protocol, 0),
             17 => reply = Some(skills.queues.to_ne_bytes().to_vec()),
             18 => {
-                let index = number(&payload, 0);
-                if number(&payload, 4) == 1 {
-                    setup[index as usize].start(index, rings);
-                }
-                rings.run(index, number(&payload, 4) == 1).unwrap();
+                rings.run(number(&payload, 0), number(&payload, 4) == 1).unwrap();
             }
             24 => {
                 let wanted = number(&payload, 4) as usize;

@@ -17,7 +17,7 @@ pub fn replies(bytes: &[u8], config: usize) {
     let _ = theirs.shutdown(std::net::Shutdown::Write);
     let Ok(front) = Front::new(ours.into()) else { return };
     assert_eq!(front.features() & 1 << 30, 0);
-    let _ = front.check_queues(2);
+    let _ = (front.check_queues(2), front.check_pairs(2));
     if let Ok(bytes) = front.config(config) {
         assert_eq!(bytes.len(), config.min(CONFIG_MAX));
     }

@@ -70,6 +70,16 @@ pub enum UserError {
         /// The device has.
         wanted: u64,
     },
+    /// It has fewer pairs of queues than wanted.
+    #[error(
+        "the back end has {has} pairs of queues, and {wanted} are wanted: ask for fewer, or start it with more"
+    )]
+    Pairs {
+        /// It has.
+        has: u64,
+        /// The device has.
+        wanted: u64,
+    },
     /// Guest memory that cannot be handed over.
     #[error("guest memory is not shared: add mem-share=on to -machine")]
     PrivateMemory,
@@ -135,6 +145,13 @@ impl Front {
         if has < wanted { Err(UserError::Queues { has, wanted }) } else { Ok(()) }
     }
 
+    /// Fails unless the back end, a NIC's, can serve `wanted` pairs of queues: of such a one the number that it tells is that of its pairs.
+    pub fn check_pairs(&self, wanted: u16) -> Result<(), UserError> {
+        let has = if self.protocol & protocol::MQ == 0 { 1 } else { self.queues };
+        let wanted = u64::from(wanted);
+        if has < wanted { Err(UserError::Pairs { has, wanted }) } else { Ok(()) }
+    }
+
     /// To be watched: readable means that the back end has gone, or says what nobody asked.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -175,8 +192,8 @@ impl Front {
         self.tell(Request::SetMemTable, &message::memory_table(&regions), &files, end)
     }
 
-    /// Hands a ring over; it is served when this returns.
-    pub fn start_ring(&self, ring: &Ring<'_>, end: Instant) -> Result<(), UserError> {
+    /// Hands a ring over; if it is in use, it is served when this returns.
+    pub fn start_ring(&self, ring: &Ring<'_>, in_use: bool, end: Instant) -> Result<(), UserError> {
         let Ring { index, size, desc, avail, used, base, kick, call, error } = *ring;
         let set = |request, value| self.tell(request, &message::ring_number(index, value), &[], end);
         let pass = |request, fd| self.tell(request, &message::ring_descriptor(index), &[fd], end);
@@ -186,17 +203,20 @@ impl Front {
         pass(Request::SetVringCall, call)?;
         pass(Request::SetVringErr, error)?;
         pass(Request::SetVringKick, kick)?;
-        if self.features & F_PROTOCOL_FEATURES != 0 {
-            set(Request::SetVringEnable, 1)?;
+        self.use_ring(index, in_use, end)
+    }
+
+    /// Says whether a ring that was handed over is to be served. Without protocol features each of them is.
+    pub fn use_ring(&self, index: u32, in_use: bool, end: Instant) -> Result<(), UserError> {
+        if self.features & F_PROTOCOL_FEATURES == 0 {
+            return Ok(());
         }
-        Ok(())
+        self.tell(Request::SetVringEnable, &message::ring_number(index, in_use.into()), &[], end)
     }
 
     /// Takes a ring back; returns the position of the next request. The back end no longer touches it when it has answered.
     pub fn stop_ring(&self, index: u32, end: Instant) -> Result<u16, UserError> {
-        if self.features & F_PROTOCOL_FEATURES != 0 {
-            self.tell(Request::SetVringEnable, &message::ring_number(index, 0), &[], end)?;
-        }
+        self.use_ring(index, false, end)?;
         let mut reply = [0; 8];
         self.ask(Request::GetVringBase, &message::ring_number(index, 0), &mut reply, end)?;
         self.judge(message::base(reply, index))

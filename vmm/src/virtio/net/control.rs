@@ -1,15 +1,24 @@
-//! Commands of the control queue (virtio 1.2 §5.1.6.5): owns their form and which of them the driver may use. `serve` does them.
+//! Commands of the control queue (virtio 1.2 §5.1.6.5): owns the queue, the commands' form, and which of them the driver may use. `serve` does
+//! them; for a NIC whose packets another process moves, `vhost_user` does.
 //!
 //! The device filters nothing: it delivers whatever the tap brings, so every receive mode and every address table is already
 //! granted. VLAN filters are not offered, and refused.
 
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
 use super::feature;
+use crate::virtio::queue::{Chain, Position, QueueError};
+use crate::virtio::{ActiveQueue, Interrupt};
 
 /// Longest command that is read. Linux sends at most a few hundred addresses.
-pub(super) const LONGEST: u64 = 16 << 10;
+const LONGEST: u64 = 16 << 10;
+/// Commands per wake-up.
+const COMMANDS: u32 = 32;
 
-pub(super) const OK: u8 = 0;
-pub(super) const ERR: u8 = 1;
+const OK: u8 = 0;
+const ERR: u8 = 1;
 
 const CLASS_RX: u8 = 0;
 const CLASS_MAC: u8 = 1;
@@ -18,7 +27,7 @@ const CLASS_OFFLOADS: u8 = 5;
 
 /// What a driver may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Command {
+pub(in crate::virtio) enum Command {
     /// Granted already.
     Granted,
     /// The NIC's address.
@@ -27,6 +36,76 @@ pub(super) enum Command {
     Pairs(u16),
     /// Offloads of the direction to the guest, as feature bits; a subset of those accepted.
     Offloads(u64),
+}
+
+/// The queue that they come on.
+pub(in crate::virtio) struct ControlQueue {
+    ring: ActiveQueue,
+    chain: Chain,
+    command: Vec<u8>,
+}
+
+impl ControlQueue {
+    pub(in crate::virtio) fn new(ring: ActiveQueue) -> Self {
+        Self { ring, chain: Chain::default(), command: Vec::new() }
+    }
+
+    /// Its number.
+    pub(in crate::virtio) fn index(&self) -> u16 {
+        self.ring.index
+    }
+
+    /// Signalled when there are commands.
+    pub(in crate::virtio) fn notify(&self) -> Arc<EventFd> {
+        Arc::clone(&self.ring.notify)
+    }
+
+    /// Its number, and where it stands between two commands.
+    pub(in crate::virtio) fn place(&self) -> (u16, Position) {
+        (self.ring.index, self.ring.queue.position(0))
+    }
+
+    /// Does what the driver says: `obey` is asked for each command that a driver with these `features` may use, and says whether it was done.
+    /// After an error the queue must not be used again.
+    pub(in crate::virtio) fn run(
+        &mut self,
+        features: u64,
+        interrupt: &dyn Interrupt,
+        obey: impl FnMut(Command) -> bool,
+    ) -> Result<(), QueueError> {
+        let ended = self.commands(features, obey);
+        if self.ring.queue.publish() {
+            interrupt.queue(self.ring.index);
+        }
+        if ended == Ok(true) {
+            // The watches are edge-triggered: this makes an edge.
+            let _ = self.ring.notify.write(1);
+        }
+        ended.map(|_| ())
+    }
+
+    /// True: there may be more.
+    fn commands(&mut self, features: u64, mut obey: impl FnMut(Command) -> bool) -> Result<bool, QueueError> {
+        let Self { ring, chain, command } = self;
+        for _ in 0..COMMANDS {
+            if !ring.queue.pop(chain)? {
+                if ring.queue.enable_notify()? {
+                    continue;
+                }
+                return Ok(false);
+            }
+            let len = chain.readable.len();
+            command.clear();
+            if len <= LONGEST {
+                command.resize(len as usize, 0);
+                chain.readable.take(command);
+            }
+            let done = parse(command, features).is_some_and(&mut obey);
+            let written = chain.writable.fill(&[if done { OK } else { ERR }]);
+            ring.queue.complete(chain.head, written as u32);
+        }
+        Ok(true)
+    }
 }
 
 /// Reads a command; `None` is to be refused.

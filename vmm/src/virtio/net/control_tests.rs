@@ -2,23 +2,12 @@
 
 use super::*;
 
-/// Sends a command; `None` when the device answered nothing.
-pub(super) fn command(rig: &Rig, ring: &mut Ring, bytes: &[u8]) -> Option<u8> {
-    rig.memory.write_slice(bytes, GuestAddress(DATA)).unwrap();
-    rig.memory.write_obj(0xffu8, GuestAddress(DATA + 0x8000)).unwrap();
-    let head = ring.add(&[(DATA, bytes.len() as u32, false), (DATA + 0x8000, 1, true)]);
-    rig.kick(ring);
-    let (id, len) = rig.used(ring);
-    assert_eq!(id, u32::from(head));
-    (len == 1).then(|| rig.memory.read_obj(GuestAddress(DATA + 0x8000)).unwrap())
-}
-
 #[test]
 fn commands_take_effect_and_a_reset_undoes_them() {
     let (backend, _peer) = Backend::fake();
     let rig = Rig::new(device(Some(backend)));
     let mut control = rig.start(!0, 3, 256).remove(2);
-    let mut ask = |bytes: &[u8]| command(&rig, &mut control, bytes);
+    let mut ask = |bytes: &[u8]| rig.command(&mut control, bytes);
     assert_eq!(ask(&[0, 0, 1]), Some(0));
     assert_eq!(ask(&[2, 0, 1, 0]), Some(1), "no VLAN filter");
     assert_eq!(ask(&[4, 0, 1, 0]), Some(1), "one pair only");
@@ -51,7 +40,7 @@ fn offloads_reach_the_tap_when_the_driver_changes_them() {
         assert!(ip("tuntap add dev t0 mode tap"));
         let rig = Rig::new(device(Some(Backend::open(&named("t0"), &Inherited::default()).unwrap())));
         let mut control = rig.start(!0, 3, 256).remove(2);
-        let mut set = |bits: u64| command(&rig, &mut control, &[&[5, 0], &bits.to_le_bytes()[..]].concat());
+        let mut set = |bits: u64| rig.command(&mut control, &[&[5, 0], &bits.to_le_bytes()[..]].concat());
         let all = feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6;
         assert_eq!([set(0), set(all), set(feature::GUEST_CSUM), set(1 << 10)], [0, 0, 0, 1].map(Some));
     });
@@ -63,7 +52,7 @@ fn pairs_come_into_use_when_the_driver_says_so() {
     let rig = Rig::new(device(Some(backend)));
     assert_eq!(rig.get(0x108), 2);
     let mut rings = rig.start(!0, 5, 256);
-    let ask = |rings: &mut Vec<Ring>, n: u8| command(&rig, &mut rings[4], &[4, 0, n, 0]);
+    let ask = |rings: &mut Vec<Ring>, n: u8| rig.command(&mut rings[4], &[4, 0, n, 0]);
     rings[2].add(&[(DATA + 0x1_0000, 2000, true)]);
     rig.kick(&rings[2]);
     assert_eq!(rustix::io::write(&peers[1], &packet(100, 1)).unwrap(), 112);
@@ -95,8 +84,8 @@ fn a_driver_that_does_not_know_several_pairs_finds_control_at_two() {
     let (backend, peers) = Backend::fakes(3);
     let rig = Rig::new(device(Some(backend)));
     let mut rings = rig.start(!feature::MQ, 3, 256);
-    assert_eq!(command(&rig, &mut rings[2], &[0, 1, 1]), Some(0));
-    assert_eq!(command(&rig, &mut rings[2], &[4, 0, 1, 0]), Some(1));
+    assert_eq!(rig.command(&mut rings[2], &[0, 1, 1]), Some(0));
+    assert_eq!(rig.command(&mut rings[2], &[4, 0, 1, 0]), Some(1));
     rig.memory.write_slice(&packet(60, 1), GuestAddress(DATA)).unwrap();
     rings[1].add(&[(DATA, 72, false)]);
     rig.kick(&rings[1]);
@@ -143,7 +132,7 @@ fn chains_that_are_no_commands() {
             None => rig.wait_needs_reset(),
         }
         let mut control = rig.start(!0, 3, 256).remove(2);
-        assert_eq!(command(&rig, &mut control, &[0, 0, 1]), Some(0), "{name}: works after a reset");
+        assert_eq!(rig.command(&mut control, &[0, 0, 1]), Some(0), "{name}: works after a reset");
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::net::Backend;
 
-mod control;
+pub(super) mod control;
 mod face;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -49,27 +49,27 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 
 /// VIRTIO_NET_F_*.
-mod feature {
+pub(super) mod feature {
     pub(super) const CSUM: u64 = 1 << 0;
     pub(super) const GUEST_CSUM: u64 = 1 << 1;
     pub(super) const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
-    pub(super) const MAC: u64 = 1 << 5;
+    pub(in crate::virtio) const MAC: u64 = 1 << 5;
     pub(super) const GUEST_TSO4: u64 = 1 << 7;
     pub(super) const GUEST_TSO6: u64 = 1 << 8;
     pub(super) const HOST_TSO4: u64 = 1 << 11;
     pub(super) const HOST_TSO6: u64 = 1 << 12;
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
-    pub(super) const STATUS: u64 = 1 << 16;
-    pub(super) const CTRL_VQ: u64 = 1 << 17;
+    pub(in crate::virtio) const STATUS: u64 = 1 << 16;
+    pub(in crate::virtio) const CTRL_VQ: u64 = 1 << 17;
     pub(super) const CTRL_RX: u64 = 1 << 18;
     pub(super) const CTRL_RX_EXTRA: u64 = 1 << 20;
-    pub(super) const MQ: u64 = 1 << 22;
+    pub(in crate::virtio) const MQ: u64 = 1 << 22;
     pub(super) const CTRL_MAC_ADDR: u64 = 1 << 23;
 }
 
 /// `struct virtio_net_config`: mac, status, max_virtqueue_pairs.
 const CONFIG_BYTES: usize = 10;
-const LINK_UP: u16 = 1;
+pub(super) const LINK_UP: u16 = 1;
 
 /// What a network device is made from.
 pub struct NetOptions {

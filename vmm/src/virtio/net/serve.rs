@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{self, Command};
+use super::control::{Command, ControlQueue};
 use super::face::Face;
 use super::feature;
 use super::rx::Receiver;
@@ -17,11 +17,8 @@ use super::vhost::LentPair;
 use crate::event::Token;
 use crate::memory::GuestMemory;
 use crate::net::{Offloads, Tap};
-use crate::virtio::queue::{Chain, Position, QueueError};
+use crate::virtio::queue::Position;
 use crate::virtio::{ActivateError, ActiveQueue, Interrupt, complain};
-
-/// Commands per wake-up.
-const COMMANDS: u32 = 32;
 
 /// The two rings of one pair.
 pub(super) struct Pair {
@@ -68,12 +65,6 @@ impl Rings {
     }
 }
 
-struct Control {
-    queue: ActiveQueue,
-    chain: Chain,
-    command: Vec<u8>,
-}
-
 pub(super) struct Server {
     /// None in an empty slot, or when the interface is gone.
     taps: Vec<Arc<Tap>>,
@@ -87,7 +78,7 @@ pub(super) struct Server {
     pub(super) pairs: Vec<Pair>,
     /// Pairs in use, 1 to all.
     enabled: usize,
-    control: Option<Control>,
+    control: Option<ControlQueue>,
     pub(super) features: u64,
     offloads: Offloads,
     face: Arc<Face>,
@@ -122,11 +113,7 @@ impl Server {
             memory,
             pairs: rings.pairs.into_iter().map(pair).collect(),
             enabled: 1,
-            control: rings.control.map(|queue| Control {
-                queue,
-                chain: Chain::default(),
-                command: Vec::new(),
-            }),
+            control: rings.control.map(ControlQueue::new),
             features,
             offloads: offloads(features),
             face,
@@ -141,7 +128,7 @@ impl Server {
             let (rx, tx) = (&p.rx.queue, &p.tx.queue);
             [(rx.index, p.rx.position()), (tx.index, tx.queue.position(0))]
         };
-        let control = self.control.iter().map(|c| (c.queue.index, c.queue.queue.position(0)));
+        let control = self.control.iter().map(ControlQueue::place);
         let positions = self.pairs.iter().flat_map(of_pair).chain(control).collect();
         let bits = [
             (self.offloads.checksum, feature::GUEST_CSUM),
@@ -159,7 +146,7 @@ impl Server {
     }
 
     pub(super) fn notify_control(&self) -> Option<Arc<EventFd>> {
-        self.control.as_ref().map(|c| Arc::clone(&c.queue.notify))
+        self.control.as_ref().map(ControlQueue::notify)
     }
 
     pub(super) fn pairs(&self) -> usize {
@@ -249,41 +236,11 @@ impl Server {
     /// Does what the driver says on the control queue.
     pub(super) fn control(&mut self) {
         let Some(mut control) = self.control.take().filter(|_| !self.broken) else { return };
-        let ended = self.commands(&mut control);
-        if control.queue.queue.publish() {
-            self.interrupt.queue(control.queue.index);
-        }
-        if ended == Ok(Ended::Full) {
-            let _ = control.queue.notify.write(1);
-        }
-        let index = control.queue.index;
+        let (features, interrupt) = (self.features, Arc::clone(&self.interrupt));
+        let ended = control.run(features, &*interrupt, |command| self.obey(command));
+        let index = control.index();
         self.control = Some(control);
-        self.after(index, ended);
-    }
-
-    fn commands(&mut self, control: &mut Control) -> Result<Ended, QueueError> {
-        let Control { queue, chain, command } = control;
-        for _ in 0..COMMANDS {
-            if !queue.queue.pop(chain)? {
-                if queue.queue.enable_notify()? {
-                    continue;
-                }
-                return Ok(Ended::Idle);
-            }
-            let len = chain.readable.len();
-            command.clear();
-            if len <= control::LONGEST {
-                command.resize(len as usize, 0);
-                chain.readable.take(command);
-            }
-            let ack = match control::parse(command, self.features) {
-                Some(command) if self.obey(command) => control::OK,
-                _ => control::ERR,
-            };
-            let written = chain.writable.fill(&[ack]);
-            queue.queue.complete(chain.head, written as u32);
-        }
-        Ok(Ended::Full)
+        self.after(index, ended.map(|()| Ended::Idle));
     }
 
     fn obey(&mut self, command: Command) -> bool {

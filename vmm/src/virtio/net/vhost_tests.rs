@@ -118,7 +118,7 @@ fn several_pairs_go_over_and_come_back_together() {
     );
     let (backend, peers) = Backend::fakes(2);
     port.insert(backend, None).unwrap();
-    let control = control_tests::command(&rig, &mut rings[4], &[4, 0, 2, 0]);
+    let control = rig.command(&mut rings[4], &[4, 0, 2, 0]);
     assert_eq!(control, Some(0));
     for (pair, peer) in peers.iter().enumerate() {
         rig.memory.write_slice(&packet(60, 1), GuestAddress(DATA)).unwrap();
@@ -138,7 +138,7 @@ fn pairs_that_the_kernel_has_no_ring_for_are_served_here() {
     let port = device.port();
     let rig = Rig::new(device);
     let mut rings = rig.start(!0, 5, 256);
-    assert_eq!(control_tests::command(&rig, &mut rings[4], &[4, 0, 2, 0]), Some(0));
+    assert_eq!(rig.command(&mut rings[4], &[4, 0, 2, 0]), Some(0));
     port.eject().unwrap();
     let (backend, peers, kernels) = Backend::fake_vhosts(1);
     port.insert(backend, None).unwrap();

@@ -21,12 +21,13 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::net::control::ControlQueue;
 use super::queue::Position;
 use super::state::StateError;
 use super::worker::{Gate, RESET_DEADLINE, Session, Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt,
-    VirtioDevice, fd_of, read_config_bytes,
+    VirtioDevice, complain, fd_of, read_config_bytes,
 };
 use crate::event::{EventFlags, LoopHandle, Ops};
 use crate::memory::GuestMemory;
@@ -34,6 +35,7 @@ use crate::vhost::Ring;
 use crate::vhost::user::{Front, PATIENCE, UserError};
 
 mod model;
+mod pairs;
 
 #[cfg(test)]
 mod tests;
@@ -83,6 +85,8 @@ pub struct VhostUser {
     queue_sizes: Vec<u16>,
     worker: Worker,
     session: Option<Session<Served>>,
+    /// Pairs of queues that the driver of a suspended NIC uses.
+    carried: Option<u16>,
 }
 
 /// The back end, gone or not.
@@ -104,6 +108,9 @@ struct Served {
     features: u64,
     /// Keep guest memory mapped.
     queues: Vec<ActiveQueue>,
+    control: Option<ControlQueue>,
+    /// Of a NIC, 1 to all.
+    pairs_in_use: u16,
     calls: Vec<EventFd>,
     error: EventFd,
     interrupt: Arc<dyn Interrupt>,
@@ -126,7 +133,7 @@ impl VhostUser {
         let front = Mutex::new(Arc::new(front));
         let queue_sizes = vec![queue_size; usize::from(model.queues())];
         let peer = Arc::new(Peer { device, socket, model: model.clone(), features, front, main_loop });
-        Ok(Self { peer, model, features, config, queue_sizes, worker, session: None })
+        Ok(Self { peer, model, features, config, queue_sizes, worker, session: None, carried: None })
     }
 
     fn stop(&mut self, wait: Duration) -> bool {
@@ -136,11 +143,14 @@ impl VhostUser {
 
 /// What a back end and a device of this kind have in common: features and configuration.
 fn greet(front: &Front, model: &Model) -> Result<(u64, Vec<u8>), UserError> {
-    let missing = F_VERSION_1 & !front.features();
+    let missing = (F_VERSION_1 | model.needed_features()) & !front.features();
     if missing != 0 {
         return Err(UserError::Features(missing));
     }
-    front.check_queues(model.queues())?;
+    match model {
+        Model::Net { pairs, .. } => front.check_pairs(*pairs)?,
+        Model::Fs { .. } | Model::Blk { .. } => front.check_queues(model.queues())?,
+    }
     let features = front.features() & (RINGS | model.features()) | model.own_features();
     let config = match model.config_bytes() {
         0 => Vec::new(),
@@ -199,7 +209,7 @@ impl Served {
                 call: fd_of(call),
                 error: fd_of(&self.error),
             };
-            front.start_ring(&ring, end)?;
+            front.start_ring(&ring, self.is_in_use(queue.index), end)?;
             // What a quick driver has notified before the back end listened.
             let _ = queue.notify.write(1);
         }
@@ -211,6 +221,7 @@ impl Served {
         let Some(front) = self.front.take() else { return Ok(Vec::new()) };
         let end = Instant::now() + PATIENCE;
         let lent = std::mem::take(&mut self.lent);
+        let control = self.control.iter().map(ControlQueue::place).map(Ok);
         self.queues
             .iter_mut()
             .zip(&self.calls)
@@ -223,6 +234,7 @@ impl Served {
                 }
                 Ok((queue.index, queue.queue.position(0)))
             })
+            .chain(control)
             .collect()
     }
 
@@ -279,6 +291,7 @@ impl VirtioDevice for VhostUser {
             return Err(ActivateError::StillBusy);
         }
         let Activation { memory, features, queues, interrupt } = activation;
+        let (queues, control) = pairs::sort(&self.model, features, queues);
         let needed = self.model.needed_queues();
         if let Some(missing) = (0..needed).find(|index| !queues.iter().any(|q| q.index == *index)) {
             return Err(ActivateError::MissingQueue(missing));
@@ -291,6 +304,8 @@ impl VirtioDevice for VhostUser {
             memory,
             features,
             queues,
+            control,
+            pairs_in_use: self.carried.take().unwrap_or(1),
             calls,
             error: event()?,
             interrupt: Arc::clone(&interrupt),
@@ -302,6 +317,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn reset(&mut self) {
+        self.carried = None;
         if !self.stop(RESET_DEADLINE) {
             let device = &self.peer.device;
             tracing::error!(device, "an I/O thread hangs; the device stays down until it does not");
@@ -321,9 +337,12 @@ impl VirtioDevice for VhostUser {
 
     fn suspend(&mut self) -> Result<Vec<(u16, Position)>, StateError> {
         let left = Session::take(&mut self.session, RESET_DEADLINE, |served| {
-            served.take_back().inspect_err(|error| served.give_up(error)).unwrap_or_default()
+            let places = served.take_back().inspect_err(|error| served.give_up(error)).unwrap_or_default();
+            (places, served.pairs_in_use)
         });
-        left.ok_or(StateError::Busy)
+        let (places, pairs) = left.ok_or(StateError::Busy)?;
+        self.carried = Some(pairs);
+        Ok(places)
     }
 }
 
@@ -338,11 +357,17 @@ fn start(served: &mut Served, gate: &Arc<Gate<Served>>, ops: &mut Ops<'_>) -> io
         let (queue, interrupt) = (queue.index, Arc::clone(&served.interrupt));
         gate.watch(ops, fd_of(call), edge, move |_, _: &mut Ops<'_>| interrupt.queue(queue))?;
     }
+    if let Some(notify) = served.control.as_ref().map(ControlQueue::notify) {
+        let commands = Arc::clone(gate);
+        gate.watch(ops, fd_of(&notify), edge, move |_, _: &mut Ops<'_>| {
+            commands.enter(Served::commands);
+        })?;
+    }
     let complaint = Arc::clone(gate);
     gate.watch(ops, fd_of(&served.error), edge, move |_, _: &mut Ops<'_>| {
         complaint.enter(|served| {
             let device = &served.peer.device;
-            super::complain(|| tracing::warn!(device, "needs a reset: the back end cannot use a ring"));
+            complain(|| tracing::warn!(device, "needs a reset: the back end cannot use a ring"));
             served.interrupt.needs_reset();
         });
     })?;

@@ -1,6 +1,11 @@
 //! What the devices differ in: type, queues, features, configuration. Pure.
+//!
+//! A NIC with several pairs of queues has a control queue behind them, on which the driver says how many are in use. It stays here: the back
+//! end hears of it ring by ring.
 
 use crate::vhost::user::CONFIG_MAX;
+use crate::virtio::net::LINK_UP;
+use crate::virtio::net::feature::{CTRL_VQ, MAC, MQ, STATUS};
 
 /// Most bytes of a file system's tag.
 pub const TAG_MAX: usize = 36;
@@ -18,10 +23,12 @@ pub enum Model {
         /// Queues, 1 to 32.
         queues: u16,
     },
-    /// A NIC with one pair of queues.
+    /// A NIC.
     Net {
         /// Its address.
         mac: [u8; 6],
+        /// Pairs of queues, 1 to 16.
+        pairs: u16,
     },
 }
 
@@ -41,11 +48,8 @@ mod blk {
 /// VIRTIO_NET_F_*.
 mod net {
     /// CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_UFO, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_UFO, MRG_RXBUF. Not what the
-    /// control queue is for: there is none.
+    /// driver would ask for on the control queue: there it can only say how many pairs are in use.
     pub(super) const PASSED: u64 = 1 | 1 << 1 | 0xff << 7 | 1 << 15;
-    pub(super) const MAC: u64 = 1 << 5;
-    pub(super) const STATUS: u64 = 1 << 16;
-    pub(super) const LINK_UP: u16 = 1;
 }
 
 impl Model {
@@ -60,17 +64,47 @@ impl Model {
 
     pub(super) fn queues(&self) -> u16 {
         match self {
-            // High priority, and requests; receive, and transmit.
-            Self::Fs { .. } | Self::Net { .. } => 2,
+            // High priority, and requests.
+            Self::Fs { .. } => 2,
             Self::Blk { queues } => *queues,
+            // Receive, and transmit; several pairs of them, and control.
+            Self::Net { pairs: ..=1, .. } => 2,
+            Self::Net { pairs, .. } => 2 * pairs + 1,
         }
+    }
+
+    /// Those, from the first on, that the back end serves for a driver with these features.
+    pub(super) fn served_queues(&self, features: u64) -> u16 {
+        match self {
+            Self::Net { pairs, .. } if features & MQ != 0 => 2 * pairs,
+            Self::Net { .. } => 2,
+            other => other.queues(),
+        }
+    }
+
+    /// The control queue (virtio 1.2 §5.1.2): behind all pairs, or behind the first if the driver does not know of several.
+    pub(super) fn control_queue(&self, features: u64) -> Option<u16> {
+        (self.has_pairs() && features & CTRL_VQ != 0).then(|| self.served_queues(features))
+    }
+
+    /// Queues that come in pairs, of which the driver uses both or none.
+    pub(super) fn has_pairs(&self) -> bool {
+        matches!(self, Self::Net { .. })
     }
 
     /// Those, from the first on, without which nothing works. A disk's driver leaves out what it has no processor for.
     pub(super) fn needed_queues(&self) -> u16 {
         match self {
             Self::Blk { .. } => 1,
-            other => other.queues(),
+            Self::Fs { .. } | Self::Net { .. } => 2,
+        }
+    }
+
+    /// Features of the device that the back end must have.
+    pub(super) fn needed_features(&self) -> u64 {
+        match self {
+            Self::Net { pairs: 2.., .. } => MQ,
+            _ => 0,
         }
     }
 
@@ -79,7 +113,7 @@ impl Model {
         match self {
             Self::Fs { .. } => 0,
             Self::Blk { .. } => blk::PASSED,
-            Self::Net { .. } => net::PASSED,
+            Self::Net { .. } => net::PASSED | self.needed_features(),
         }
     }
 
@@ -89,7 +123,8 @@ impl Model {
             Self::Fs { .. } => 0,
             Self::Blk { queues } if *queues > 1 => blk::MQ,
             Self::Blk { .. } => 0,
-            Self::Net { .. } => net::MAC | net::STATUS,
+            Self::Net { pairs: ..=1, .. } => MAC | STATUS,
+            Self::Net { .. } => MAC | STATUS | CTRL_VQ,
         }
     }
 
@@ -116,10 +151,11 @@ impl Model {
                     to.copy_from_slice(&queues.to_le_bytes());
                 }
             }
-            // §5.1.4: mac, status.
-            Self::Net { mac } => {
+            // §5.1.4: mac, status, max_virtqueue_pairs.
+            Self::Net { mac, pairs } => {
                 told = mac.to_vec();
-                told.extend(net::LINK_UP.to_le_bytes());
+                told.extend(LINK_UP.to_le_bytes());
+                told.extend(pairs.to_le_bytes());
             }
         }
         told
@@ -139,7 +175,20 @@ mod tests {
         let blk = Model::Blk { queues: 4 }.config(vec![9; 60]);
         assert_eq!((blk.len(), &blk[33..37]), (60, &[9, 4, 0, 9][..]));
         assert!(Model::Blk { queues: 4 }.config(Vec::new()).is_empty());
-        let net = Model::Net { mac: [1, 2, 3, 4, 5, 6] }.config(Vec::new());
-        assert_eq!(net, [1, 2, 3, 4, 5, 6, 1, 0]);
+        let net = Model::Net { mac: [1, 2, 3, 4, 5, 6], pairs: 3 }.config(Vec::new());
+        assert_eq!(net, [1, 2, 3, 4, 5, 6, 1, 0, 3, 0]);
+    }
+
+    #[test]
+    fn the_control_queue_is_behind_what_the_driver_knows_of() {
+        let [one, four] = [1, 4].map(|pairs| Model::Net { mac: [2; 6], pairs });
+        assert_eq!((one.queues(), one.own_features() & CTRL_VQ, one.needed_features()), (2, 0, 0));
+        assert_eq!((four.queues(), four.own_features() & CTRL_VQ, four.needed_features()), (9, CTRL_VQ, MQ));
+        for (features, served, control) in
+            [(0, 2, None), (CTRL_VQ, 2, Some(2)), (CTRL_VQ | MQ, 8, Some(8)), (MQ, 8, None)]
+        {
+            assert_eq!((four.served_queues(features), four.control_queue(features)), (served, control));
+        }
+        assert_eq!(Model::Blk { queues: 4 }.served_queues(CTRL_VQ | MQ), 4);
     }
 }

@@ -8,6 +8,8 @@ use crate::vhost::double::Double;
 use crate::vhost::user::double::{BackEnd, Skills, Wrong};
 use crate::virtio::testing::{DATA, HIGH_END, PATIENCE as LONG, RAM, Rig, Ring as DriverRing, shared_memory};
 
+mod pairs;
+
 const PROTOCOL: u64 = 1 << 30;
 /// MQ, REPLY_ACK, CONFIG, and some that nobody here knows.
 const ALL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 5 | 1 << 12;
@@ -294,7 +296,7 @@ fn disks_and_nics_show_what_they_are() {
     wait(|| back.rings.running() == [0]);
     drop(disk);
     let mac = [0x52, 0x54, 0, 1, 2, 3];
-    let nic = Rig::with_memory(open(&back, &main, Model::Net { mac }).unwrap(), shared_memory());
+    let nic = Rig::with_memory(open(&back, &main, Model::Net { mac, pairs: 1 }).unwrap(), shared_memory());
     assert_eq!((nic.get(8), nic.get(0x100), nic.get(0x104)), (1, 0x0100_5452, 0x0001_0302));
     assert_eq!(nic.offered(), RINGS | 1 << 5 | 1 << 16 | 1 << 9);
     nic.start(!0, 1, 128);

@@ -56,6 +56,22 @@ pub enum Command {
     },
     /// `netdev_del`.
     NetdevDel(String),
+    /// `netdev_replace`: another tap for a netdev that a NIC uses.
+    NetdevReplace {
+        /// The netdev, or its NIC.
+        id: String,
+        /// The tap.
+        ifname: String,
+        /// The device that it is opened through.
+        path: Option<PathBuf>,
+    },
+    /// `netlink_set`.
+    NetlinkSet {
+        /// The NIC, or its netdev.
+        id: String,
+        /// Up, or down.
+        up: bool,
+    },
     /// `chardev-add`: the socket of a process that is to serve a device.
     ChardevAdd {
         /// Its name.
@@ -84,6 +100,8 @@ pub enum Command {
     },
     /// `query-mem`.
     QueryMem,
+    /// `query-mem-gpa`: what guest RAM holds at this address.
+    QueryMemGpa(u64),
     /// `query-block`.
     QueryBlock,
     /// `query-named-block-nodes`.
@@ -180,7 +198,10 @@ impl From<HotplugError> for CommandError {
     fn from(error: HotplugError) -> Self {
         match &error {
             HotplugError::Refused(
-                SlotRefusal::NoDevice(_) | SlotRefusal::NoDrive(_) | SlotRefusal::NoNetdev(_),
+                SlotRefusal::NoDevice(_)
+                | SlotRefusal::NoDrive(_)
+                | SlotRefusal::NoNetdev(_)
+                | SlotRefusal::NoNic(_),
             ) => Self::NotFound(error.to_string()),
             _ => Self::Hotplug(error),
         }
@@ -271,6 +292,10 @@ impl Control {
                 return self.hotplug(Hotplug::AddNetdev { netdev, fds, vhost_fds }, None);
             }
             Command::NetdevDel(name) => return self.hotplug(Hotplug::RemoveNetdev(name), None),
+            Command::NetdevReplace { id, ifname, path } => {
+                return self.hotplug(Hotplug::ReplaceTap { id, ifname, path }, None);
+            }
+            Command::NetlinkSet { id, up } => return self.hotplug(Hotplug::SetLink { id, up }, None),
             Command::ChardevAdd { id, path } => return self.hotplug(Hotplug::AddChardev { id, path }, None),
             Command::ChardevRemove(id) => return self.hotplug(Hotplug::RemoveChardev(id), None),
             Command::DeviceAdd(device) => return self.hotplug(Hotplug::Plug(*device), None),
@@ -297,6 +322,12 @@ impl Control {
             Command::QueryMem => {
                 tracing::info!("guest memory: {} bytes at boot", self.memory);
                 return reply(json!({}));
+            }
+            Command::QueryMemGpa(address) => {
+                let word = self.vm.as_ref().and_then(|vm| vm.peek(address));
+                // As StratoVirt writes it: hexadecimal digits and nothing else.
+                let missing = || CommandError::Bad(format!("there is no guest RAM at {address:#x}"));
+                return answer(word.map(|word| json!(format!("{word:X}"))).ok_or_else(missing));
             }
             Command::QueryBlock => return reply(query::block(&self.block_devices())),
             Command::QueryNamedBlockNodes => return reply(query::named_block_nodes(&self.block_devices())),

@@ -16,6 +16,9 @@ struct FakeVm {
 }
 
 impl Vm for FakeVm {
+    fn peek(&self, address: u64) -> Option<u32> {
+        (address < 1 << 28).then(|| address as u32 + 0xab)
+    }
     fn pause(&mut self) -> Result<(), BoxError> {
         if self.fails { Err("vCPU 0 did not stop".into()) } else { Ok(()) }
     }
@@ -100,6 +103,16 @@ fn a_vm_created_paused_is_started_by_cont() {
     let (mut control, _loop) = control(&VmConfig { start_paused: true, ..Default::default() }, false);
     assert_eq!(names(&control.execute(Command::Stop)), ["error: the VM is paused already"]);
     assert_eq!(names(&control.execute(Command::Cont)), ["RESUME {}", "{}"]);
+}
+
+#[test]
+fn what_guest_memory_holds_is_told_in_hexadecimal_digits() {
+    let (mut control, _loop) = control(&VmConfig::default(), false);
+    assert_eq!(names(&control.execute(Command::QueryMemGpa(0x100_0000))), [r#""10000AB""#]);
+    assert_eq!(
+        names(&control.execute(Command::QueryMemGpa(u64::MAX))),
+        ["error: there is no guest RAM at 0xffffffffffffffff"]
+    );
 }
 
 #[test]

@@ -23,6 +23,8 @@ pub trait Vm: Send {
     fn set_balloon(&mut self, bytes: u64);
     /// The virtio-mem device of this name.
     fn memory_device(&self, id: &str) -> Option<Arc<mem::Port>>;
+    /// The four bytes of guest RAM at an address, as a number.
+    fn peek(&self, address: u64) -> Option<u32>;
     /// Puts a paused machine back to its start; after an error it cannot go on.
     fn reset(&mut self) -> Result<(), BoxError>;
     /// Asks the guest to power down.
@@ -66,6 +68,9 @@ impl Vm for Machine {
     }
     fn memory_device(&self, id: &str) -> Option<Arc<mem::Port>> {
         Self::memory_device(self, id)
+    }
+    fn peek(&self, address: u64) -> Option<u32> {
+        Self::peek(self, address)
     }
     fn reset(&mut self) -> Result<(), BoxError> {
         Ok(Self::reset(self)?)

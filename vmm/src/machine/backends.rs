@@ -3,10 +3,12 @@
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use super::plugging::HotplugError;
 use crate::block::{BlockError, Disk};
 use crate::config::{Drive, NetBackend, Netdev, TapSource};
 use crate::inherit::Inherited;
 use crate::net::{Backend, NetError};
+use crate::virtio::net::Port;
 
 /// Opens an image; where descriptors were sent for it, they stand for its files, as inherited ones do for those of the command line.
 pub(super) fn open_disk(
@@ -43,6 +45,24 @@ pub(super) fn forget_descriptors(netdev: &mut Netdev) {
             fds.clear();
         }
     }
+}
+
+/// Opens another tap for a netdev, and puts it behind the NIC that uses it.
+pub(super) fn replace_tap(
+    netdev: &mut Netdev,
+    port: &Port,
+    ifname: String,
+    path: Option<PathBuf>,
+    inherited: &Inherited,
+) -> Result<(), HotplugError> {
+    let mut wanted = netdev.clone();
+    if let NetBackend::Tap { source, path: device, vhost_fds, .. } = &mut wanted.backend {
+        (*source, *device) = (TapSource::Name(ifname), path);
+        vhost_fds.clear();
+    }
+    port.replace(Backend::open(&wanted, inherited)?)?;
+    *netdev = wanted;
+    Ok(())
 }
 
 /// Whether it was made from descriptors, and has been used.

@@ -95,6 +95,12 @@ pub enum Refusal {
     /// No netdev of that name.
     #[error("Netdev {0} not found")]
     NoNetdev(String),
+    /// No NIC of that name, or on a netdev of that name.
+    #[error("no net dev {0}")]
+    NoNic(String),
+    /// Another process moves the packets.
+    #[error("{0} is served by another process: its link and its network are that one's")]
+    Served(String),
     /// A device uses it.
     #[error("{name} is in use by device {device}: remove the device first (device_del)")]
     InUse {

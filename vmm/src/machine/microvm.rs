@@ -104,7 +104,7 @@ pub(super) struct Microvm {
     vm: Arc<VmFd>,
     /// Kept for the same reason.
     _device_memory: DeviceMemory,
-    memory: Arc<GuestMemory>,
+    pub(super) memory: Arc<GuestMemory>,
 }
 
 impl Microvm {

@@ -30,6 +30,8 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
+use vm_memory::{Bytes as _, GuestAddress};
+
 use crate::block::BlockError;
 use crate::boot::BootError;
 use crate::bus::BusError;
@@ -392,6 +394,16 @@ impl Machine {
             Board::Microvm(board) => board.balloon.clone(),
             Board::Q35(board) => board.balloon.clone(),
         }
+    }
+
+    /// The four bytes of guest RAM at an address, the lowest first.
+    pub fn peek(&self, address: u64) -> Option<u32> {
+        let memory = match &self.board {
+            Board::None => return None,
+            Board::Microvm(board) => &board.memory,
+            Board::Q35(board) => &board.memory,
+        };
+        memory.read_obj(GuestAddress(address)).ok().map(u32::from_le)
     }
 
     /// The device of this name that hands memory out: how much the guest has, and is to have.

@@ -39,6 +39,22 @@ pub enum Hotplug {
     },
     /// `netdev_del`.
     RemoveNetdev(String),
+    /// `netdev_replace`: another tap for a netdev that a NIC uses.
+    ReplaceTap {
+        /// The netdev, or its NIC.
+        id: String,
+        /// The tap.
+        ifname: String,
+        /// The device that it is opened through.
+        path: Option<PathBuf>,
+    },
+    /// `netlink_set`: a NIC's link.
+    SetLink {
+        /// The NIC, or its netdev.
+        id: String,
+        /// Up, or down.
+        up: bool,
+    },
     /// `chardev-add`: the socket of a process that is to serve a device.
     AddChardev {
         /// Its name.

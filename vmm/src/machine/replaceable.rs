@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::backends::{forget_descriptors, is_spent, open_disk, open_netdev};
+use super::backends::{forget_descriptors, is_spent, open_disk, open_netdev, replace_tap};
 use super::hotplug::{NewDevice, Refusal, Removal, SlotKind, Table};
 use super::plugging::{BlockDevice, Hotplug, HotplugError, NetDevice};
 use super::seating::Seating;
@@ -102,10 +102,25 @@ impl Replaceable {
                 self.table.nets.remove(&name)?;
                 self.backends.remove(&name);
             }
+            Hotplug::ReplaceTap { id, ifname, path } => {
+                let (netdev, port) = self.nic(&id)?;
+                let port = Arc::clone(port);
+                let netdev = self.table.nets.config_mut(&netdev).ok_or(Refusal::NoNic(id))?;
+                replace_tap(netdev, &port, ifname, path, &self.inherited)?;
+            }
+            Hotplug::SetLink { id, up } => self.nic(&id)?.1.set_link(up)?,
             Hotplug::Plug(device) => self.plug(device)?,
             Hotplug::Unplug(id) => self.unplug(&id)?,
         }
         Ok(())
+    }
+
+    /// The netdev and the port of a NIC, by the name of either.
+    fn nic(&self, id: &str) -> Result<(String, &Arc<net::Port>), Refusal> {
+        let mut nics = self.table.nets.plugged();
+        let found = nics.find(|(_, device, netdev)| *device == id || *netdev == id);
+        let port = found.and_then(|(slot, _, netdev)| Some((netdev.to_owned(), self.ports.nets.get(slot)?)));
+        port.ok_or_else(|| Refusal::NoNic(id.to_owned()))
     }
 
     /// The images of a node that no device uses, nearest first. It is only read from now on, so it gives its own hold of the image up.

@@ -168,6 +168,11 @@ pub(super) const COMMANDS: &[Spec] = &[
     command("netdev_del", plug::ID, NOTHING, |a, _| {
         Ok(Action::Control(Command::NetdevDel(plug::name(a, "id")?)))
     }),
+    command("netdev_replace", plug::REPLACEMENT, NOTHING, |a, _| plug::replacement(a).map(Action::Control)),
+    command("netlink_set", &[must("id", Text), must("up", Bool)], NOTHING, |a, _| {
+        let (id, up) = (plug::name(a, "id")?, a.boolean("up").unwrap_or(false));
+        Ok(Action::Control(Command::NetlinkSet { id, up }))
+    }),
     command("qmp_capabilities", &[may("enable", Any)], NOTHING, capabilities),
     command("qom-get", &[must("path", Text), must("property", Text)], Any, |a, _| {
         let (path, property) = (a.text("path").unwrap_or_default(), a.text("property").unwrap_or_default());
@@ -210,6 +215,13 @@ pub(super) const COMMANDS: &[Spec] = &[
     ),
     answer!("query-machines", &[], MACHINES, answers::machines()),
     control!("query-mem", QueryMem, NOTHING),
+    command("query-mem-gpa", &[must("gpa", Text)], Text, |a, _| {
+        let text = a.text("gpa").unwrap_or_default();
+        let digits = text.strip_prefix("0x").unwrap_or(&text);
+        let address = u64::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'));
+        let bad = || QmpError::generic("argument 'gpa' must be an address in hexadecimal digits");
+        Ok(Action::Control(Command::QueryMemGpa(address.ok_or_else(bad)?)))
+    }),
     control!("query-migrate", QueryMigrate, Object(&[must("status", Text)])),
     answer!("query-migrate-capabilities", &[], List(&Any), json!([])),
     control!("query-name", QueryName, Object(&[may("name", Text)])),

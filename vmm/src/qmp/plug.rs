@@ -97,6 +97,10 @@ pub(super) const NETDEV: &[Member] = &[
     may("macnat", Bool),
 ];
 
+/// `netdev_replace`.
+pub(super) const REPLACEMENT: &[Member] =
+    &[must("id", Text), must("ifname", Text), may("path", Text), may("macnat", Bool)];
+
 pub(super) const CHARDEV: &[Member] = &[
     must("id", Text),
     must("backend", Object(&[must("type", Word(&["socket"])), must("data", Object(SOCKET))])),
@@ -334,6 +338,19 @@ fn served_netdev(id: String, arguments: &Arguments) -> Result<Command, QmpError>
     })
 }
 
+fn tap_name(name: String) -> Result<String, QmpError> {
+    if (1..=IFNAME_MAX).contains(&name.len()) {
+        return Ok(name);
+    }
+    Err(bad(format!("argument 'ifname' must have 1 to {IFNAME_MAX} bytes")))
+}
+
+/// `netdev_replace`.
+pub(super) fn replacement(arguments: &Arguments) -> Result<Command, QmpError> {
+    let (id, ifname) = (name(arguments, "id")?, tap_name(arguments.text("ifname").unwrap_or_default())?);
+    Ok(Command::NetdevReplace { id, ifname, path: tun_path(arguments)? })
+}
+
 /// The device that a tap is opened through.
 fn tun_path(arguments: &Arguments) -> Result<Option<PathBuf>, QmpError> {
     match arguments.text("path") {
@@ -372,8 +389,7 @@ pub(super) fn netdev(arguments: &Arguments, descriptors: &Descriptors) -> Result
     };
     let source = match (arguments.text("ifname"), fds.is_empty()) {
         (Some(_), false) => return Err(bad("arguments 'ifname' and 'fd' exclude each other")),
-        (Some(name), true) if (1..=IFNAME_MAX).contains(&name.len()) => TapSource::Name(name),
-        (Some(_), true) => return Err(bad(format!("argument 'ifname' must have 1 to {IFNAME_MAX} bytes"))),
+        (Some(name), true) => TapSource::Name(tap_name(name)?),
         (None, false) => TapSource::Fds(Vec::new()),
         (None, true) => {
             return Err(bad("Tap device is missing, use 'ifname' or 'fd' to configure a tap device"));

@@ -28,6 +28,9 @@ type Asked = Arc<Mutex<Vec<String>>>;
 struct FakeVm(Arc<AtomicUsize>, Asked);
 
 impl Vm for FakeVm {
+    fn peek(&self, address: u64) -> Option<u32> {
+        (address < 1 << 28).then(|| address as u32 + 0xab)
+    }
     fn pause(&mut self) -> Result<(), BoxError> {
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(())
@@ -287,6 +290,18 @@ fn whatever_is_malformed_gets_an_error_and_the_connection_stays() {
         ("{\"execute\":\"qmp_capabilities\",\"arguments\":{\"enable\":[\"oob\"]}}", "is not available"),
         ("{\"execute\":\"stop\",\"id\":1e999}", "number out of range"),
         ("{\"execute\":\"\\ud800\"}", "invalid request"),
+        (
+            "{\"execute\":\"query-mem-gpa\",\"arguments\":{\"gpa\":\"10x\"}}",
+            "argument 'gpa' must be an address in hexadecimal digits",
+        ),
+        (
+            "{\"execute\":\"query-mem-gpa\",\"arguments\":{\"gpa\":\"+10\"}}",
+            "argument 'gpa' must be an address in hexadecimal digits",
+        ),
+        (
+            "{\"execute\":\"query-mem-gpa\",\"arguments\":{\"gpa\":\"10000000\"}}",
+            "there is no guest RAM at 0x10000000",
+        ),
         ("{\"execute\":\"query-vnc\"}", "The service of VNC is not supported"),
         ("{\"execute\":\"query-display-image\"}", "query-display-image is not supported"),
     ] {

@@ -160,7 +160,7 @@ pub(in crate::machine) struct Q35 {
     vm: Arc<VmFd>,
     /// Kept for the same reason too.
     device_memory: DeviceMemory,
-    memory: Arc<GuestMemory>,
+    pub(super) memory: Arc<GuestMemory>,
 }
 
 impl Q35 {

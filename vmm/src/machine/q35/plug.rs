@@ -19,7 +19,7 @@ use crate::block::Disk;
 use crate::config::{BackingImage, Drive, HostAddress, Netdev, PciAddr, ROOT_BUS, VmConfig};
 use crate::event::LoopHandle;
 use crate::inherit::Inherited;
-use crate::machine::backends::{forget_descriptors, is_spent, open_disk, open_netdev};
+use crate::machine::backends::{forget_descriptors, is_spent, open_disk, open_netdev, replace_tap};
 use crate::machine::hotplug::{NewDevice, Refusal, SlotKind};
 use crate::machine::plugging::{BlockDevice, Hotplug, HotplugError, NetDevice, PlugError, Plugged};
 use crate::net::{self, Backend};
@@ -231,6 +231,12 @@ impl Q35 {
                     shelves.sockets.use_by(&chardev, None);
                 }
             }
+            Hotplug::ReplaceTap { id, ifname, path } => {
+                let (name, port) = nic(&self.seats, &id)?;
+                let netdev = shelves.nets.config_mut(name).ok_or(Refusal::NoNic(id))?;
+                replace_tap(netdev, port, ifname, path, &self.inherited)?;
+            }
+            Hotplug::SetLink { id, up } => nic(&self.seats, &id)?.1.set_link(up)?,
             Hotplug::Plug(device) if device.driver == cpus::DRIVER => {
                 self.plug_cpu(&device)?;
                 return Ok(Plugged::CpusResized);
@@ -373,6 +379,20 @@ impl Q35 {
         self.shelves.release(&seat.end);
         Some(seat.id)
     }
+}
+
+/// The netdev and the port of a NIC, by the name of either.
+fn nic<'a>(seats: &'a [Seat], id: &str) -> Result<(&'a str, &'a crate::virtio::net::Port), Refusal> {
+    for seat in seats {
+        match &seat.end {
+            End::Nic(netdev, port) if seat.id == id || netdev == id => return Ok((netdev, port)),
+            End::ServedNic(netdev, _) if seat.id == id || netdev == id => {
+                return Err(Refusal::Served(id.to_owned()));
+            }
+            _ => {}
+        }
+    }
+    Err(Refusal::NoNic(id.to_owned()))
 }
 
 impl Shelves {

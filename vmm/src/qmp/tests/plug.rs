@@ -201,6 +201,45 @@ fn hot_plug_arguments_that_make_no_sense_are_refused_by_name() {
 }
 
 #[test]
+fn a_nic_gets_another_tap_and_its_link_goes_down_and_up() {
+    let mut world = World::new();
+    let mut client = world.connect("a");
+    world.line(&mut client);
+    for line in [
+        r#"{"execute":"netdev_replace","arguments":{"id":"net-0","ifname":"tap1"}}"#,
+        r#"{"execute":"netdev_replace","arguments":{"id":"net-0","ifname":"tap1","path":"/dev/tun2","macnat":false}}"#,
+        r#"{"execute":"netlink_set","arguments":{"id":"net-0","up":false}}"#,
+        r#"{"execute":"netlink_set","arguments":{"id":"net-0","up":"on"}}"#,
+    ] {
+        assert_eq!(world.ask(&mut client, line), EMPTY, "{line}");
+    }
+    let asked = [
+        r#"ReplaceTap { id: "net-0", ifname: "tap1", path: None }"#,
+        r#"ReplaceTap { id: "net-0", ifname: "tap1", path: Some("/dev/tun2") }"#,
+        r#"SetLink { id: "net-0", up: false }"#,
+        r#"SetLink { id: "net-0", up: true }"#,
+    ];
+    assert_eq!(*world.asked.lock().unwrap(), asked);
+    for (line, want) in [
+        (
+            r#"{"execute":"netdev_replace","arguments":{"id":"n"}}"#,
+            "argument 'ifname' of command netdev_replace is missing",
+        ),
+        (
+            r#"{"execute":"netdev_replace","arguments":{"id":"n","ifname":""}}"#,
+            "argument 'ifname' must have 1 to 15 bytes",
+        ),
+        (
+            r#"{"execute":"netlink_set","arguments":{"id":"n"}}"#,
+            "argument 'up' of command netlink_set is missing",
+        ),
+    ] {
+        let got = world.ask(&mut client, line);
+        assert!(got.contains(want), "{line}: {got}");
+    }
+}
+
+#[test]
 fn sockets_of_processes_that_serve_devices_get_names() {
     let mut world = World::new();
     let mut client = world.connect("a");

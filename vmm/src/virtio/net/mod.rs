@@ -171,7 +171,7 @@ impl VirtioDevice for Net {
             server.go_on(carried);
         }
         let signal = Arc::clone(&interrupt);
-        state.session = Some(Session::start(server, state.backend.clone(), io_thread, interrupt));
+        state.session = Some(Session::start(server, state.reachable(), io_thread, interrupt));
         if std::mem::take(&mut self.link_changed) {
             signal.config();
         }

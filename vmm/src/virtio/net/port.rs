@@ -6,6 +6,8 @@
 //!            eject                         reset
 //! ```
 //!
+//! A NIC in the slot whose link a client has taken down keeps its host end, and the session has none: as if the cable were out.
+//!
 //! Locks: the transport's registers, then `state`. It is held over a wait for the I/O thread, which therefore never takes
 //! it: what the guest reads meanwhile is in `Face`, which has no lock.
 
@@ -73,6 +75,8 @@ pub struct NotInserted {
 
 pub(super) struct State {
     pub(super) backend: Option<Arc<Backend>>,
+    /// A client has taken the link down. Not saved: a NIC that is restored has its link.
+    cable_out: bool,
     pub(super) session: Option<Session>,
     /// The thread of this session or the last one, which may still hold watches.
     pub(super) io_thread: Option<LoopHandle>,
@@ -80,6 +84,37 @@ pub(super) struct State {
     pub(super) mac: [u8; 6],
     /// The thread of this session or the next.
     pub(super) worker: Worker,
+}
+
+impl State {
+    /// The host end that packets go to.
+    pub(super) fn reachable(&self) -> Option<Arc<Backend>> {
+        self.backend.clone().filter(|_| !self.cable_out)
+    }
+
+    /// Takes the host end from the session, if there is one: when this returns no packet moves.
+    fn detach(&self, deadline: Instant) -> Result<(), PortError> {
+        let done = match (&self.session, &self.io_thread) {
+            (Some(session), _) => session.detach(deadline),
+            (None, Some(io_thread)) => settle(io_thread, deadline),
+            (None, None) => Ok(()),
+        };
+        done.map_err(|_| PortError::Hangs)
+    }
+
+    /// Gives it to the session; the guest sees the link come up.
+    fn attach(&self, face: &Face, backend: &Arc<Backend>, deadline: Instant) -> Result<(), PortError> {
+        match &self.session {
+            None => {
+                face.set_link(true);
+                Ok(())
+            }
+            Some(session) => session.attach(Arc::clone(backend), deadline).map_err(|error| match error {
+                SessionError::Hangs => PortError::Hangs,
+                SessionError::Host(source) => PortError::Host { netdev: backend.id().to_owned(), source },
+            }),
+        }
+    }
 }
 
 /// Fills and empties the slot of a NIC, at any time of the device's life, from any thread.
@@ -96,7 +131,8 @@ impl Port {
         let face = Face::new(mac, backend.is_some());
         let occupied = AtomicBool::new(backend.is_some());
         let backend = backend.map(Arc::new);
-        let state = Mutex::new(State { backend, session: None, io_thread: None, mac, worker });
+        let state =
+            Mutex::new(State { backend, cable_out: false, session: None, io_thread: None, mac, worker });
         Arc::new(Self { face: Arc::new(face), pairs, occupied, state })
     }
 
@@ -137,33 +173,21 @@ impl Port {
             let error = PortError::TooManyQueues { netdev: backend.id().into(), queues, slot: self.pairs };
             return Err(NotInserted { error, backend: Some(backend) });
         }
-        let netdev = backend.id().to_owned();
         let backend = Arc::new(backend);
         let before = state.mac;
         if let Some(mac) = mac {
             state.mac = mac;
             self.face.set_mac(mac);
         }
-        let result = match &state.session {
-            None => {
-                self.face.set_link(true);
-                Ok(())
-            }
-            Some(session) => session.attach(Arc::clone(&backend), Instant::now() + DEADLINE),
-        };
-        match result {
+        match state.attach(&self.face, &backend, Instant::now() + DEADLINE) {
             Ok(()) => {
-                state.backend = Some(backend);
+                (state.backend, state.cable_out) = (Some(backend), false);
                 self.occupied.store(true, Ordering::Release);
                 Ok(())
             }
             Err(error) => {
                 state.mac = before;
                 self.face.set_mac(before);
-                let error = match error {
-                    SessionError::Hangs => PortError::Hangs,
-                    SessionError::Host(source) => PortError::Host { netdev, source },
-                };
                 // A thread that hangs may still have it.
                 Err(NotInserted { error, backend: Arc::try_unwrap(backend).ok() })
             }
@@ -200,15 +224,50 @@ impl Port {
         if state.backend.is_none() {
             return Err(PortError::Empty);
         }
-        let deadline = Instant::now() + DEADLINE;
-        match (&state.session, &state.io_thread) {
-            (Some(session), _) => session.detach(deadline).map_err(|_| PortError::Hangs)?,
-            (None, Some(io_thread)) => settle(io_thread, deadline).map_err(|_| PortError::Hangs)?,
-            (None, None) => {}
-        }
+        state.detach(Instant::now() + DEADLINE)?;
         self.face.set_link(false);
-        state.backend = None;
+        (state.backend, state.cable_out) = (None, false);
         self.occupied.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes the link down, or lets it come up again: what the guest sends meanwhile is dropped, and nothing is read from the tap.
+    pub fn set_link(&self, up: bool) -> Result<(), PortError> {
+        let mut state = self.lock();
+        let backend = state.backend.clone().ok_or(PortError::Empty)?;
+        if state.cable_out != up {
+            return Ok(());
+        }
+        let deadline = Instant::now() + DEADLINE;
+        if up {
+            state.attach(&self.face, &backend, deadline)?;
+        } else {
+            state.detach(deadline)?;
+            self.face.set_link(false);
+        }
+        state.cable_out = !up;
+        Ok(())
+    }
+
+    /// Puts another host end behind the NIC, whose guest sees the link go down and come up. After an error it has the one that it had.
+    pub fn replace(&self, backend: Backend) -> Result<(), PortError> {
+        let mut state = self.lock();
+        let before = state.backend.clone().ok_or(PortError::Empty)?;
+        let queues = backend.taps().len();
+        if queues > self.pairs {
+            return Err(PortError::TooManyQueues { netdev: backend.id().into(), queues, slot: self.pairs });
+        }
+        let (backend, deadline) = (Arc::new(backend), Instant::now() + DEADLINE);
+        state.detach(deadline)?;
+        if !state.cable_out
+            && let Err(error) = state.attach(&self.face, &backend, deadline)
+        {
+            if let Err(lost) = state.attach(&self.face, &before, deadline) {
+                tracing::error!(netdev = before.id(), "the NIC has lost its tap: {lost}");
+            }
+            return Err(error);
+        }
+        state.backend = Some(backend);
         Ok(())
     }
 }

@@ -15,6 +15,10 @@ enum Act {
     /// A NIC that the kernel serves.
     Lend,
     Eject,
+    /// Another NIC's host end for the one that is there.
+    Replace,
+    /// The link, taken down or let come up.
+    Link(bool),
     Move,
     Start,
     Reset,
@@ -29,6 +33,8 @@ fn act() -> impl Strategy<Value = Act> {
         Just(Act::Insert),
         Just(Act::Lend),
         Just(Act::Eject),
+        Just(Act::Replace),
+        any::<bool>().prop_map(Act::Link),
         Just(Act::Move),
         Just(Act::Start),
         Just(Act::Reset),
@@ -65,6 +71,7 @@ fn play(acts: &[Act]) {
     let mut stock = VecDeque::new();
     let mut peer: Option<OwnedFd> = None;
     let mut kernel: Option<Arc<Double>> = None;
+    let mut down = false;
     for (step, act) in acts.iter().enumerate() {
         let seed = step as u8;
         let room = DATA + 0x1_0000 + 0x1000 * step as u64;
@@ -80,7 +87,7 @@ fn play(acts: &[Act]) {
                 let result = port.insert(backend, Some(OTHER));
                 assert_eq!(result.is_ok(), peer.is_none(), "{step}");
                 match result {
-                    Ok(()) => (peer, kernel) = (Some(other), double),
+                    Ok(()) => (peer, kernel, down) = (Some(other), double, false),
                     Err(NotInserted { error, backend }) => {
                         assert!(
                             matches!(error, PortError::Occupied(_)) && backend.is_some(),
@@ -97,6 +104,20 @@ fn play(acts: &[Act]) {
                     assert!(is_closed(&peer), "{step}");
                 }
                 assert!(kernel.take().is_none_or(|k| k.running().is_empty()), "{step}");
+                down = false;
+            }
+            Act::Replace => {
+                let (backend, other) = Backend::fake();
+                assert_eq!(port.replace(backend).is_ok(), peer.is_some(), "{step}");
+                if let Some(old) = &mut peer {
+                    assert!(is_closed(&std::mem::replace(old, other)), "{step}");
+                }
+                assert!(kernel.take().is_none_or(|k| k.running().is_empty()), "{step}");
+            }
+            Act::Link(up) => {
+                assert_eq!(port.set_link(*up).is_ok(), peer.is_some(), "{step}");
+                down = peer.is_some() && !up;
+                assert!(!down || kernel.as_ref().is_none_or(|k| k.running().is_empty()), "{step}");
             }
             Act::Move => {
                 let worker = Worker::new("other");
@@ -119,9 +140,13 @@ fn play(acts: &[Act]) {
                 rig.memory.write_slice(&out, GuestAddress(DATA)).unwrap();
                 let head = tx.add(&[(DATA, 72, false)]);
                 rig.kick(tx);
-                let sent = kernel.as_ref().map(|k| as_kernel(&rig, k, 1, &[]));
+                let sent = kernel.as_ref().filter(|_| !down).map(|k| as_kernel(&rig, k, 1, &[]));
                 assert_eq!(rig.used(tx), (u32::from(head), 0));
                 let Some(peer) = &peer else { continue };
+                if down {
+                    assert!(rustix::io::read(peer, &mut [0; 100]).is_err(), "{step}");
+                    continue;
+                }
                 let sent = sent.unwrap_or_else(|| {
                     let mut bytes = vec![0; 2000];
                     let n = rustix::io::read(peer, &mut bytes).unwrap();
@@ -137,7 +162,7 @@ fn play(acts: &[Act]) {
                 stock.push_back(room);
             }
             Act::Receive => {
-                let (Some((rx, _)), Some(peer)) = (&mut rings, &peer) else { continue };
+                let (Some((rx, _)), Some(peer), false) = (&mut rings, &peer, down) else { continue };
                 let incoming = packet(200, seed);
                 rx.add(&[(room, 2000, true)]);
                 stock.push_back(room);
@@ -154,7 +179,7 @@ fn play(acts: &[Act]) {
                 assert_eq!(got, incoming[12..], "{step}");
             }
         }
-        assert_eq!(rig.get(0x104) >> 16 & 1 == 1, peer.is_some(), "{step}: link");
+        assert_eq!(rig.get(0x104) >> 16 & 1 == 1, peer.is_some() && !down, "{step}: link");
         assert!(!rig.needs_reset(), "{step}");
     }
     if let Some(peer) = peer {

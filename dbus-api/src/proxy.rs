@@ -8,6 +8,8 @@ use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant, Variant};
 pub type VmRow = (String, String, String, String, u32, u64, OwnedObjectPath);
 /// One row of `ListNetworks`: name, bridge, number of VMs with a card on it, object path.
 pub type NetworkRow = (String, String, u32, OwnedObjectPath);
+/// One row of `ListAddresses`: VM, card, address.
+pub type AddressRow = (String, String, String);
 /// One row of `ListTemplates`: name, VM, created (microseconds since the epoch), bytes, number of what needs it, object path.
 pub type TemplateRow = (String, String, u64, u64, u32, OwnedObjectPath);
 /// One row of what `CloneVms` returns: name, object path of the VM, object path of the job.
@@ -119,6 +121,8 @@ pub trait Manager {
     fn undrain(&self) -> Result<(), crate::error::Error>;
     /// All networks, from the daemon's memory.
     fn list_networks(&self) -> Result<Vec<NetworkRow>, crate::error::Error>;
+    /// Addresses that networks with DHCP give to VMs' cards, from the daemon's memory.
+    fn list_addresses(&self) -> Result<Vec<AddressRow>, crate::error::Error>;
     /// Stores a network (JSON, see [`crate::network::NetworkSpec`]) and makes its bridge. Option: `replace b`.
     #[zbus(allow_interactive_auth)]
     fn define_network(
@@ -365,6 +369,9 @@ pub trait Vm {
     /// Network cards: id, tap, hardware address, network or bridge.
     #[zbus(property)]
     fn network_interfaces(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
+    /// Addresses that networks with DHCP give to its cards: card, address.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn addresses(&self) -> zbus::Result<Vec<(String, String)>>;
     /// Disks: id, path, format, read-only.
     #[zbus(property)]
     fn disks(&self) -> zbus::Result<Vec<(String, String, String, bool)>>;
@@ -391,6 +398,9 @@ pub trait Network {
     /// VMs that have a card on it.
     #[zbus(property(emits_changed_signal = "false"))]
     fn vms(&self) -> zbus::Result<Vec<String>>;
+    /// What keeps it from doing what its definition says, and what to do about it.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn problems(&self) -> zbus::Result<Vec<String>>;
 }
 
 /// A template.

@@ -12,8 +12,6 @@ use ipnet::Ipv4Net;
 use crate::error::NetError;
 use crate::name::check_plain;
 
-/// For how long a client may use its address before it asks again.
-const LEASE: &str = "1h";
 /// More than a bridge has ports (BR_MAX_PORTS, 1024). dnsmasq's own limit is 1000.
 const CLIENTS: u32 = 2048;
 
@@ -24,6 +22,8 @@ pub struct DhcpServer {
     pub bridge: String,
     /// The subnet, by the bridge's own address in it.
     pub subnet: Ipv4Net,
+    /// For how long a client may use its address before it asks again, in seconds; dnsmasq makes two minutes of less.
+    pub lease: u32,
     /// The way to other networks; `None`: clients are told of none.
     pub router: Option<Ipv4Addr>,
     /// Who answers their questions for names; empty: they are told of nobody.
@@ -44,10 +44,11 @@ impl DhcpServer {
              port=0\nno-resolv\nno-hosts\nno-ping\n\
              interface={}\nexcept-interface=lo\nbind-interfaces\n\
              dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-lease-max={CLIENTS}\n\
-             dhcp-range={},static,{},{LEASE}\n",
+             dhcp-range={},static,{},{}\n",
             self.bridge,
             self.subnet.network(),
             self.subnet.netmask(),
+            self.lease,
         );
         let mut option = |name: &str, values: &[Ipv4Addr]| {
             // Without a value: it is not told at all. Left to itself dnsmasq names itself as router and for names.
@@ -82,6 +83,7 @@ mod tests {
         DhcpServer {
             bridge: "flbr-lan".to_owned(),
             subnet: "10.5.0.1/24".parse().unwrap(),
+            lease: 3600,
             router: None,
             dns: Vec::new(),
             mtu: None,
@@ -97,7 +99,7 @@ mod tests {
             "interface=flbr-lan",
             "bind-interfaces",
             "dhcp-ignore=tag:!known",
-            "dhcp-range=10.5.0.0,static,255.255.255.0,1h",
+            "dhcp-range=10.5.0.0,static,255.255.255.0,3600",
             "dhcp-option=option:router",
             "dhcp-option=option:dns-server",
         ] {

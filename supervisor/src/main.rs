@@ -21,8 +21,9 @@ use supervisor::config::{Config, LauncherKind, Options};
 use supervisor::dbus;
 use supervisor::dbus::access::Access;
 use supervisor::fleet::gate::Gate;
-use supervisor::fleet::network::Network;
+use supervisor::fleet::network::{self, Network};
 use supervisor::fleet::{Context, Fleet};
+use supervisor::launch::dhcp::{DhcpServers, ProcessDhcp};
 use supervisor::launch::process::ProcessLauncher;
 use supervisor::launch::systemd::SystemdLauncher;
 use supervisor::launch::{Launcher, server};
@@ -95,23 +96,25 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     // 2. The launch socket takes connections (units may be waiting for it); it is served when the VMs are known.
     let connection = connect(&config.bus).await?;
     let (events, event_inbox) = mpsc::unbounded_channel();
-    let (launcher, socket): (Arc<dyn Launcher>, _) = match config.launcher {
+    let (launcher, servers, socket): (Arc<dyn Launcher>, Arc<dyn DhcpServers>, _) = match config.launcher {
         LauncherKind::Systemd => {
             let socket = server::bind(&config.runtime_dir.join("launch.sock"))?;
             // A connection of its own: systemd's signals do not queue before our callers.
             let bus = connect(&config.bus).await?;
             let launcher = Arc::new(SystemdLauncher::connect(bus, UNIT_DIRECTORY.into(), events).await?);
-            (Arc::clone(&launcher) as Arc<dyn Launcher>, Some((socket, launcher)))
+            let servers = Arc::clone(&launcher) as Arc<dyn DhcpServers>;
+            (Arc::clone(&launcher) as Arc<dyn Launcher>, servers, Some((socket, launcher)))
         }
         LauncherKind::Process => {
             let directory = make_dir(&config.runtime_dir.join("vm"), 0o755)?;
-            (Arc::new(ProcessLauncher::new(directory, events)), None)
+            let servers = Arc::new(ProcessDhcp::new(config.runtime_dir.join(network::DHCP)));
+            (Arc::new(ProcessLauncher::new(directory, events)), servers, None)
         }
     };
 
     // 3. What was there before.
     let (news, news_inbox) = mpsc::unbounded_channel();
-    let network = Network::new(config.bridges);
+    let network = Network::new(config.bridges, servers, Arc::clone(&store), &config.runtime_dir);
     let gate = Gate::new(config.admission, config.state_dir.join("drained"));
     let fleet = Fleet::new(Context::new(launcher, store, network, news, config.vmm, proxies, shelf, gate));
     let began = Instant::now();

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's way to fail")]
 
+#[path = "daemon/addresses.rs"]
+mod addresses;
 #[path = "daemon/create.rs"]
 mod create;
 #[path = "daemon/jobs.rs"]

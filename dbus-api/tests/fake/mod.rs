@@ -229,6 +229,10 @@ impl Manager {
         state.vms.iter().map(row).collect()
     }
 
+    fn list_addresses(&self) -> Vec<(String, String, String)> {
+        Vec::new()
+    }
+
     fn get_stats(&self, names: Vec<String>) -> Result<(u64, Stats), Error> {
         for name in names {
             self.known(&name)?;
@@ -539,6 +543,11 @@ impl Vm {
 
     #[zbus(property)]
     fn network_interfaces(&self) -> Vec<(String, String, String, String)> {
+        Vec::new()
+    }
+
+    #[zbus(property)]
+    fn addresses(&self) -> Vec<(String, String)> {
         Vec::new()
     }
 

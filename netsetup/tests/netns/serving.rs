@@ -1,6 +1,6 @@
 //! NAT and DHCP on real links: `nft` and `dnsmasq` do what our texts say, seen from machines behind a bridge.
 //!
-//! Needs root, `nft` (package nftables) and `dnsmasq` (package dnsmasq-base): without them every test here **fails and says so**.
+//! Needs root, `nft` (package nftables), `dnsmasq` (package dnsmasq-base) and `busybox`: without them every test here **fails and says so**.
 
 use std::path::Path;
 use std::process::Command;
@@ -45,11 +45,11 @@ fn machine(bridge: &str, port: &str, address: &str, router: &str) -> Peer {
 
 fn reaches(from: &Peer, address: &str) -> bool {
     // Ports of a bridge come up a moment after their cable.
-    from.run(&format!("ping -q -c 1 -W 1 -w 10 {address}")).status.success()
+    from.run(&format!("busybox ping -q -c 1 -W 1 -w 10 {address}")).status.success()
 }
 
 fn is_shut_out(from: &Peer, address: &str) -> bool {
-    !from.run(&format!("ping -q -c 1 -W 1 {address}")).status.success()
+    !from.run(&format!("busybox ping -q -c 1 -W 1 {address}")).status.success()
 }
 
 #[test]
@@ -195,6 +195,7 @@ fn each_machine_gets_the_address_that_is_its_own_and_strangers_none() {
         let server = DhcpServer {
             bridge: "flbr-lan".to_owned(),
             subnet: "10.5.0.1/24".parse().unwrap(),
+            lease: 600,
             router: Some("10.5.0.1".parse().unwrap()),
             dns: vec!["9.9.9.9".parse().unwrap()],
             mtu: Some(1400),

@@ -24,6 +24,7 @@ use super::*;
 use crate::fleet::Context;
 use crate::fleet::gate::{Admission, Gate};
 use crate::fleet::network::Network;
+use crate::launch::dhcp::ProcessDhcp;
 use crate::launch::test_bus::Bus;
 use crate::launch::{Event, Notice};
 use crate::shelf::Shelf;
@@ -55,7 +56,12 @@ impl Daemon {
         let proxies = dir.join("run/qmp");
         std::fs::create_dir_all(&proxies).unwrap();
         let (news, news_inbox) = mpsc::unbounded_channel();
-        let network = Network::new(Vec::new());
+        let network = Network::new(
+            Vec::new(),
+            Arc::new(ProcessDhcp::new(dir.join("run/dhcp"))),
+            Arc::clone(&store),
+            &dir.join("run"),
+        );
         let launcher = Arc::new(launcher.clone());
         let fleet = Fleet::new(Context::new(
             launcher,

@@ -1,7 +1,7 @@
 //! `org.flotilla.Flotilla1.Manager`: the verbs by VM name, the lists, the fleet's own properties.
 
 use dbus_api::error::Error;
-use dbus_api::proxy::{CloneRow, Details, JobRow, NetworkRow, Stats, TemplateRow, VmRow};
+use dbus_api::proxy::{AddressRow, CloneRow, Details, JobRow, NetworkRow, Stats, TemplateRow, VmRow};
 use dbus_api::{ACTION_HOST, ACTION_MANAGE, ACTION_NETWORK, job_path, network_path, vm_path};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
@@ -270,6 +270,17 @@ impl Manager {
             Ok((name.clone(), crate::fleet::network::bridge_of(&name, &spec), users, object))
         };
         fleet.networks().into_iter().map(row).collect()
+    }
+
+    /// Addresses that networks with DHCP give to VMs' cards, from the daemon's memory: VM, card, address.
+    #[zbus(out_args("addresses"))]
+    async fn list_addresses(&self) -> Vec<AddressRow> {
+        let fleet = &self.shared.fleet;
+        let of = |view: std::sync::Arc<crate::fleet::view::View>| {
+            let given = fleet.addresses(&view).into_iter();
+            given.map(move |(card, address)| (view.name.to_string(), card, address)).collect::<Vec<_>>()
+        };
+        fleet.list().into_iter().flat_map(of).collect()
     }
 
     /// Stores a network (JSON) and makes its bridge; a bridge that the host has already is used as it is, and never removed. Options:

@@ -49,4 +49,11 @@ impl Network {
     fn vms(&self) -> Vec<String> {
         self.shared.fleet.users(&self.name)
     }
+
+    /// What keeps it from doing what its definition says (a host that does not forward, a DHCP server that does not run), and what to do
+    /// about it; empty when all is well. Looked at when it is asked for.
+    #[zbus(property(emits_changed_signal = "false"))]
+    async fn problems(&self) -> Vec<String> {
+        self.shared.fleet.network_problems(&self.name).await
+    }
 }

@@ -350,6 +350,13 @@ impl Vm {
         Ok(self.view()?.nics.to_vec())
     }
 
+    /// Addresses that networks with DHCP give to its cards: card, address. They are its own from its definition on, whether or not its guest
+    /// has asked yet.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn addresses(&self) -> fdo::Result<Vec<(String, String)>> {
+        Ok(self.shared.fleet.addresses(&*self.view()?))
+    }
+
     /// Disks: id, path, format ("raw" or "qcow2"), read-only. Of a VM that runs, those that it has.
     #[zbus(property)]
     fn disks(&self) -> fdo::Result<Vec<(String, String, String, bool)>> {

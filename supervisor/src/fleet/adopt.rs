@@ -119,6 +119,28 @@ impl Fleet {
         let mut uuids: BTreeSet<Uuid> = self.list().iter().map(|view| view.uuid).collect();
         uuids.extend(&*self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         self.context.network.sweep(&uuids, &self.bridges()).await;
+        self.tidy_addresses().await;
+    }
+
+    /// Servers of addresses and NAT are as the networks say; every card of a VM has its address.
+    async fn tidy_addresses(&self) {
+        let network = &self.context.network;
+        let views = self.list();
+        let defined = views.iter().flat_map(|view| super::network::taps(&view.name, &view.spec));
+        let plugged = views.iter().flat_map(|view| view.nics.iter().map(|nic| nic.1.clone()));
+        network.dhcp.tidy(&defined.chain(plugged).collect()).await;
+        for view in views {
+            // In the same order: see the actor's `look`.
+            for ((_, tap, mac, _), nic) in view.nics.iter().zip(&*view.cards) {
+                let Some(of) = &nic.network else { continue };
+                if let Err(error) = network.dhcp.give(of, tap, mac).await {
+                    error!(FLOTILLA_VM = &*view.name, "no address: {error}");
+                }
+            }
+        }
+        if let Err(error) = network.apply_nat(None).await {
+            error!("{error}");
+        }
     }
 
     /// Removes proxy sockets of VMs that are not defined: an undefinition cut short leaves one.

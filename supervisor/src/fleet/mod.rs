@@ -13,6 +13,8 @@
 //! saving.rs     what templates and clones need of a VM
 //! networks.rs   networks: define, delete
 //! network.rs    bridges and taps of a definition
+//! dhcp.rs       addresses for cards, and the servers that tell them        leases.rs   who has which, pure
+//! nat.rs        when the table of NAT is written      network_rules.rs   what a network may be, and what follows, pure
 //! plugger.rs    the task that brings a device to a running VM, or takes it away
 //! plug.rs       what it does after what, pure        seats.rs   which devices are there, and where, pure
 //! devices.rs    devices that came and went over QMP
@@ -32,15 +34,19 @@ pub mod adopt;
 mod autostart;
 pub mod command;
 pub mod devices;
+pub mod dhcp;
 mod error;
 pub mod gate;
 mod inbox;
 pub mod jobs;
+pub mod leases;
 pub mod life;
 mod link;
 mod logs;
 mod monitor;
+mod nat;
 pub mod network;
+mod network_rules;
 pub mod networks;
 pub mod plug;
 mod plugger;

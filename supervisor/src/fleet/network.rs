@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use dbus_api::network::NetworkSpec;
@@ -16,6 +17,13 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::FleetError;
+use super::dhcp::Dhcp;
+use super::nat::Nat;
+pub use super::network_rules::bridge_of;
+use super::network_rules::wanted;
+use super::spec::mac;
+use crate::launch::dhcp::DhcpServers;
+use crate::store::Store;
 
 /// The host's network, as far as definitions name it.
 #[derive(Debug)]
@@ -25,6 +33,8 @@ pub struct Network {
     defined: RwLock<BTreeMap<String, Arc<NetworkSpec>>>,
     /// Read while a VM is defined on the networks as they are, written while one of them changes.
     order: tokio::sync::RwLock<()>,
+    pub(super) dhcp: Arc<Dhcp>,
+    nat: Nat,
 }
 
 fn failed(error: &NetError) -> FleetError {
@@ -36,14 +46,14 @@ fn failed(error: &NetError) -> FleetError {
     }
 }
 
-/// The name of a network's bridge.
-pub fn bridge_of(name: &str, spec: &NetworkSpec) -> String {
-    spec.bridge.clone().unwrap_or_else(|| netsetup::bridge_name(name))
-}
+/// Directory of the DHCP servers' files, below the runtime directory.
+pub const DHCP: &str = "dhcp";
 
-/// The bridge that a network wants.
-pub(super) fn wanted(name: &str, spec: &NetworkSpec) -> BridgeSpec {
-    BridgeSpec { name: bridge_of(name, spec), addresses: spec.addresses.clone(), mtu: spec.mtu }
+/// What there was to make for a card.
+#[derive(Clone, Copy)]
+struct Made {
+    tap: bool,
+    address: bool,
 }
 
 /// Where a card's tap goes.
@@ -63,11 +73,23 @@ pub fn taps(name: &str, spec: &VmSpec) -> Vec<String> {
 }
 
 impl Network {
-    /// `bridges` are those of the configuration: made at start, kept when no VM uses them.
-    pub fn new(bridges: Vec<BridgeSpec>) -> Self {
+    /// `bridges` are those of the configuration: made at start, kept when no VM uses them. What DHCP servers read is below `runtime_dir`.
+    pub fn new(
+        bridges: Vec<BridgeSpec>,
+        servers: Arc<dyn DhcpServers>,
+        store: Arc<Store>,
+        runtime_dir: &Path,
+    ) -> Self {
         // A host without rtnetlink still runs VMs that have no card.
         let net = Net::connect().inspect_err(|error| warn!("no network for VMs: {error}")).ok();
-        Self { net, bridges, defined: RwLock::default(), order: tokio::sync::RwLock::default() }
+        Self {
+            net,
+            bridges,
+            defined: RwLock::default(),
+            order: tokio::sync::RwLock::default(),
+            dhcp: Dhcp::new(servers, store, runtime_dir.join(DHCP)),
+            nat: Nat::new(runtime_dir.join("nat")),
+        }
     }
 
     fn net(&self) -> Result<&Net, FleetError> {
@@ -121,6 +143,11 @@ impl Network {
     /// Makes sure of one bridge; says what there was to do.
     pub async fn ensure_bridge(&self, bridge: &BridgeSpec) -> Result<Outcome, FleetError> {
         let link = self.net()?.ensure_bridge(bridge).await.map_err(|error| failed(&error))?;
+        if link.outcome == Outcome::Created
+            && let Some(network) = self.on_bridge(&bridge.name, "")
+        {
+            self.dhcp.bridge_is_new(&network);
+        }
         Ok(link.outcome)
     }
 
@@ -137,11 +164,7 @@ impl Network {
         let networks = self.all();
         let networks = networks.iter().map(|(name, spec)| wanted(name, spec));
         for bridge in self.bridges.iter().cloned().chain(networks) {
-            let made = match self.net() {
-                Ok(net) => net.ensure_bridge(&bridge).await.map(drop).map_err(|error| failed(&error)),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = made {
+            if let Err(error) = self.ensure_bridge(&bridge).await {
                 warn!("bridge {}: {error}", bridge.name);
             }
         }
@@ -150,15 +173,13 @@ impl Network {
     /// Makes sure that the bridges and taps of a definition are there. On an error, the taps made by this call are gone again.
     pub async fn ensure(&self, name: &str, uuid: Uuid, spec: &VmSpec) -> Result<Vec<String>, FleetError> {
         let taps = taps(name, spec);
-        let mut made = Vec::new();
-        for (nic, tap) in spec.nics.iter().zip(&taps) {
-            let outcome = self.ensure_one(nic, tap, uuid).await;
-            match outcome {
-                Ok(true) => made.push(tap.clone()),
-                Ok(false) => {}
+        let mut all = Vec::new();
+        for ((nic, tap), number) in spec.nics.iter().zip(&taps).zip(spec.nic_numbers()) {
+            match self.ensure_one(nic, tap, uuid, Some(number)).await {
+                Ok(made) => all.push((tap, made)),
                 Err(error) => {
-                    for tap in made {
-                        self.remove(&tap, &tag(uuid)).await;
+                    for (tap, made) in all {
+                        self.unmake(tap, uuid, made).await;
                     }
                     return Err(error);
                 }
@@ -185,10 +206,41 @@ impl Network {
         Ok(Port { bridge, isolated: false, mtu: None })
     }
 
-    async fn ensure_one(&self, nic: &Nic, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
+    /// The card's address comes first: without one there is nothing to undo.
+    async fn ensure_one(
+        &self,
+        nic: &Nic,
+        tap: &str,
+        uuid: Uuid,
+        number: Option<u8>,
+    ) -> Result<Made, FleetError> {
+        let address = match (&nic.network, number) {
+            (Some(network), Some(number)) => self.dhcp.give(network, tap, &mac(nic, uuid, number)).await?,
+            _ => {
+                self.dhcp.release(&[tap.to_owned()]).await;
+                false
+            }
+        };
+        let made = self.ensure_link(nic, tap, uuid).await;
+        if made.is_err() {
+            self.unmake(tap, uuid, Made { tap: false, address }).await;
+        }
+        Ok(Made { tap: made?, address })
+    }
+
+    async fn unmake(&self, tap: &str, uuid: Uuid, made: Made) {
+        if made.tap {
+            self.remove(tap, &tag(uuid)).await;
+        }
+        if made.address {
+            self.dhcp.release(&[tap.to_owned()]).await;
+        }
+    }
+
+    async fn ensure_link(&self, nic: &Nic, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
         let net = self.net()?;
         let port = self.port(nic)?;
-        net.ensure_bridge(&port.bridge).await.map_err(|error| failed(&error))?;
+        self.ensure_bridge(&port.bridge).await?;
         let spec = TapSpec {
             name: tap.to_owned(),
             bridge: Some(port.bridge.name),
@@ -206,17 +258,49 @@ impl Network {
         self.net()?.open_tap(tap).await.map_err(|error| failed(&error))
     }
 
-    /// Makes sure of the tap of one card; says whether it was made now.
-    pub async fn ensure_tap(&self, nic: &Nic, tap: &str, uuid: Uuid) -> Result<bool, FleetError> {
-        self.ensure_one(nic, tap, uuid).await
+    /// Makes sure of the tap of one card; without a number it is a client's, and has no address of ours.
+    pub async fn ensure_tap(
+        &self,
+        nic: &Nic,
+        tap: &str,
+        uuid: Uuid,
+        number: Option<u8>,
+    ) -> Result<(), FleetError> {
+        self.ensure_one(nic, tap, uuid, number).await.map(drop)
     }
 
-    /// Removes taps of a VM but those in `keep`. Their names are known: nothing is listed, whatever the size of the fleet.
+    /// Removes taps of a VM but those in `keep`, and takes back their addresses. Their names are known: nothing is listed, whatever the size
+    /// of the fleet.
     pub async fn remove_taps(&self, uuid: Uuid, taps: impl IntoIterator<Item = String>, keep: &[String]) {
         let tag = tag(uuid);
-        for tap in taps.into_iter().filter(|tap| !keep.contains(tap)) {
-            self.remove(&tap, &tag).await;
+        let gone: Vec<String> = taps.into_iter().filter(|tap| !keep.contains(tap)).collect();
+        for tap in &gone {
+            self.remove(tap, &tag).await;
         }
+        self.dhcp.release(&gone).await;
+    }
+
+    /// Writes the table of NAT as it is to be when `name` has another definition, or none.
+    pub(super) async fn apply_nat(
+        &self,
+        change: Option<(&str, Option<&NetworkSpec>)>,
+    ) -> Result<(), FleetError> {
+        let all = self.all();
+        let others = all.iter().filter(|(name, _)| change.is_none_or(|(changed, _)| changed != *name));
+        let others = others.map(|(name, spec)| (name.as_str(), &**spec));
+        let changed = change.and_then(|(name, spec)| Some((name, spec?)));
+        self.nat.apply(others.chain(changed)).await
+    }
+
+    /// What keeps a network from doing what its definition says, and what to do about it.
+    pub(super) async fn problems(&self, name: &str, spec: &NetworkSpec) -> Vec<String> {
+        let mut problems = Vec::new();
+        if spec.nat {
+            problems.extend(self.nat.trouble());
+            problems.extend(netsetup::check_forwarding().err().map(|error| error.to_string()));
+        }
+        problems.extend(self.dhcp.trouble(name).await);
+        problems
     }
 
     /// Removes bridges that were made here, are not configured or a network's, and are not in `used`.

@@ -1,10 +1,10 @@
-//! Networks as administrators define them: owns the rules for their definitions and the verbs that change them. Each verb looks first, then makes
-//! what is missing, then writes it down; what fails is undone, last step first.
+//! Networks as administrators define them: owns the verbs that change them. Each verb looks first, then makes what is missing, then writes it down;
+//! what fails is undone, last step first. `network_rules.rs` has the rules for their definitions.
 //!
 //! `network.rs` below knows which bridge and taps a VM needs from them. A bridge that the host had before is used as it is: never changed,
 //! never removed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use dbus_api::network::NetworkSpec;
@@ -13,38 +13,11 @@ use netsetup::Outcome;
 use tracing::{error, info, warn};
 
 use super::FleetError;
-use super::network::{bridge_of, wanted};
+use super::leases::Leases;
+use super::network_rules::{bridge_of, check, check_apart, wanted};
 use super::registry::Fleet;
-use super::spec::{check_link_name, check_name};
-use super::view::News;
-use crate::store::{Corrupt, NetworkRecord, StoreError};
-
-/// Addresses of a bridge at most: more is a mistake, and each is a question to the kernel at every start of a VM.
-const MAX_ADDRESSES: usize = 16;
-
-/// Checks a network's name and definition, as far as that does not depend on the host's links.
-pub fn check(name: &str, spec: &NetworkSpec) -> Result<(), FleetError> {
-    let wrong = |text: String| Err(FleetError::InvalidSpec(text));
-    check_name(name)?;
-    if let Some(bridge) = &spec.bridge {
-        check_link_name("bridge", bridge)?;
-    }
-    if spec.addresses.len() > MAX_ADDRESSES {
-        return wrong(format!("addresses: {} given, at most {MAX_ADDRESSES}", spec.addresses.len()));
-    }
-    for (at, address) in spec.addresses.iter().enumerate() {
-        if spec.addresses[..at].iter().any(|other| other.addr() == address.addr()) {
-            return wrong(format!("addresses: {} is given twice", address.addr()));
-        }
-    }
-    if spec.mtu.is_some_and(|mtu| !(68..=65521).contains(&mtu)) {
-        return wrong(format!("mtu: {} is outside 68 to 65521", spec.mtu.unwrap_or_default()));
-    }
-    if spec.description.len() > 1024 {
-        return wrong("description: longer than 1024 bytes".to_owned());
-    }
-    Ok(())
-}
+use super::view::{News, View};
+use crate::store::{Corrupt, LeaseRecord, NetworkRecord, StoreError};
 
 /// Reads a definition as it comes over D-Bus.
 fn parse(text: &str) -> Result<NetworkSpec, FleetError> {
@@ -71,9 +44,26 @@ impl Fleet {
         self.context.network.get(name)
     }
 
+    /// What keeps a network from doing what its definition says, and what to do about it.
+    pub async fn network_problems(&self, name: &str) -> Vec<String> {
+        match self.network(name) {
+            Ok(spec) => self.context.network.problems(name, &spec).await,
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// Addresses that networks give to a VM's cards: card, address.
+    pub fn addresses(&self, view: &View) -> Vec<(String, String)> {
+        let address = |tap: &str| self.context.network.dhcp.address(tap);
+        let of_card = |(id, tap, _, _): &(String, String, String, String)| {
+            Some((id.clone(), address(tap)?.to_string()))
+        };
+        view.nics.iter().filter_map(of_card).collect()
+    }
+
     /// VMs that have a card on a network.
     pub fn users(&self, network: &str) -> Vec<String> {
-        let uses = |view: &Arc<super::view::View>| {
+        let uses = |view: &Arc<View>| {
             view.spec.nics.iter().chain(&*view.cards).any(|nic| nic.network.as_deref() == Some(network))
         };
         self.list().iter().filter(|view| uses(view)).map(|view| view.name.to_string()).collect()
@@ -83,6 +73,10 @@ impl Fleet {
     pub(super) fn load_networks(&self) -> Result<Vec<Corrupt>, StoreError> {
         let store = &self.context.store;
         let (records, mut corrupt) = store.load_networks()?;
+        let (leases, broken) = store.load_leases()?;
+        corrupt.extend(broken);
+        let mut leases: BTreeMap<String, Leases> =
+            leases.into_iter().map(|LeaseRecord { name, leases, .. }| (name, leases)).collect();
         for NetworkRecord { name, spec, .. } in records {
             let taken = || {
                 FleetError::NetworkExists(format!("bridge {} is another network's", bridge_of(&name, &spec)))
@@ -96,6 +90,8 @@ impl Fleet {
             });
             match checked {
                 Ok(()) => {
+                    let given = leases.remove(&name).unwrap_or_default();
+                    self.context.network.dhcp.load(&name, &spec, given);
                     self.context.network.put(&name, spec);
                     self.context.tell(News::NetworkNew(name));
                 }
@@ -133,22 +129,28 @@ impl Fleet {
                 )));
             }
         }
+        let others: Vec<_> = network.all().into_iter().filter(|(other, _)| other != name).collect();
+        check_apart(&spec, &others)?;
         let made = network.ensure_bridge(&wanted(name, &spec)).await?;
         let same_bridge = old.as_ref().is_some_and(|old| bridge_of(name, old) == bridge);
         let before =
             old.as_ref().filter(|_| same_bridge).map(|old| old.addresses.clone()).unwrap_or_default();
         let changed = network.drop_addresses(&bridge, &without(&before, &spec.addresses)).await;
-        let saved = match changed {
-            Ok(()) => self.save_network(name, &spec).await,
+        let served = match changed {
+            Ok(()) => self.serve_and_save(name, &spec).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = saved {
+        if let Err(error) = served {
             self.take_back(name, old.as_deref(), &spec, made == Outcome::Created).await;
             return Err(error);
         }
-        let isolation = old.as_ref().is_some_and(|old| (old.isolated, old.mtu) != (spec.isolated, spec.mtu));
+        let taps = |spec: &NetworkSpec| (spec.isolated, spec.mtu, spec.dhcp.clone(), spec.addresses.clone());
+        let mend = old.as_ref().is_some_and(|old| taps(old) != taps(&spec));
+        if spec.dhcp.is_none() {
+            network.dhcp.forget(name).await;
+        }
         network.put(name, spec);
-        if isolation {
+        if mend {
             self.mend_taps(name).await;
         }
         match old {
@@ -166,6 +168,27 @@ impl Fleet {
             }
         }
         Ok(())
+    }
+
+    /// What goes on over the bridge: the way out, addresses; then the record of it all.
+    async fn serve_and_save(&self, name: &str, spec: &NetworkSpec) -> Result<(), FleetError> {
+        let network = &self.context.network;
+        let done = async {
+            network.apply_nat(Some((name, Some(spec)))).await?;
+            let before = network.dhcp.change(name, Some(spec)).await?;
+            let saved = self.save_network(name, spec).await;
+            if saved.is_err() {
+                network.dhcp.restore(name, before).await;
+            }
+            saved
+        };
+        let done = done.await;
+        if done.is_err()
+            && let Err(error) = network.apply_nat(None).await
+        {
+            warn!("network {name}: {error}");
+        }
+        done
     }
 
     /// The bridge is again as it was before a definition that came to nothing.
@@ -211,7 +234,8 @@ impl Fleet {
             let plugged = view.cards.iter().filter(|nic| !view.spec.nics.contains(nic));
             for (nic, number) in plugged.filter_map(|nic| Some((nic, nic.number?))) {
                 let tap = netsetup::tap_name(&name, number.into());
-                if let Err(error) = self.context.network.ensure_tap(nic, &tap, view.uuid).await {
+                if let Err(error) = self.context.network.ensure_tap(nic, &tap, view.uuid, Some(number)).await
+                {
                     error!(FLOTILLA_VM = &*name, "network {network}: {error}");
                 }
             }
@@ -236,6 +260,13 @@ impl Fleet {
             return Err(FleetError::StoreFailed(error.to_string()));
         }
         network.forget(name);
+        // It is deleted, whatever comes of these: the next start puts in order what they leave.
+        for ended in [network.dhcp.change(name, None).await.map(drop), network.apply_nat(None).await] {
+            if let Err(error) = ended {
+                warn!("network {name}: {error}");
+            }
+        }
+        network.dhcp.forget(name).await;
         network.remove_bridges(&BTreeSet::from([bridge_of(name, &spec)]), &self.bridges()).await;
         info!("network {name}: deleted");
         self.context.tell(News::NetworkRemoved(name.to_owned()));
@@ -248,27 +279,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_error_names_its_field() {
-        let long = format!(
-            r#"{{"addresses":[{}]}}"#,
-            (1..=17).map(|n| format!("\"10.0.{n}.1/24\"")).collect::<Vec<_>>().join(",")
-        );
-        for (text, word) in [
-            (r#"{"bridge":"a/b"}"#, "bridge"),
-            (r#"{"bridge":""}"#, "bridge"),
-            (r#"{"mtu":67}"#, "mtu"),
-            (r#"{"mtu":65522}"#, "mtu"),
-            (r#"{"addresses":["10.0.0.1/24","10.0.0.1/16"]}"#, "twice"),
-            (long.as_str(), "addresses"),
+    fn what_is_no_definition_is_refused() {
+        for text in [
+            r#"{"adresses":[]}"#,
+            r#"{"addresses":["10.0.0.1/33"]}"#,
+            r#"{"nat":"yes"}"#,
+            r#"{"dhcp":true}"#,
+            r#"{"dhcp":{"range":"10.5.0.9"}}"#,
+            r#"{"dhcp":{"dns":["one.example"]}}"#,
+            "[]",
+            "",
         ] {
-            let error = check("lan", &serde_json::from_str(text).unwrap()).unwrap_err();
-            assert!(matches!(&error, FleetError::InvalidSpec(why) if why.contains(word)), "{text}: {error}");
-        }
-        for text in [r#"{"adresses":[]}"#, r#"{"addresses":["10.0.0.1/33"]}"#, "[]", ""] {
             assert!(matches!(parse(text), Err(FleetError::InvalidSpec(_))), "{text}");
         }
-        assert!(check("no name", &NetworkSpec::default()).is_err());
-        assert_eq!(check("lan", &NetworkSpec::default()), Ok(()));
-        assert_eq!(wanted("lan", &NetworkSpec::default()).name, "flbr-lan");
     }
 }

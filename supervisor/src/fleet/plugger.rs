@@ -63,7 +63,7 @@ impl Plugger {
             (Action::MakeTap, Hardware::Nic(nic)) => {
                 // The network must not go while a tap is put on it.
                 let _networks = self.context.network.stable().await;
-                sure(self.context.network.ensure_tap(nic, &self.tap(), self.uuid).await.map(drop))
+                sure(self.context.network.ensure_tap(nic, &self.tap(), self.uuid, Some(self.number)).await)
             }
             (Action::RemoveTap, _) => {
                 self.context.network.remove_taps(self.uuid, [self.tap()], &[]).await;

@@ -343,7 +343,7 @@ pub(super) fn check_link_name(field: &str, name: &str) -> Result<(), FleetError>
 }
 
 /// Six hex pairs of a unicast address.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
+pub(super) fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
     let mut pairs = text.split(':');
     for byte in &mut mac {
@@ -357,12 +357,17 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (pairs.next().is_none() && unicast).then_some(mac)
 }
 
+/// A hardware address as we write it; `None`: it is none of one card.
+pub(super) fn plain_mac(text: &str) -> Option<String> {
+    let [a, b, c, d, e, f] = parse_mac(text)?;
+    Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"))
+}
+
 /// Hardware address of the card `number`: the one written down, or one derived from the uuid, which stays the same for the VM's whole life
 /// and differs between VMs and cards. `52:54:00` is the locally administered prefix that guests of KVM have always had.
 pub fn mac(nic: &Nic, uuid: Uuid, number: u8) -> String {
-    if let Some(mac) = nic.mac.as_deref().and_then(parse_mac) {
-        let [a, b, c, d, e, f] = mac;
-        return format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    if let Some(mac) = nic.mac.as_deref().and_then(plain_mac) {
+        return mac;
     }
     let hash = Uuid::new_v5(&uuid, format!("nic{number}").as_bytes());
     let [a, b, c, ..] = *hash.as_bytes();

@@ -2,7 +2,9 @@
 //!
 //! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
 //! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the units.
+//! `dhcp` does for the DHCP servers of networks what these do for VMs.
 
+pub mod dhcp;
 pub mod handover;
 mod limits;
 pub mod process;

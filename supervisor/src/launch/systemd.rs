@@ -18,6 +18,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tracing::{debug, error, info, warn};
 use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant};
 
+#[path = "systemd_dhcp.rs"]
+mod dhcp;
+
 use super::server::{Identify, Source, vm_of_process};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
 use super::unit::{PREFIX, SUFFIX, path_of, unescape, unit_of, vm_of_unit};
@@ -180,11 +183,17 @@ impl SystemdLauncher {
         })
     }
 
-    async fn start_job(&self, unit: &str) -> Result<String, LaunchError> {
+    /// Asks for a job by `ask` and waits for its end: systemd's word for it.
+    async fn job(
+        &self,
+        unit: &str,
+        verb: &'static str,
+        ask: impl Future<Output = zbus::Result<OwnedObjectPath>>,
+    ) -> Result<String, LaunchError> {
         let (sender, mut ended) = mpsc::unbounded_channel();
         lock(&self.shared.jobs).insert(unit.to_owned(), sender);
         let result = tokio::time::timeout(START_DEADLINE, async {
-            let job = self.call(unit, "start", self.manager.start_unit(unit, "replace")).await?;
+            let job = self.call(unit, verb, ask).await?;
             while let Some((path, result)) = ended.recv().await {
                 if path == job {
                     return Ok(result);
@@ -196,7 +205,7 @@ impl SystemdLauncher {
         lock(&self.shared.jobs).remove(unit);
         result.unwrap_or_else(|_| {
             let seconds = START_DEADLINE.as_secs();
-            Err(LaunchError::Timeout { unit: unit.to_owned(), verb: "start", seconds })
+            Err(LaunchError::Timeout { unit: unit.to_owned(), verb, seconds })
         })
     }
 
@@ -205,7 +214,7 @@ impl SystemdLauncher {
         lock(&self.shared.killed).remove(&unit);
         lock(&self.shared.fresh).insert(unit.clone());
         lock(&self.shared.prepared).insert(name.to_owned(), prepared);
-        let outcome = match self.start_job(&unit).await {
+        let outcome = match self.job(&unit, "start", self.manager.start_unit(&unit, "replace")).await {
             Ok(result) if result == "done" => match self.describe(&unit).await {
                 Ok(known) if known.main_pid == 0 => {
                     let text = format!("it ended at once ({}): see journalctl -u {unit}", known.exit());

@@ -1,9 +1,22 @@
-//! How a VM's unit is named, in systemd and on the bus. For `systemd` and `server`.
+//! How the units of VMs and of networks' DHCP servers are named, in systemd and on the bus. For `systemd` and `server`.
 
 /// What the name of a VM's unit begins with.
 pub(super) const PREFIX: &str = "flotilla-vm@";
 /// What it ends with.
 pub(super) const SUFFIX: &str = ".service";
+
+/// What the name of the unit of a network's DHCP server begins with.
+pub(super) const DHCP_PREFIX: &str = "flotilla-dhcp@";
+
+/// The unit of a network's DHCP server.
+pub(super) fn dhcp_unit_of(network: &str) -> String {
+    format!("{DHCP_PREFIX}{network}{SUFFIX}")
+}
+
+/// The network whose DHCP server this is.
+pub(super) fn network_of_unit(unit: &str) -> Option<&str> {
+    unit.strip_prefix(DHCP_PREFIX)?.strip_suffix(SUFFIX).filter(|name| !name.is_empty())
+}
 
 /// The VM whose unit this is.
 pub(super) fn vm_of_unit(unit: &str) -> Option<&str> {

@@ -1,4 +1,5 @@
-//! Records on disk: owns the files of definitions (`STATE_DIR/vms/NAME.json`, `STATE_DIR/networks/NAME.json`, durable) and of processes (`RUNTIME_DIR/vms/NAME.json`,
+//! Records on disk: owns the files of definitions (`STATE_DIR/vms/NAME.json`, `STATE_DIR/networks/NAME.json`, with the
+//! addresses given there in `STATE_DIR/leases/NAME.json`, durable) and of processes (`RUNTIME_DIR/vms/NAME.json`,
 //! gone at boot). Called by the fleet only.
 //!
 //! A write goes to a temporary file, is fsynced, renamed over the old one, and the directory is fsynced: after a crash there is the old
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::fleet::devices::Devices;
+use crate::fleet::leases::Leases;
 use crate::fleet::life::{Exit, Intent, State};
 use crate::fleet::seats::Seats;
 
@@ -174,6 +176,24 @@ impl NetworkRecord {
     }
 }
 
+/// What is stored of the addresses that a network has given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeaseRecord {
+    format: u32,
+    /// The network's name; must be the file's.
+    pub name: String,
+    /// Who has which.
+    pub leases: Leases,
+}
+
+impl LeaseRecord {
+    /// A record of the present format.
+    pub fn new(name: String, leases: Leases) -> Self {
+        Self { format: FORMAT, name, leases }
+    }
+}
+
 /// What is still to be started in this boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -217,6 +237,7 @@ pub struct Corrupt {
 pub struct Store {
     definitions: PathBuf,
     networks: PathBuf,
+    leases: PathBuf,
     runtimes: PathBuf,
     runtime_dir: PathBuf,
     templates: PathBuf,
@@ -235,6 +256,7 @@ impl Store {
         let store = Self {
             definitions: state_dir.join("vms"),
             networks: state_dir.join("networks"),
+            leases: state_dir.join("leases"),
             runtimes: runtime_dir.join("vms"),
             runtime_dir: runtime_dir.to_owned(),
             templates: state_dir.join("templates"),
@@ -244,6 +266,7 @@ impl Store {
         };
         make_dir(&store.definitions, 0o700)?;
         make_dir(&store.networks, 0o700)?;
+        make_dir(&store.leases, 0o700)?;
         make_dir(&store.runtimes, 0o700)?;
         make_dir(&store.corrupt, 0o700)?;
         make_dir(&store.templates, 0o700)?;
@@ -274,6 +297,21 @@ impl Store {
     /// Forgets a network; fine when there is none.
     pub fn remove_network(&self, name: &str) -> Result<(), StoreError> {
         remove(&self.networks, name)
+    }
+
+    /// Every network's addresses that can be read, and what had to be set aside.
+    pub fn load_leases(&self) -> Result<(Vec<LeaseRecord>, Vec<Corrupt>), StoreError> {
+        self.load(&self.leases, |l: &LeaseRecord| (l.format, l.name.clone()))
+    }
+
+    /// Writes a network's addresses; durable when this returns.
+    pub fn save_leases(&self, record: &LeaseRecord) -> Result<(), StoreError> {
+        save(&self.leases, &record.name, record)
+    }
+
+    /// Forgets a network's addresses; fine when there are none.
+    pub fn remove_leases(&self, name: &str) -> Result<(), StoreError> {
+        remove(&self.leases, name)
     }
 
     /// Every process record that can be read, and what had to be set aside.

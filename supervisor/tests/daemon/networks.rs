@@ -70,6 +70,9 @@ async fn networks_are_defined_used_changed_and_deleted() {
         ("two", json!({"addresses": ["10.5.0.0/24"]}), false, "InvalidSpec"),
         ("two", json!({"mtu": 1}), false, "InvalidSpec"),
         ("two", json!({"nat": "yes"}), false, "InvalidSpec"),
+        ("two", json!({"nat": true}), false, "InvalidSpec"),
+        ("two", json!({"dhcp": {}}), false, "InvalidSpec"),
+        ("two", json!({"addresses": ["10.5.0.9/16"]}), false, "InvalidSpec"),
         ("no name", json!({}), false, "InvalidSpec"),
     ] {
         assert_eq!(refused(&lab, name, spec.clone(), replace).await, error, "{name} {spec}");

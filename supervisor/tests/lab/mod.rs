@@ -174,6 +174,35 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Runs a program in the daemon's network; it must succeed.
+    pub(crate) fn ok(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.command(program).args(arguments).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {arguments:?}: {errors}\n{}", self.log());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// A machine on a cable whose other end is the link `port` in the daemon's network; with this hardware address.
+    pub(crate) fn machine(&self, port: &str, mac: &str) -> Machine {
+        let holder = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+        let machine = Machine(holder);
+        let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+        let theirs = format!("/proc/{}/ns/net", machine.0.id());
+        let begun = || std::fs::read_link(&theirs).is_ok_and(|theirs| theirs != own);
+        let mut tries = 0;
+        while !begun() {
+            tries += 1;
+            assert!(tries < 5000, "unshare --net does not begin");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let cable =
+            format!("link add {port} type veth peer name eth0 address {mac} netns {}", machine.0.id());
+        self.ok("ip", &cable.split(' ').collect::<Vec<_>>());
+        self.ok("ip", &["link", "set", port, "up"]);
+        machine.ok("ip link set eth0 up");
+        machine
+    }
+
     /// Starts the daemon and waits until it answers.
     pub(crate) async fn start_daemon(&mut self) {
         let notify = self.keeper.is_some();
@@ -374,12 +403,60 @@ impl Drop for Lab {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // So do the servers of its networks.
+        for entry in std::fs::read_dir(self.path("run/dhcp")).into_iter().flatten().flatten() {
+            let number = std::fs::read_to_string(entry.path()).ok().and_then(|text| text.trim().parse().ok());
+            if let Some(number) = number.filter(|number| runs_in(*number, self.directory.path())) {
+                let _ = kill(pid(number), Signal::SIGKILL);
+            }
+        }
         // VMMs outlive the daemon on purpose. Only those of this host: their command line names its directory.
         for number in self.pids() {
             if runs_in(number, self.directory.path()) {
                 let _ = kill(pid(number), Signal::SIGKILL);
             }
         }
+    }
+}
+
+/// A machine in the daemon's network: a namespace that a process holds.
+pub(crate) struct Machine(Child);
+
+impl Machine {
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.0.id())).args(line.split(' '));
+        command
+    }
+
+    /// Runs a program there; it must succeed.
+    pub(crate) fn ok(&self, line: &str) {
+        assert!(self.command(line).status().unwrap().success(), "{line}");
+    }
+
+    /// Whether an address answers a ping.
+    pub(crate) fn reaches(&self, address: &str) -> bool {
+        let line = format!("busybox ping -q -c 1 -W 1 -w 10 {address}");
+        self.command(&line).stdout(Stdio::null()).status().unwrap().success()
+    }
+
+    /// What DHCP tells it, as udhcpc's variables; `None`: nobody answers so many questions.
+    pub(crate) fn asks(&self, lab: &Lab, tries: u32) -> Option<String> {
+        let script = lab.path("udhcpc");
+        let text = "#!/bin/sh\n[ \"$1\" = bound ] && echo \"$ip/$mask router=$router dns=$dns lease=$lease\"\nexit 0\n";
+        std::fs::write(&script, text).unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let script = script.display();
+        let line = format!("busybox udhcpc -f -q -n -t {tries} -T 1 -i eth0 -s {script}");
+        let output = self.command(&line).output().expect("these tests need busybox");
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

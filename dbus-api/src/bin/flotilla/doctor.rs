@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::args::watch::DoctorArgs;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
+use crate::network;
 use crate::output::{self, plain};
 
 /// How bad it is.
@@ -70,7 +71,7 @@ impl Host {
 
 /// Everything that can be seen without the daemon.
 fn examine(host: &Host) -> Vec<Finding> {
-    [kvm, tun, cgroups, system, pages, clock, creation, bridges, threads, descriptors]
+    [kvm, tun, cgroups, system, pages, clock, creation, bridges, programs, threads, descriptors]
         .into_iter()
         .flat_map(|check| check(host))
         .collect()
@@ -232,6 +233,23 @@ fn bridges(host: &Host) -> Vec<Finding> {
     )]
 }
 
+/// What networks with NAT and with DHCP are made with.
+fn programs(host: &Host) -> Vec<Finding> {
+    let there = |program: &str| {
+        ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| host.exists(&format!("{dir}/{program}")))
+    };
+    [
+        ("nat", "nft", "apt install nftables, or dnf install nftables"),
+        ("dhcp", "dnsmasq", "apt install dnsmasq-base, or dnf install dnsmasq"),
+    ]
+    .into_iter()
+    .map(|(what, program, mend)| match there(program) {
+        true => good(what, format!("{program} is there")),
+        false => hint(what, format!("there is no {program}: networks with {what} cannot be defined"), mend),
+    })
+    .collect()
+}
+
 fn threads(host: &Host) -> Vec<Finding> {
     // A VM has a handful of threads; this is room for a thousand VMs.
     const ROOM: u64 = 16_384;
@@ -267,9 +285,10 @@ async fn daemon(bus: &crate::args::Bus) -> Vec<Finding> {
         let state = client.manager.state().await.map_err(|error| client.bus_failed(error))?;
         let corrupt = client.manager.corrupt_records().await.map_err(|error| client.bus_failed(error))?;
         let rows = client.manager.list_vms().await.map_err(|error| client.failed(error))?;
-        Ok::<_, Failure>((state, corrupt, rows))
+        let networks = network::all_problems(&client).await?;
+        Ok::<_, Failure>((state, corrupt, rows, networks))
     };
-    let (state, corrupt, rows) = match state.await {
+    let (state, corrupt, rows, networks) = match state.await {
         Ok(found) => found,
         Err(failure) => return vec![bad(what, failure.to_string(), "systemctl enable --now flotillad")],
     };
@@ -277,6 +296,15 @@ async fn daemon(bus: &crate::args::Bus) -> Vec<Finding> {
     for (path, reason) in corrupt {
         let text = format!("a record was set aside: {}: {}", plain(&path), plain(&reason));
         findings.push(hint(what, text, "define that VM or network again, then remove the file"));
+    }
+    for (name, problem) in networks {
+        // The text says what to do.
+        let text = format!("network {}: {}", plain(&name), plain(&problem));
+        findings.push(hint(
+            "network",
+            text,
+            format!("then look again: flotilla network show {}", plain(&name)),
+        ));
     }
     for row in rows.iter().filter(|row| row.2 == "quarantined") {
         let text = format!("VM {} does not answer", plain(&row.0));
@@ -349,6 +377,8 @@ mod tests {
             ("dev/kvm", ""),
             ("dev/net/tun", ""),
             ("dev/vhost-net", ""),
+            ("usr/sbin/nft", ""),
+            ("usr/bin/dnsmasq", ""),
             ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma"),
             ("run/systemd/system/x", ""),
             ("sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never"),
@@ -366,6 +396,8 @@ mod tests {
             ("proc/cpuinfo", "flags : fpu", "kvm", "firmware"),
             ("proc/cpuinfo", "flags : svm", "kvm", "modprobe kvm_amd"),
             ("x", "", "network", "modprobe tun"),
+            ("x", "", "nat", "install nftables"),
+            ("x", "", "dhcp", "dnsmasq"),
             ("sys/fs/cgroup/cgroup.controllers", "cpu io pids cpuset", "cgroups", "cgroup_enable=memory"),
             ("sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]", "huge pages", "madvise"),
             ("sys/devices/system/clocksource/clocksource0/current_clocksource", "hpet", "clock", "tsc"),

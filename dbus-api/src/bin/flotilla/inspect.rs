@@ -23,20 +23,30 @@ struct Row {
     pid: Option<u32>,
     uuid: String,
     generation: u64,
+    addresses: Vec<String>,
     path: String,
 }
 
-impl From<VmRow> for Row {
-    fn from((name, uuid, state, sub_state, pid, generation, path): VmRow) -> Self {
+impl Row {
+    fn new(
+        (name, uuid, state, sub_state, pid, generation, path): VmRow,
+        addresses: &mut HashMap<String, Vec<String>>,
+    ) -> Self {
         let pid = (pid != 0).then_some(pid);
-        Self { name, state, sub_state, pid, uuid, generation, path: path.to_string() }
+        let addresses = addresses.remove(&name).unwrap_or_default();
+        Self { name, state, sub_state, pid, uuid, generation, addresses, path: path.to_string() }
     }
 }
 
 /// `flotilla list`.
 pub(crate) async fn list(client: &Client, args: ListArgs) -> Result<(), Failure> {
     let rows = client.manager.list_vms().await.map_err(|error| client.failed(error))?;
-    let mut rows: Vec<Row> = rows.into_iter().map(Row::from).collect();
+    let given = client.manager.list_addresses().await.map_err(|error| client.failed(error))?;
+    let mut addresses: HashMap<String, Vec<String>> = HashMap::new();
+    for (vm, _, address) in given {
+        addresses.entry(vm).or_default().push(address);
+    }
+    let mut rows: Vec<Row> = rows.into_iter().map(|row| Row::new(row, &mut addresses)).collect();
     rows.sort_by(|a, b| a.name.cmp(&b.name));
     if args.json {
         return output::json(&rows);
@@ -63,10 +73,14 @@ fn list_text(rows: &[Row], coloured: bool) -> String {
             output::state(&plain(&row.state)),
             Cell::new(row.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())),
             Cell::new(plain(&row.uuid)),
+            Cell::new(match row.addresses.as_slice() {
+                [] => "-".to_owned(),
+                addresses => plain(&addresses.join(",")),
+            }),
             Cell::new(plain(detail)),
         ]
     });
-    output::table(&["NAME", "STATE", "PID", "UUID", "DETAIL"], cells.collect(), coloured)
+    output::table(&["NAME", "STATE", "PID", "UUID", "ADDRESS", "DETAIL"], cells.collect(), coloured)
 }
 
 /// All about a VM, as `--json` prints it.
@@ -101,6 +115,9 @@ struct ShownNic {
     tap: String,
     mac: String,
     bridge: String,
+    /// By DHCP of its network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<String>,
 }
 
 impl Shown {
@@ -108,6 +125,11 @@ impl Shown {
         let pid = vm.main_pid().await?;
         let exit = vm.exit_status().await?;
         let nics = vm.network_interfaces().await?;
+        let mut addresses: HashMap<String, String> = vm.addresses().await?.into_iter().collect();
+        let nics = nics.into_iter().map(|(id, tap, mac, bridge)| {
+            let address = addresses.remove(&id);
+            ShownNic { id, tap, mac, bridge, address }
+        });
         let spec = vm.spec().await?;
         Ok(Self {
             name: vm.name().await?,
@@ -126,7 +148,7 @@ impl Shown {
             exit_status: (!exit.0.is_empty()).then_some(exit),
             qmp_socket: vm.qmp_socket().await?,
             qmp_responsive: vm.qmp_responsive().await?,
-            nics: nics.into_iter().map(|(id, tap, mac, bridge)| ShownNic { id, tap, mac, bridge }).collect(),
+            nics: nics.collect(),
             removed_devices: vm.removed_devices().await?,
             added_devices: vm.added_devices().await?,
             command_line: vm.command_line().await?,
@@ -184,7 +206,8 @@ impl Shown {
             }
         }
         for nic in &self.nics {
-            row("Network", format!("{} on {}, tap {}, {}", nic.id, nic.bridge, nic.tap, nic.mac));
+            let address = nic.address.as_ref().map(|address| format!(", {address}")).unwrap_or_default();
+            row("Network", format!("{} on {}, tap {}, {}{address}", nic.id, nic.bridge, nic.tap, nic.mac));
         }
         for (key, ids) in [("Removed", &self.removed_devices), ("Added", &self.added_devices)] {
             if !ids.is_empty() {
@@ -324,6 +347,7 @@ mod tests {
                 tap: "fl-web0".into(),
                 mac: "m".into(),
                 bridge: "br0".into(),
+                address: Some("10.5.0.2".into()),
             }],
             removed_devices: vec!["disk1".into()],
             added_devices: Vec::new(),
@@ -346,7 +370,7 @@ mod tests {
             "vCPUs       2",
             "Kernel      /k",
             "Disk        /d, readonly",
-            "Network     nic0 on br0, tap fl-web0, m",
+            "Network     nic0 on br0, tap fl-web0, m, 10.5.0.2",
             "Command     vmm -append 'a b'",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
@@ -364,12 +388,12 @@ mod tests {
             pid,
             uuid: "u".into(),
             generation: 1,
+            addresses: pid.map(|_| "10.5.0.2".to_owned()).into_iter().collect(),
             path: String::new(),
         };
         let rows = [row("a", "running", "resumed", Some(5)), row("b", "stopping", "waiting", None)];
         let text = list_text(&rows, false);
-        let expected =
-            "NAME  STATE     PID  UUID  DETAIL\na     running   5    u\nb     stopping  -    u     waiting\n";
+        let expected = "NAME  STATE     PID  UUID  ADDRESS   DETAIL\na     running   5    u     10.5.0.2\nb     stopping  -    u     -         waiting\n";
         assert_eq!(text, expected);
     }
 

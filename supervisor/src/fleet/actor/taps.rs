@@ -68,6 +68,8 @@ impl Actor {
             return Err(FleetError::InvalidState(format!("netdev {netdev:?} has the tap {other} already")));
         }
         let known = of_definition.is_some() || self.seat_of(number) || self.taps.contains_key(netdev);
+        // A card of ours has its address; what a client makes has the hardware address that the client gives it later.
+        let numbered = of_definition.is_some();
         let nic = match of_definition {
             Some(nic) => nic,
             None => self.network_of_first()?,
@@ -80,8 +82,9 @@ impl Actor {
             // Before it is made: a daemon that is killed now leaves something that the next one knows of.
             self.record().await;
         }
-        let opened = match self.context.network.ensure_tap(&nic, name, self.uuid).await {
-            Ok(_) => self.context.network.open(name).await,
+        let numbered = number.filter(|_| numbered);
+        let opened = match self.context.network.ensure_tap(&nic, name, self.uuid, numbered).await {
+            Ok(()) => self.context.network.open(name).await,
             Err(error) => Err(error),
         };
         match &opened {

@@ -36,7 +36,7 @@ impl<'a> Fleet<'a> {
     /// Prints what the host knows about its VMs: for a scenario that has failed.
     pub fn tell(&self) {
         let said = self.host.run(
-            "flotilla list; journalctl --no-pager -q -o short-monotonic -u flotillad -u 'flotilla-vm@*' | tail -n 60",
+            "flotilla list; journalctl --no-pager -q -o short-monotonic -u flotillad -u 'flotilla-vm@*' -u 'flotilla-dhcp@*' | tail -n 60",
         );
         match said {
             Ok(output) => println!("{}{}", output.stdout, output.stderr),

@@ -1,6 +1,9 @@
 //! An installed package runs three Debian VMs: defined and started with `flotilla` and with `busctl` alone, seen by systemd's own
 //! tools, alive through the daemon's death and an upgrade, true to what happens to them, and gone without a trace in the end.
 
+#[path = "first_flight/networks.rs"]
+mod networks;
+
 use std::time::{Duration, Instant};
 
 use tests::fleet::Fleet;
@@ -12,6 +15,17 @@ fn three_debian_vms_from_an_installed_package() -> Outcome {
     let host = host_with_package("first-flight")?;
     let fleet = Fleet::on(&host);
     let outcome = first_flight(&host, &fleet);
+    if outcome.is_err() {
+        fleet.tell();
+    }
+    outcome
+}
+
+#[test]
+fn guests_get_addresses_and_a_way_out() -> Outcome {
+    let host = host_with_package("networks")?;
+    let fleet = Fleet::on(&host);
+    let outcome = networks::networks(&host, &fleet);
     if outcome.is_err() {
         fleet.tell();
     }

@@ -32,7 +32,7 @@ use supervisor::shelf::Shelf;
 use supervisor::store::Store;
 use supervisor::template::Templates;
 
-/// Runtime directories of VMs under systemd: `RuntimeDirectory=flotilla-vm/%i` of the unit.
+/// Sockets of VMs under systemd: made by systemd-tmpfiles, and the daemon's alone.
 const UNIT_DIRECTORY: &str = "/run/flotilla-vm";
 /// The work is waiting; a few threads carry any fleet.
 const THREADS: usize = 4;

@@ -157,7 +157,7 @@ impl<'a> Fleet<'a> {
         let found = self.host.ok(&format!(
             "pgrep -af -- 'flotilla-vmm.* -name {name} ' | grep -v pgrep | sed 's/^\\(.\\{{60\\}}\\).*/process \\1/'; \
              systemctl list-units --no-legend --all 'flotilla-vm@{name}.service' | sed 's/^/unit /'; \
-             ls -d /run/flotilla-vm/{name} /run/private/flotilla-vm/{name} /run/flotilla/qmp/{name}.sock /run/flotilla/vm/{name} 2>/dev/null | sed 's/^/socket /'; \
+             ls -d /run/flotilla-vm/{name} /run/flotilla/qmp/{name}.sock /run/flotilla/vm/{name} 2>/dev/null | sed 's/^/socket /'; \
              ls /var/lib/flotilla/vms/{name}.json 2>/dev/null | sed 's/^/record /'; true"
         ))?;
         Ok(Traces(found.lines().map(str::to_owned).collect()))

@@ -157,7 +157,11 @@ impl Guest {
     /// When the host refuses.
     pub fn new(host: &Host, name: &str, number: u8) -> Outcome<Self> {
         let disk = format!("/var/lib/images/{name}.img");
-        host.ok(&format!("mkdir -p /var/lib/images && cp --sparse=always /srv/guest/root.img {disk}"))?;
+        // The daemon's user exists where the package is installed.
+        host.ok(&format!(
+            "mkdir -p /var/lib/images && cp --sparse=always /srv/guest/root.img {disk} && \
+             chmod 600 {disk} && {{ ! getent passwd flotillad >/dev/null || chown flotillad {disk}; }}"
+        ))?;
         Ok(Self { name: name.to_owned(), address: format!("10.9.0.{}", 10 + u32::from(number)), disk })
     }
 

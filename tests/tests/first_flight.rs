@@ -54,6 +54,7 @@ fn first_flight(host: &Host, fleet: &Fleet<'_>) -> Outcome {
         fleet.works(guest)?;
     }
     systemd_shows_each(host, fleet, &guests)?;
+    rights(host, fleet, &web, &db)?;
     the_bus_shows_them(host, fleet)?;
     kill_the_daemon(host, fleet, &guests)?;
     upgrade(host, fleet, &guests)?;
@@ -89,6 +90,83 @@ fn systemd_shows_each(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outc
     }
     let users = host.ok("stat -c %u $(pgrep -x flotilla-vmm | sed 's|^|/proc/|') | sort -u | wc -l")?;
     check(users == "3", || format!("three VMs share {users} users"))
+}
+
+/// What the daemon, and a VM that its guest has taken over, may do on this host.
+fn rights(host: &Host, fleet: &Fleet<'_>, one: &Guest, other: &Guest) -> Outcome {
+    step(
+        "the daemon has a user of its own and one capability; systemd finds little to hold against it and its VMs",
+    );
+    let daemon = "/proc/$(systemctl show -P MainPID flotillad)";
+    let user = host.ok(&format!("stat -c %U {daemon}"))?;
+    check(user == "flotillad", || format!("the daemon runs as {user}"))?;
+    let capabilities =
+        host.ok(&format!("grep -E '^Cap(Prm|Eff|Bnd)' {daemon}/status | cut -f 2 | sort -u"))?;
+    check(u64::from_str_radix(&capabilities, 16) == Ok(1 << 12), || capabilities.clone())?;
+    for (unit, most) in
+        [("flotillad.service".to_owned(), 2.5), (format!("flotilla-vm@{}.service", one.name), 1.5)]
+    {
+        let said = host.ok(&format!("systemd-analyze --no-pager security {unit} | grep Overall"))?;
+        let score: f64 = said
+            .split_once("service: ")
+            .and_then(|(_, rest)| rest.split_whitespace().next())
+            .ok_or_else(|| said.clone())?
+            .parse()?;
+        step(format!("  {unit}: {score}"));
+        check(score <= most, || format!("{said}: more than {most}"))?;
+    }
+    step("flotillad may start and end VMs, and no other unit");
+    let ask = |verb: &str, unit: &str| {
+        format!(
+            "setpriv --reuid=flotillad --regid=flotillad --clear-groups systemctl --no-ask-password {verb} {unit}"
+        )
+    };
+    host.ok(&ask("start", &format!("flotilla-vm@{}.service", one.name)))?;
+    for unit in [
+        "systemd-tmpfiles-clean.service",
+        "flotillad.service",
+        "flotilla-vm@x.timer",
+        "flotilla-other@x.service",
+    ] {
+        let denied = host.refused(&ask("start", unit))?;
+        check(denied.stderr.contains("authentication"), || format!("{unit}: {}", denied.stderr))?;
+    }
+    step("a VM's user reaches neither another VM's files nor the daemon's");
+    let (mine, other_pid) = (fleet.pid(&one.name)?, fleet.pid(&other.name)?);
+    let uid = host.ok(&format!("stat -c %u /proc/{mine}"))?;
+    let name = &other.name;
+    // In the VM's own view of the host, too: what it hides is no excuse for what it shows.
+    for view in [String::new(), format!("nsenter --mount --target {mine} ")] {
+        let as_vm = |command: &str| {
+            format!(
+                "{view}setpriv --reuid={uid} --regid={uid} --clear-groups --no-new-privs sh -c '{command}'"
+            )
+        };
+        host.ok(&as_vm("test -r /proc/self/stat"))?;
+        for command in [
+            format!("cat {}", other.disk),
+            format!("cat {}", one.disk),
+            format!("cat /var/lib/flotilla/vms/{name}.json"),
+            "ls /var/lib/flotilla".to_owned(),
+            "ls /run/flotilla-vm".to_owned(),
+            format!("ls /run/flotilla-vm/{}", one.name),
+            format!("socat -u UNIX-CONNECT:/run/flotilla-vm/{name}/qmp.sock STDOUT"),
+            format!("socat -u UNIX-CONNECT:/run/flotilla-vm/{name}/console.sock STDOUT"),
+            format!("socat -u UNIX-CONNECT:/run/flotilla/qmp/{name}.sock STDOUT"),
+            "touch /run/flotilla/x".to_owned(),
+            "touch /run/flotilla/qmp/x".to_owned(),
+            format!("ls /proc/{other_pid}/fd"),
+            format!("kill -0 {other_pid}"),
+            format!("kill -0 {mine} && ls /proc/$(systemctl show -P MainPID flotillad)/fd"),
+        ] {
+            host.refused(&as_vm(&command))?;
+        }
+        let answer = host.ok(&as_vm(&format!(
+            "printf \"launch {name}\\n\" | socat -t 5 - UNIX-CONNECT:/run/flotilla/launch.sock | tr -d \"\\0\""
+        )))?;
+        check(answer.contains("does not run in the unit"), || answer.clone())?;
+    }
+    Ok(())
 }
 
 fn the_bus_shows_them(host: &Host, fleet: &Fleet<'_>) -> Outcome {
@@ -163,11 +241,15 @@ fn upgrade(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
     step("an upgrade of the package keeps them");
     runs_through(host, fleet, guests, || {
         let old = host.ok("systemctl show -P MainPID flotillad")?;
+        // As versions left it whose daemon ran as root.
+        host.ok("chown -R root:root /var/lib/flotilla")?;
         let folder = tempfile::tempdir()?;
         install(host, &next_package(folder.path())?)?;
         let version = host.ok("dpkg-query -W -f '${Version}' flotilla")?;
         check(version.ends_with("+1"), || version.clone())?;
         host.eventually(SOON, "systemctl is-active flotillad && flotilla list")?;
+        let foreign = host.ok("find /var/lib/flotilla ! -user flotillad")?;
+        check(foreign.is_empty(), || format!("not the daemon's: {foreign}"))?;
         let new = host.ok("systemctl show -P MainPID flotillad")?;
         check(new != old && new != "0", || format!("the daemon's process was {old} and is {new}"))
     })

@@ -179,12 +179,13 @@ impl Running {
             happened(&told, &Input::Signal(number));
         })?;
 
-        let mut host_ends = open_chardevs(config, &mut event_loop.ops())?;
+        let mut host_ends = open_chardevs(config, &inherited, &mut event_loop.ops())?;
         let serial = match &config.serial {
             None => None,
             Some(ChardevKind::Ref(id)) => host_ends.by_id.get(id).cloned(),
             Some(kind) => {
-                host_ends.serial = Some(host_ends.open(kind, Traffic::Line, &mut event_loop.ops())?);
+                host_ends.serial =
+                    Some(host_ends.open(kind, Traffic::Line, &inherited, &mut event_loop.ops())?);
                 host_ends.serial.clone()
             }
         };
@@ -200,7 +201,7 @@ impl Running {
                 }
                 Monitor::Tcp(addr) => ChardevKind::TcpSocket { addr: *addr, server: true, nowait: true },
             };
-            monitors.push(host_ends.open(&kind, Traffic::Messages, &mut event_loop.ops())?);
+            monitors.push(host_ends.open(&kind, Traffic::Messages, &inherited, &mut event_loop.ops())?);
         }
 
         for (socket, end) in host_ends.awaited.drain(..) {
@@ -365,9 +366,10 @@ impl HostEnds {
         &mut self,
         kind: &ChardevKind,
         traffic: Traffic,
+        inherited: &Inherited,
         ops: &mut Ops<'_>,
     ) -> Result<Arc<dyn CharBackend>, ChardevError> {
-        let backend = chardev::open(kind, traffic, ops)?;
+        let backend = chardev::open(kind, traffic, inherited, ops)?;
         self.all.push(Arc::clone(&backend));
         if kind.awaits_client() {
             let name = match kind {
@@ -382,7 +384,11 @@ impl HostEnds {
 }
 
 /// Opens every `-chardev`; those that carry QMP or a guest's byte stream, of which nothing may be lost, as messages.
-fn open_chardevs(config: &VmConfig, ops: &mut Ops<'_>) -> Result<HostEnds, ChardevError> {
+fn open_chardevs(
+    config: &VmConfig,
+    inherited: &Inherited,
+    ops: &mut Ops<'_>,
+) -> Result<HostEnds, ChardevError> {
     let mut ends = HostEnds::default();
     // What another process serves a device through is the device's to open.
     for chardev in config.chardevs.iter().filter(|c| !config.is_vhost_user(&c.id)) {
@@ -393,7 +399,7 @@ fn open_chardevs(config: &VmConfig, ops: &mut Ops<'_>) -> Result<HostEnds, Chard
         } else {
             Traffic::Line
         };
-        let backend = ends.open(&chardev.kind, traffic, ops)?;
+        let backend = ends.open(&chardev.kind, traffic, inherited, ops)?;
         ends.by_id.insert(chardev.id.clone(), backend);
     }
     Ok(ends)

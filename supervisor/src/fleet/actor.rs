@@ -32,6 +32,7 @@ use super::seats::Seats;
 use super::view::{View, now};
 use super::vm::{START_DEADLINE, Vm};
 use super::{Context, FleetError, monitor, network};
+use crate::launch::{CONSOLE_SOCKET, QMP_SOCKET};
 use crate::qmp::{Proxy, Taps, Watch};
 use crate::store::{Definition, Process, Runtime};
 use plug::{Finishing, Plugging};
@@ -137,7 +138,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         command_line: Arc::new([]),
         nics: Arc::new([]),
         qmp_socket: context.proxies.join(format!("{name}.sock")),
-        console_socket: context.launcher.sockets(&name).join("console.sock"),
+        console_socket: context.launcher.sockets(&name).join(CONSOLE_SOCKET),
         responsive: false,
         devices: Devices::default(),
         disks: Arc::new([]),
@@ -373,7 +374,7 @@ impl Actor {
     }
 
     fn connect(&mut self) {
-        let path = self.context.launcher.sockets(&self.name).join("qmp.sock");
+        let path = self.context.launcher.sockets(&self.name).join(QMP_SOCKET);
         let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
         self.link.connect(task);
     }

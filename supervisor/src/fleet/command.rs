@@ -6,6 +6,7 @@ use dbus_api::spec::{Format, Machine, VmSpec};
 use uuid::Uuid;
 
 use super::spec::{Room, mac, room};
+use crate::launch::{CONSOLE_SOCKET, QMP_SOCKET};
 
 /// Kernel command line when the definition gives none: the serial console, and an end instead of a hang after a panic.
 pub const DEFAULT_APPEND: &str = "console=ttyS0 reboot=k panic=1";
@@ -131,8 +132,8 @@ pub fn build(spec: &VmSpec, place: &Place<'_>) -> Vec<String> {
         put("-device", format!("{},rng=random0,id=rng0{fixed}", driver("rng")));
     }
     let socket = |file: &str| quote(&place.sockets.join(file).display().to_string());
-    put("-qmp", format!("unix:{},server,nowait", socket("qmp.sock")));
-    put("-serial", format!("socket,path={},server,nowait", socket("console.sock")));
+    put("-qmp", format!("unix:{},server,nowait", socket(QMP_SOCKET)));
+    put("-serial", format!("socket,path={},server,nowait", socket(CONSOLE_SOCKET)));
     if let Some(incoming) = place.incoming {
         put("-incoming", format!("file:{},identity=new", quote(&incoming.display().to_string())));
     }

@@ -46,6 +46,8 @@ pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, 
     for tap in &taps {
         descriptors.push((Handed::Tap(tap.clone()), context.network.open(tap).await?));
     }
+    let listeners = context.launcher.listeners(&plan.name);
+    descriptors.extend(listeners.map_err(|error| FleetError::LaunchFailed(error.to_string()))?);
     let place = Place {
         vmm: &context.vmm,
         name: &plan.name,

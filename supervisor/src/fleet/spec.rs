@@ -303,11 +303,16 @@ pub fn check_files(spec: &VmSpec) -> Result<(), FleetError> {
     Ok(())
 }
 
-/// The kernel's reason without Rust's `(os error 2)`.
+/// Why a file cannot be had: the kernel's reason without Rust's `(os error 2)`, and what to do about it.
 pub fn plain(error: &std::io::Error) -> String {
     match error.kind() {
         std::io::ErrorKind::NotFound => "no such file".to_owned(),
-        std::io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
+        std::io::ErrorKind::PermissionDenied => {
+            let user = rustix::process::geteuid().as_raw();
+            format!(
+                "permission denied to flotillad (user {user}): chown it, or setfacl -m u:{user}:rw it, and u:{user}:x the folders above"
+            )
+        }
         _ => error.to_string(),
     }
 }

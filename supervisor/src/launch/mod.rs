@@ -173,6 +173,12 @@ pub trait Launcher: Send + Sync {
     /// Directory of the VM's own sockets.
     fn sockets(&self, name: &str) -> PathBuf;
 
+    /// Sockets in that directory that the VMM is to listen on, bound for it where it may not make them itself.
+    fn listeners(&self, name: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
+        let _ = name;
+        Ok(Vec::new())
+    }
+
     /// File of the VMM's own messages; empty where they go to the journal of the unit.
     fn log_file(&self, name: &str) -> PathBuf;
 
@@ -204,6 +210,11 @@ pub trait Launcher: Send + Sync {
     /// Removes what a VM without process leaves on the host: its directory, a failed unit. Problems are logged.
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()>;
 }
+
+/// The VMM's QMP socket in [`Launcher::sockets`].
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// The guest's serial line there.
+pub const CONSOLE_SOCKET: &str = "console.sock";
 
 /// How many lines [`Launcher::last_lines`] gives.
 const LINES: usize = 10;

@@ -7,6 +7,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,7 +28,8 @@ use super::server::{Identify, Source, vm_of_process};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
 use super::unit::{PREFIX, SUFFIX, path_of, unescape, unit_of, vm_of_unit};
 use super::{
-    Event, Events, Found, LaunchError, Launcher, Notice, Prepared, Wanted, limits, signal_name, tail,
+    CONSOLE_SOCKET, Event, Events, Found, Handed, LaunchError, Launcher, Notice, Prepared, QMP_SOCKET,
+    Wanted, limits, signal_name, tail,
 };
 use crate::fleet::life::Exit;
 use crate::store::Process;
@@ -96,7 +100,7 @@ pub struct SystemdLauncher {
 }
 
 impl SystemdLauncher {
-    /// Connects to the systemd on this bus and listens to it. The VMs' runtime directories are below `directory`.
+    /// Connects to the systemd on this bus and listens to it. The VMs' sockets are below `directory`.
     pub async fn connect(
         connection: Connection,
         directory: PathBuf,
@@ -312,6 +316,10 @@ impl Launcher for SystemdLauncher {
         self.directory.join(name)
     }
 
+    fn listeners(&self, name: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
+        listen(&self.sockets(name))
+    }
+
     fn log_file(&self, _name: &str) -> PathBuf {
         PathBuf::new()
     }
@@ -373,42 +381,41 @@ impl Launcher for SystemdLauncher {
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {
         async move {
             let unit = unit_of(name);
-            // Not failed, nothing to clean, not loaded: all fine.
+            // Not failed, not loaded: both fine.
             let reset = self.call(&unit, "reset", self.manager.reset_failed_unit(&unit)).await;
-            let clean = self.call(&unit, "clean", self.manager.clean_unit(&unit, &["runtime"])).await;
-            debug!(FLOTILLA_VM = name, "reset: {reset:?}, clean: {clean:?}");
-            remove_directory(&self.directory, name);
-            // Else each VM that ever had limits would make PID 1's reloads longer.
-            if let Err(error) = std::fs::remove_dir_all(drop_ins(&unit))
+            debug!(FLOTILLA_VM = name, "reset: {reset:?}");
+            // What was set on the unit stays with systemd until the host's next boot; the next VM of this name sets its own.
+            let directory = self.sockets(name);
+            if let Err(error) = std::fs::remove_dir_all(&directory)
                 && error.kind() != std::io::ErrorKind::NotFound
             {
-                warn!(FLOTILLA_VM = name, "{} is left behind: {error}", drop_ins(&unit).display());
+                warn!(FLOTILLA_VM = name, "{} is left behind: {error}", directory.display());
             }
         }
         .boxed()
     }
 }
 
+/// Binds a VM's sockets in a directory that is the daemon's alone: the VMM gets them as descriptors, and its user reaches no socket.
+fn listen(directory: &Path) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
+    let failed = || LaunchError::io(format!("sockets in {}", directory.display()));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed())?;
+    let bind = |name: &&str| {
+        let path = directory.join(name);
+        // Of the process before, which has ended.
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed()(error)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(failed())?;
+        Ok((Handed::Path(path), listener.into()))
+    };
+    [QMP_SOCKET, CONSOLE_SOCKET].iter().map(bind).collect()
+}
+
 /// What was set on a unit.
 fn drop_ins(unit: &str) -> PathBuf {
     Path::new(CONTROL).join(format!("{unit}.d"))
-}
-
-/// What systemd left of a runtime directory; for a dynamic user it is a link to `private/` beside its parent.
-fn remove_directory(directory: &Path, name: &str) {
-    let path = directory.join(name);
-    let private = directory
-        .file_name()
-        .and_then(|base| Some(directory.parent()?.join("private").join(base).join(name)));
-    let removals = [
-        if path.is_symlink() { std::fs::remove_file(&path) } else { std::fs::remove_dir_all(&path) },
-        private.map_or(Ok(()), std::fs::remove_dir_all),
-    ];
-    for error in removals.into_iter().filter_map(Result::err) {
-        if error.kind() != std::io::ErrorKind::NotFound {
-            warn!(FLOTILLA_VM = name, "{} is left behind: {error}", path.display());
-        }
-    }
 }
 
 struct PreparedFirst {

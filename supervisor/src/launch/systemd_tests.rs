@@ -2,6 +2,7 @@
 
 use super::*;
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -156,10 +157,6 @@ impl FakeManager {
         self.0.state().calls.push(format!("reset {name}"));
     }
 
-    fn clean_unit(&self, name: &str, mask: Vec<String>) {
-        self.0.state().calls.push(format!("clean {name} {}", mask.into_iter().collect::<String>()));
-    }
-
     fn list_units_by_patterns(
         &self,
         _states: Vec<String>,
@@ -300,13 +297,31 @@ async fn a_unit_is_started_watched_and_killed() {
     })
     .await
     .unwrap();
-    std::fs::create_dir_all(s.dir.path().join("private/flotilla-vm/web")).unwrap();
-    std::fs::create_dir_all(s.dir.path().join("flotilla-vm")).unwrap();
-    std::os::unix::fs::symlink("../private/flotilla-vm/web", s.dir.path().join("flotilla-vm/web")).unwrap();
+    let directory = s.dir.path().join("flotilla-vm/web");
+    std::fs::create_dir_all(&directory).unwrap();
     s.launcher.clean("web").await;
-    assert!(s.pid1.state().calls.contains(&format!("clean {WEB} runtime")));
-    assert!(!s.dir.path().join("flotilla-vm/web").is_symlink());
-    assert!(!s.dir.path().join("private/flotilla-vm/web").exists());
+    assert!(!directory.exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_sockets_of_a_vm_are_the_daemons_and_handed_over() {
+    let s = setup(&[WEB]).await;
+    let directory = s.launcher.sockets("web");
+    for _ in 0..2 {
+        let handed = s.launcher.listeners("web").unwrap();
+        let paths = [QMP_SOCKET, CONSOLE_SOCKET].map(|name| Handed::Path(directory.join(name)));
+        assert!(handed.iter().map(|(name, _)| name).eq(&paths));
+        let open = std::fs::metadata(&directory).unwrap().permissions().mode();
+        assert_eq!(open & 0o777, 0o700);
+        for (_, listener) in &handed {
+            assert!(rustix::net::sockopt::socket_acceptconn(listener).unwrap());
+        }
+        std::os::unix::net::UnixStream::connect(directory.join(QMP_SOCKET)).unwrap();
+    }
+    std::fs::remove_file(directory.join(QMP_SOCKET)).unwrap();
+    std::fs::create_dir(directory.join(QMP_SOCKET)).unwrap();
+    let refused = s.launcher.listeners("web").unwrap_err().to_string();
+    assert!(refused.contains(&directory.display().to_string()), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -22,6 +22,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::config::ChardevKind;
 use crate::event::Ops;
+use crate::inherit::Inherited;
 
 use port::{Overflow, Policy, Port};
 use stream::Stream;
@@ -121,10 +122,11 @@ impl Traffic {
 }
 
 /// Opens the host end that `kind` describes and puts it on the loop of `ops`. Sockets are removed and terminals restored when the
-/// back end and the loop are dropped.
+/// back end and the loop are dropped. A unix socket that is to listen may have been `inherited`: then it listens already.
 pub fn open(
     kind: &ChardevKind,
     traffic: Traffic,
+    inherited: &Inherited,
     ops: &mut Ops<'_>,
 ) -> Result<Arc<dyn CharBackend>, ChardevError> {
     let policy = traffic.policy();
@@ -146,7 +148,9 @@ pub fn open(
             port.connect(Stream::output_only(file), ops);
             Ok(port)
         }
-        ChardevKind::UnixSocket { path, server: true, .. } => socket::listen_unix(path, policy, ops),
+        ChardevKind::UnixSocket { path, server: true, .. } => {
+            socket::listen_unix(path, policy, inherited, ops)
+        }
         ChardevKind::UnixSocket { path, .. } => socket::connect_unix(path, policy, ops),
         ChardevKind::TcpSocket { addr, server: true, .. } => socket::listen_tcp(*addr, policy, ops),
         ChardevKind::TcpSocket { addr, .. } => socket::connect_tcp(*addr, policy, ops),

@@ -17,6 +17,7 @@ use super::port::{Policy, Port};
 use super::stream::Stream;
 use super::{CharBackend, ChardevError};
 use crate::event::{EventFlags, Ops, Token};
+use crate::inherit::Inherited;
 
 /// Longest path that fits into a `sockaddr_un` with its final zero.
 const PATH_MAX: usize = 107;
@@ -40,7 +41,11 @@ impl Drop for SocketFile {
 }
 
 enum Socket {
-    Unix { listener: UnixListener, _file: SocketFile },
+    /// With its file, unless that is the launcher's.
+    Unix {
+        listener: UnixListener,
+        _file: Option<SocketFile>,
+    },
     Tcp(TcpListener),
 }
 
@@ -68,13 +73,23 @@ impl Socket {
     }
 }
 
-/// Listens on a unix socket of mode 0600. A socket file that nobody listens on is replaced.
+/// Listens on a unix socket: the one that the launcher has bound there and handed over, or one of mode 0600. A socket file that nobody
+/// listens on is replaced.
 pub(super) fn listen_unix(
     path: &Path,
     policy: Policy,
+    inherited: &Inherited,
     ops: &mut Ops<'_>,
 ) -> Result<Arc<dyn CharBackend>, ChardevError> {
     let host = |source: io::Error| ChardevError::Host { what: format!("socket {}", path.display()), source };
+    if let Some(listener) = inherited.take_path(path) {
+        if !rustix::net::sockopt::socket_acceptconn(&listener).map_err(|e| host(e.into()))? {
+            return Err(host(io::Error::other("the descriptor that was handed over does not listen")));
+        }
+        let listener = UnixListener::from(listener);
+        listener.set_nonblocking(true).map_err(host)?;
+        return listen(Socket::Unix { listener, _file: None }, policy, ops).map_err(host);
+    }
     if path.as_os_str().len() > PATH_MAX {
         return Err(ChardevError::TooLong(path.to_owned()));
     }
@@ -103,7 +118,7 @@ pub(super) fn listen_unix(
     let identity = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
     let file = SocketFile { path: path.to_owned(), identity };
     listener.set_nonblocking(true).map_err(host)?;
-    listen(Socket::Unix { listener, _file: file }, policy, ops).map_err(host)
+    listen(Socket::Unix { listener, _file: Some(file) }, policy, ops).map_err(host)
 }
 
 /// Listens on a TCP port.

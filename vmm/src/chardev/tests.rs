@@ -10,6 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::event::EventLoop;
 
+fn open(
+    kind: &ChardevKind,
+    traffic: Traffic,
+    ops: &mut Ops<'_>,
+) -> Result<Arc<dyn CharBackend>, ChardevError> {
+    super::open(kind, traffic, &Inherited::default(), ops)
+}
+
 /// Remembers what it is told; takes `room` bytes at a time.
 struct Front {
     room: AtomicUsize,
@@ -342,4 +350,34 @@ fn connects_once_as_a_client() {
     backend.attach(Arc::<Front>::clone(&front));
     server.write_all(b"tcp").unwrap();
     run_until(&mut event_loop, || front.got() == b"tcp");
+}
+
+#[test]
+fn a_socket_that_was_handed_over_is_listened_to_and_left_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let bound = UnixListener::bind(&path).unwrap();
+    // Somebody was there before the VMM: the socket listens already.
+    let mut early = client(&path);
+    let inherited = Inherited::of(vec![(path.clone(), bound.into())]);
+    let mut event_loop = EventLoop::new().unwrap();
+    let backend = super::open(&unix(&path), Traffic::Line, &inherited, &mut event_loop.ops()).unwrap();
+    let front = Front::new(100);
+    backend.attach(Arc::<Front>::clone(&front));
+    early.write_all(b"first").unwrap();
+    run_until(&mut event_loop, || front.got().len() == 5);
+    drop((backend, event_loop));
+    assert!(path.exists(), "it is its maker's to remove");
+
+    // A second user of the name is on its own, as by hand.
+    let mut event_loop = EventLoop::new().unwrap();
+    let backend = super::open(&unix(&path), Traffic::Line, &inherited, &mut event_loop.ops()).unwrap();
+    drop((backend, event_loop));
+    assert!(!path.exists());
+
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let inherited = Inherited::of(vec![(path.clone(), file.into())]);
+    let mut event_loop = EventLoop::new().unwrap();
+    let refused = super::open(&unix(&path), Traffic::Line, &inherited, &mut event_loop.ops());
+    assert!(refused.is_err_and(|error| error.to_string().contains(&path.display().to_string())));
 }

@@ -13,6 +13,7 @@ use crate::config::{ChardevKind, Drive, VmConfig};
 use crate::config::{NetBackend, TapSource};
 use crate::control::{BoxError, End, Vm};
 use crate::event::EventLoop;
+use crate::inherit::Inherited;
 use crate::machine::{
     BlockDevice, CpuInfo, Departure, GuestEvent, Hotplug, HotplugError, NetDevice, Plugged, Refusal,
 };
@@ -150,7 +151,10 @@ impl World {
         for name in ["a", "b"] {
             let path = dir.path().join(name);
             let kind = ChardevKind::UnixSocket { path, server: true, nowait: true };
-            qmp.add_monitor(&chardev::open(&kind, Traffic::Messages, &mut event_loop.ops()).unwrap());
+            qmp.add_monitor(
+                &chardev::open(&kind, Traffic::Messages, &Inherited::default(), &mut event_loop.ops())
+                    .unwrap(),
+            );
         }
         Self { event_loop, qmp, calls, asked, dir }
     }
@@ -366,7 +370,9 @@ fn a_monitor_over_tcp_speaks_the_same() {
     let mut world = World::new();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let kind = ChardevKind::TcpSocket { addr: port, server: true, nowait: true };
-    world.qmp.add_monitor(&chardev::open(&kind, Traffic::Messages, &mut world.event_loop.ops()).unwrap());
+    world.qmp.add_monitor(
+        &chardev::open(&kind, Traffic::Messages, &Inherited::default(), &mut world.event_loop.ops()).unwrap(),
+    );
     let mut socket = std::net::TcpStream::connect(port).unwrap();
     socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
     socket.write_all(b"{\"execute\":\"query-name\"}").unwrap();

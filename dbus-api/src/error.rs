@@ -79,6 +79,8 @@ errors! {
     NoSuchTemplate,
     /// There is a template of that name already.
     TemplateExists,
+    /// VMs or templates lie over the template.
+    TemplateInUse,
     /// No job of that number; it may have ended.
     NoSuchJob,
     /// The definition is malformed or asks for something impossible.

@@ -8,6 +8,7 @@
 //! Resync rule: read `EventSeq`, then `ListVms`; a signal whose number is not above that `EventSeq` is stale, a gap means list again.
 
 pub mod error;
+pub mod journal;
 pub mod network;
 pub mod proxy;
 pub mod spec;

@@ -111,6 +111,16 @@ struct File {
     #[serde(default)]
     metrics: Metrics,
     firmware: Option<Firmware>,
+    #[serde(default)]
+    pool: Pool,
+}
+
+/// Units that wait for a VM.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pool {
+    #[serde(default)]
+    size: u16,
 }
 
 /// Who else may read the metrics.
@@ -160,6 +170,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Firmware of VMs that are made from images; its variables are copied for each.
     pub firmware: Option<Firmware>,
+    /// How many units wait for a VM under systemd, so that clones need none to be started.
+    pub spares: u16,
 }
 
 impl Config {
@@ -192,6 +204,7 @@ impl Config {
             bridges: file.bridge.into_iter().map(bridge).collect(),
             metrics: file.metrics.listen,
             firmware: file.firmware,
+            spares: file.pool.size,
         };
         if let Some(address) = config.metrics.filter(|address| !address.ip().is_loopback()) {
             return Err(ConfigError::NotLoopback(address));
@@ -239,19 +252,22 @@ mod tests {
             [firmware]
             code = "/fw/code"
             vars = "/fw/vars"
+            [pool]
+            size = 8
         "#;
         let config = load(text, &["--vmm", "/x/vmm"]).unwrap();
         assert_eq!((config.launcher, config.vmm), (LauncherKind::Process, PathBuf::from("/x/vmm")));
         assert_eq!(config.admission, Admission { max_memory: Some(2 << 30), ..Admission::default() });
         assert_eq!(config.metrics, Some("[::1]:9775".parse().unwrap()));
         assert_eq!(config.firmware.map(|firmware| firmware.vars), Some(PathBuf::from("/fw/vars")));
+        assert_eq!(config.spares, 8);
         assert_eq!(config.state_dir, Path::new("/var/lib/flotilla"));
         assert_eq!((config.bridges[0].addresses.len(), config.bridges[0].mtu), (2, Some(9000)));
     }
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 10] = [
+        let cases: [(&str, &[&str], &str); 11] = [
             ("lanucher = \"process\"", &[], "lanucher"),
             ("[[bridge]]\nname=\"b\"\nadresses=[]", &[], "adresses"),
             ("[admission]\nmax_memroy=1", &[], "max_memroy"),
@@ -260,6 +276,7 @@ mod tests {
             ("", &["--vmm", "vmm"], "not an absolute path"),
             ("[metrics]\nlisten = \"0.0.0.0:9775\"", &[], "not a loopback address"),
             ("[metrics]\nlisten = \"localhost\"", &[], "listen"),
+            ("[pool]\nsize = -1", &[], "size"),
             ("[firmware]\ncode = \"/c\"", &[], "vars"),
             ("[firmware]\ncode = \"/c\"\nvars = \"v\"", &[], "firmware.vars"),
         ];

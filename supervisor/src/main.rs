@@ -101,7 +101,8 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
             let socket = server::bind(&config.runtime_dir.join("launch.sock"))?;
             // A connection of its own: systemd's signals do not queue before our callers.
             let bus = connect(&config.bus).await?;
-            let launcher = Arc::new(SystemdLauncher::connect(bus, UNIT_DIRECTORY.into(), events).await?);
+            let spares = config.spares.into();
+            let launcher = SystemdLauncher::connect(bus, UNIT_DIRECTORY.into(), events, spares).await?;
             let servers = Arc::clone(&launcher) as Arc<dyn DhcpServers>;
             (Arc::clone(&launcher) as Arc<dyn Launcher>, servers, Some((socket, launcher)))
         }

@@ -55,7 +55,7 @@ extern "C" fn main() -> c_int {
         Ok(Request::Version) => print(concat!("flotilla-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Request::Run(config)) => run(&config),
         Err(e) => {
-            complain(&e.to_string());
+            log::complain(&e.to_string());
             FAILURE
         }
     };
@@ -69,23 +69,18 @@ fn print(text: &str) -> u8 {
     SUCCESS
 }
 
-fn complain(text: &str) {
-    // Nobody to tell if standard error is gone.
-    let _ = writeln!(std::io::stderr(), "flotilla-vmm: {text}");
-}
-
 fn run(config: &VmConfig) -> u8 {
     let daemon = if config.process.daemonize {
         match daemon::fork() {
             Ok(Side::Child(daemon)) => Some(daemon),
             Ok(Side::Parent(parent)) => {
                 if let Some(text) = parent.error {
-                    complain(&text);
+                    log::complain(&text);
                 }
                 return parent.exit_code;
             }
             Err(e) => {
-                complain(&e.to_string());
+                log::complain(&e.to_string());
                 return FAILURE;
             }
         }
@@ -99,7 +94,7 @@ fn run(config: &VmConfig) -> u8 {
         }
         match daemon {
             Some(daemon) => daemon.failed(&text),
-            None => complain(&text),
+            None => log::complain(&text),
         }
         FAILURE
     };

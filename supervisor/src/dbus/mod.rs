@@ -85,6 +85,7 @@ fn named(error: FleetError) -> Error {
         FleetError::NetworkExists(text) => Error::NetworkExists(text),
         FleetError::NoSuchTemplate(text) => Error::NoSuchTemplate(text),
         FleetError::TemplateExists(text) => Error::TemplateExists(text),
+        FleetError::TemplateInUse(text) => Error::TemplateInUse(text),
         FleetError::NoSuchJob(text) => Error::NoSuchJob(text),
         FleetError::InvalidSpec(text) => Error::InvalidSpec(text),
         FleetError::GenerationMismatch(text) => Error::GenerationMismatch(text),

@@ -165,6 +165,9 @@ impl Publisher {
         if before.main_pid != after.main_pid {
             object.main_p_i_d_changed(emitter).await?;
         }
+        if before.unit != after.unit {
+            object.unit_changed(emitter).await?;
+        }
         if before.command_line != after.command_line {
             object.command_line_changed(emitter).await?;
         }

@@ -59,6 +59,8 @@ struct Actor {
     vm: Vm,
     since: u64,
     process: Option<Process>,
+    /// Where its process runs: under its own name, or as a spare that it took.
+    instance: Arc<str>,
     /// An end that was told before the start it belongs to.
     early_end: Option<(String, Exit)>,
     applied_generation: u64,
@@ -108,6 +110,8 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         .ok();
     let record = record.filter(|record| record.boot_id == context.boot_id);
     let alive = process.is_some();
+    let instance = record.as_ref().filter(|_| alive).and_then(|record| record.instance.as_deref());
+    let instance: Arc<str> = instance.map_or_else(|| Arc::clone(&name), Arc::from);
     let seats = record.as_ref().map(|record| record.seats.clone()).filter(|seats| !seats.is_empty());
     let taps = record.as_ref().map(|record| record.taps.clone()).unwrap_or_default();
     let mut leftovers = seats.as_ref().filter(|_| !alive).map(|seats| seats.taps(&name)).unwrap_or_default();
@@ -131,14 +135,14 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         generation: definition.generation,
         applied_generation: 0,
         main_pid: 0,
-        unit: context.launcher.unit(&name),
+        unit: context.launcher.unit(&instance),
         log_file: context.launcher.log_file(&name).display().to_string(),
         exit: None,
         spec: Arc::new(definition.spec.clone()),
         command_line: Arc::new([]),
         nics: Arc::new([]),
         qmp_socket: context.proxies.join(format!("{name}.sock")),
-        console_socket: context.launcher.sockets(&name).join(CONSOLE_SOCKET),
+        console_socket: context.launcher.sockets(&instance).join(CONSOLE_SOCKET),
         responsive: false,
         devices: Devices::default(),
         disks: Arc::new([]),
@@ -177,6 +181,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         name,
         vm,
         process,
+        instance,
         view,
     };
     if !actor.vm.state().idle() {
@@ -357,6 +362,7 @@ impl Actor {
         runtime.forced = self.vm.forced();
         runtime.applied_generation = self.applied_generation;
         runtime.process.clone_from(&self.process);
+        runtime.instance = (self.instance != self.name).then(|| self.instance.to_string());
         runtime.command_line = self.command_line.to_vec();
         runtime.exit.clone_from(&self.exit);
         runtime.devices.clone_from(&self.devices);
@@ -374,7 +380,7 @@ impl Actor {
     }
 
     fn connect(&mut self) {
-        let path = self.context.launcher.sockets(&self.name).join(QMP_SOCKET);
+        let path = self.context.launcher.sockets(&self.instance).join(QMP_SOCKET);
         let task = monitor::run(Arc::clone(&self.context), path, self.vm.run(), self.internal.clone());
         self.link.connect(task);
     }

@@ -23,6 +23,9 @@ pub enum FleetError {
     /// The template's name is taken.
     #[error("{0}")]
     TemplateExists(String),
+    /// VMs or templates need the template.
+    #[error("{0}")]
+    TemplateInUse(String),
     /// No such job, or it has ended.
     #[error("{0}")]
     NoSuchJob(String),
@@ -81,6 +84,7 @@ impl FleetError {
             Self::NetworkExists(text) => Self::NetworkExists(change(text)),
             Self::NoSuchTemplate(text) => Self::NoSuchTemplate(change(text)),
             Self::TemplateExists(text) => Self::TemplateExists(change(text)),
+            Self::TemplateInUse(text) => Self::TemplateInUse(change(text)),
             Self::NoSuchJob(text) => Self::NoSuchJob(change(text)),
             Self::InvalidSpec(text) => Self::InvalidSpec(change(text)),
             Self::GenerationMismatch(text) => Self::GenerationMismatch(change(text)),

@@ -40,11 +40,14 @@ pub(super) enum Request {
 /// What the host tells.
 pub(super) enum Internal {
     Notice(Notice),
+    /// What is started next; the answer says that it is written down where.
     Planned {
         run: u64,
         generation: u64,
         spec: Arc<VmSpec>,
+        instance: Arc<str>,
         command_line: Vec<String>,
+        written: oneshot::Sender<()>,
     },
     Launched {
         run: u64,

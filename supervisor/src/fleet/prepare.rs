@@ -22,6 +22,8 @@ pub(super) struct Plan {
     pub(super) spec: Arc<VmSpec>,
     pub(super) generation: u64,
     pub(super) paused: bool,
+    /// Where the process is to run.
+    pub(super) instance: Arc<str>,
     /// The snapshot that it goes on from.
     pub(super) incoming: Option<Arc<Path>>,
 }
@@ -30,7 +32,7 @@ pub(super) struct Plan {
 pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, FleetError> {
     let spec = Arc::clone(&plan.spec);
     let incoming = plan.incoming.clone();
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = tokio::task::spawn_blocking(move || -> Result<_, FleetError> {
         check_files(&spec)?;
         let mut descriptors = open_files(&spec)?;
         for file in incoming.iter().flat_map(|dir| SNAPSHOT.map(|name| dir.join(name))) {
@@ -40,19 +42,19 @@ pub(super) async fn prepare(context: &Context, plan: &Plan) -> Result<Prepared, 
     });
     let mut descriptors =
         opened.await.map_err(|error| FleetError::LaunchFailed(format!("opening files: {error}")))??;
-    let limited = context.launcher.limit(&plan.name, &plan.spec.limits).await;
+    let limited = context.launcher.limit(&plan.instance, &plan.spec.limits).await;
     limited.map_err(|error| FleetError::LaunchFailed(format!("limits: {error}")))?;
     let taps = context.network.ensure(&plan.name, plan.uuid, &plan.spec).await?;
     for tap in &taps {
         descriptors.push((Handed::Tap(tap.clone()), context.network.open(tap).await?));
     }
-    let listeners = context.launcher.listeners(&plan.name);
+    let listeners = context.launcher.listeners(&plan.instance);
     descriptors.extend(listeners.map_err(|error| FleetError::LaunchFailed(error.to_string()))?);
     let place = Place {
         vmm: &context.vmm,
         name: &plan.name,
         uuid: plan.uuid,
-        sockets: &context.launcher.sockets(&plan.name),
+        sockets: &context.launcher.sockets(&plan.instance),
         taps: &taps,
         incoming: plan.incoming.as_deref(),
         paused: plan.paused,

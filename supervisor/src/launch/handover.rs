@@ -1,6 +1,7 @@
 //! Wire format of the launch socket, both ends. Std and libc only, because `flotilla-exec` runs it before every VM.
 //!
-//! The client sends one line, `launch NAME` or `shutdown NAME`. The answer is a 32-bit little-endian length and that many bytes of
+//! The client sends one line, `launch NAME`, `spare INSTANCE` or `shutdown NAME`. The answer to `spare` comes when there is a VM for it; `ok` alone
+//! says that there will be none. The answer is a 32-bit little-endian length and that many bytes of
 //! fields that each end with NUL: `ok`, the value of `FLOTILLA_FDS`, and the command line, with the descriptors attached to its first
 //! byte; or `error` and a text. The client moves descriptor *i* to number 3 + *i* before it becomes the VMM, which is what the value
 //! of `FLOTILLA_FDS` says.

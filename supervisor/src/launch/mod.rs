@@ -1,19 +1,23 @@
 //! How a VMM process comes to be, is found again, and ends: owns the one trait that the fleet knows, and what passes through it.
 //!
 //! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
-//! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the units.
+//! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the
+//! units, `signals` is what systemd tells of them; `pool` are units that wait for a VM, `refill` sees that there are enough.
 //! `dhcp` does for the DHCP servers of networks what these do for VMs.
 
 pub mod dhcp;
 pub mod handover;
 mod limits;
+mod pool;
 pub mod process;
+mod refill;
 pub mod server;
+mod signals;
 pub mod systemd;
 mod systemd1;
 #[cfg(test)]
 pub(crate) mod test_bus;
-mod unit;
+pub mod unit;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -32,6 +36,9 @@ use crate::store::{Process, Runtime};
 
 /// Environment variable that tells the VMM which descriptor stands for which name on its command line.
 pub const FLOTILLA_FDS: &str = "FLOTILLA_FDS";
+
+/// Environment variable that tells the VMM under which name its messages go to the journal, where the unit's is another one.
+pub const FLOTILLA_JOURNAL: &str = "FLOTILLA_JOURNAL";
 
 /// Why a process could not be made, found or ended.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +63,12 @@ pub enum LaunchError {
         verb: &'static str,
         /// How long one waited.
         seconds: u64,
+    },
+    /// A unit that waited for a VM ended just then: start the VM without it.
+    #[error("{unit}: it was to become the VM and has ended: start the VM again")]
+    SpareGone {
+        /// Which unit.
+        unit: String,
     },
     /// This launcher cannot do it.
     #[error("{0}")]
@@ -165,17 +178,31 @@ pub struct Wanted {
     pub record: Option<Runtime>,
 }
 
-/// Makes, finds and ends processes.
-pub trait Launcher: Send + Sync {
-    /// The systemd unit of the VM; empty when there is none.
-    fn unit(&self, name: &str) -> String;
+impl Wanted {
+    /// Where its process runs, if it does.
+    pub fn instance(&self) -> &str {
+        self.record.as_ref().and_then(|record| record.instance.as_deref()).unwrap_or(&self.name)
+    }
+}
 
-    /// Directory of the VM's own sockets.
-    fn sockets(&self, name: &str) -> PathBuf;
+/// Makes, finds and ends processes. What is called `instance` here is where a VM's process runs: under the VM's own name, or as the spare that
+/// [`Launcher::take`] gave it.
+pub trait Launcher: Send + Sync {
+    /// The systemd unit of the instance; empty when there is none.
+    fn unit(&self, instance: &str) -> String;
+
+    /// Directory of the instance's own sockets.
+    fn sockets(&self, instance: &str) -> PathBuf;
+
+    /// A spare for the next process of the VM `name`, if one waits: its name. It must be started or killed next.
+    fn take(&self, name: &str) -> Option<String> {
+        let _ = name;
+        None
+    }
 
     /// Sockets in that directory that the VMM is to listen on, bound for it where it may not make them itself.
-    fn listeners(&self, name: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
-        let _ = name;
+    fn listeners(&self, instance: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
+        let _ = instance;
         Ok(Vec::new())
     }
 
@@ -183,21 +210,25 @@ pub trait Launcher: Send + Sync {
     fn log_file(&self, name: &str) -> PathBuf;
 
     /// Makes the process. Bounded in time. When it fails, no process is left.
-    fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>>;
+    fn start<'a>(
+        &'a self,
+        instance: &'a str,
+        prepared: Prepared,
+    ) -> BoxFuture<'a, Result<Process, LaunchError>>;
 
-    /// Sets the limits of the VM's next process, and of the one that runs. Bounded in time.
-    fn limit<'a>(&'a self, name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>>;
+    /// Sets the limits of the instance's next process, and of the one that runs. Bounded in time.
+    fn limit<'a>(&'a self, instance: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>>;
 
     /// The last lines that a process logged: few, short, free of control characters; none when they cannot be had. Bounded in time.
     fn last_lines<'a>(&'a self, name: &'a str, process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>>;
 
-    /// A program that prints the newest `lines` lines of the VM's log, and with `follow` goes on with those that come.
+    /// A program that prints the newest `lines` lines of the log of the VM `name`, and with `follow` goes on with those that come.
     fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command;
 
     /// Ends the process without asking it; fine when there is none. Its end is reported as an event.
     fn kill<'a>(
         &'a self,
-        name: &'a str,
+        instance: &'a str,
         process: Option<&'a Process>,
     ) -> BoxFuture<'a, Result<(), LaunchError>>;
 

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -20,7 +21,8 @@ use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
 use super::handover::{MAX_REQUEST, encode, send_with};
-use super::unit::vm_of_unit;
+use super::pool::Given;
+use super::unit::{instance_of, is_spare};
 use super::{LaunchError, Prepared, handover};
 
 /// A peer that says nothing, or reads nothing, is dropped after this time. Longer than any preparation.
@@ -32,6 +34,12 @@ const MAX_PEERS: usize = 64;
 pub trait Source: Send + Sync {
     /// Everything for the process that now starts in the VM's unit; the error is for its log.
     fn hand_over<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Prepared, String>>;
+
+    /// What the process `pid`, which waits in the spare `instance`, is to become, however long that takes; `None` when it is not needed.
+    fn wait<'a>(&'a self, instance: &'a str, pid: u32) -> BoxFuture<'a, Result<Option<Given>, String>> {
+        let _ = (instance, pid);
+        async { Ok(None) }.boxed()
+    }
 
     /// The VM's unit is being stopped: ask the VMM to end.
     fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>>;
@@ -69,17 +77,58 @@ pub async fn serve(listener: UnixListener, source: Arc<dyn Source>, identify: Id
         let (source, identify) = (Arc::clone(&source), Arc::clone(&identify));
         tokio::spawn(async move {
             let served = tokio::time::timeout(PEER_DEADLINE, serve_one(socket, &*source, &identify)).await;
-            match served {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!("launch socket: {error}"),
-                Err(_) => warn!("launch socket: a peer took longer than {PEER_DEADLINE:?}"),
-            }
             drop(slot);
+            let served = match served {
+                Ok(Ok(Some(spare))) => spare.serve(&*source).await,
+                Ok(served) => served.map(drop),
+                Err(_) => Err(late()),
+            };
+            if let Err(error) = served {
+                warn!("launch socket: {error}");
+            }
         });
     }
 }
 
-async fn serve_one(mut socket: UnixStream, source: &dyn Source, identify: &Identify) -> io::Result<()> {
+fn late() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("a peer took longer than {PEER_DEADLINE:?}"))
+}
+
+/// A peer that waits for as long as it takes.
+struct Spare {
+    socket: UnixStream,
+    instance: String,
+    pid: u32,
+}
+
+impl Spare {
+    async fn serve(mut self, source: &dyn Source) -> io::Result<()> {
+        let mut said = [0];
+        let given = tokio::select! {
+            given = source.wait(&self.instance, self.pid) => given,
+            // It has nothing to say: whatever comes from there is its end.
+            _ = self.socket.read(&mut said) => return Ok(()),
+        };
+        let answer = match given {
+            Ok(Some(Given { prepared, sent })) => {
+                let going = tokio::time::timeout(PEER_DEADLINE, send(&mut self.socket, &prepared)).await;
+                // Nobody waits for it when the VM was given up meanwhile.
+                let _ = sent.send(going.unwrap_or_else(|_| Err(late())));
+                return Ok(());
+            }
+            Ok(None) => encode(["ok"])?,
+            Err(text) => encode(["error", &text])?,
+        };
+        self.socket.write_all(&answer).await
+    }
+}
+
+/// Serves one request, but for that of a spare: that one takes its time.
+async fn serve_one(
+    mut socket: UnixStream,
+    source: &dyn Source,
+    identify: &Identify,
+) -> io::Result<Option<Spare>> {
     let mut request = Vec::new();
     while !request.ends_with(b"\n") {
         if request.len() > MAX_REQUEST {
@@ -87,7 +136,7 @@ async fn serve_one(mut socket: UnixStream, source: &dyn Source, identify: &Ident
         }
         let mut byte = [0; 64];
         match socket.read(&mut byte).await? {
-            0 => return Ok(()),
+            0 => return Ok(None),
             count => request.extend_from_slice(&byte[..count]),
         }
     }
@@ -98,9 +147,10 @@ async fn serve_one(mut socket: UnixStream, source: &dyn Source, identify: &Ident
     if identify(pid).as_deref() != Some(name) {
         warn!("launch socket: process {pid} (user {}) asked for VM {name:?}", credentials.uid());
         let text = format!("process {pid} does not run in the unit flotilla-vm@{name}.service");
-        return socket.write_all(&encode(["error", &text])?).await;
+        return socket.write_all(&encode(["error", &text])?).await.map(|()| None);
     }
-    match verb {
+    let served = match verb {
+        "spare" if is_spare(name) => return Ok(Some(Spare { socket, instance: name.to_owned(), pid })),
         "launch" => match source.hand_over(name).await {
             Ok(prepared) => {
                 info!(FLOTILLA_VM = name, "process {pid} gets its command line");
@@ -113,7 +163,8 @@ async fn serve_one(mut socket: UnixStream, source: &dyn Source, identify: &Ident
             Err(text) => socket.write_all(&encode(["error", &text])?).await,
         },
         _ => socket.write_all(&encode(["error", "unknown verb"])?).await,
-    }
+    };
+    served.map(|()| None)
 }
 
 async fn send(socket: &mut UnixStream, prepared: &Prepared) -> io::Result<()> {
@@ -146,7 +197,7 @@ fn is_alive(pinned: &impl AsFd) -> bool {
 fn vm_of_cgroup(text: &str) -> Option<String> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
     // The unit's own group or one below it (control processes may get a sub-group).
-    path.split('/').rev().find_map(|part| vm_of_unit(part).map(str::to_owned))
+    path.split('/').rev().find_map(|part| instance_of(part).map(str::to_owned))
 }
 
 #[cfg(test)]
@@ -154,7 +205,6 @@ mod tests {
     use super::*;
     use crate::launch::Handed;
     use crate::launch::handover::{Answer, receive};
-    use futures_util::FutureExt;
     use std::io::Write;
 
     #[test]
@@ -181,6 +231,12 @@ mod tests {
                 descriptors: vec![(Handed::Path("/dev/null".into()), file)],
             };
             async move { Ok(prepared) }.boxed()
+        }
+
+        fn wait<'a>(&'a self, instance: &'a str, _pid: u32) -> BoxFuture<'a, Result<Option<Given>, String>> {
+            let prepared = Prepared { command_line: vec![instance.to_owned()], ..Prepared::default() };
+            let sent = tokio::sync::oneshot::channel().0;
+            async move { Ok((instance == "Spare-1").then_some(Given { prepared, sent })) }.boxed()
         }
 
         fn end<'a>(&'a self, _name: &'a str) -> BoxFuture<'a, Result<(), String>> {
@@ -220,5 +276,25 @@ mod tests {
         assert!(matches!(&answers[2], Ok(Answer::Refused(text)) if text == "not now"));
         assert!(matches!(&answers[3], Ok(Answer::Refused(_))));
         assert!(answers[4].is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_spare_waits_for_what_it_becomes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("launch.sock");
+        for (instance, word) in [("Spare-1", "launch"), ("Spare-2", "done"), ("web", "refused")] {
+            let mine: Identify = Arc::new(move |_| Some(instance.to_owned()));
+            tokio::spawn(serve(bind(&path).unwrap(), Arc::new(Fixed), mine));
+            let (path, request) = (path.clone(), format!("spare {instance}\n"));
+            let answer = tokio::task::spawn_blocking(move || ask(&path, &request)).await.unwrap().unwrap();
+            let got = match answer {
+                Answer::Launch { command_line, .. } if command_line == [instance] => "launch",
+                Answer::Launch { .. } => "something else",
+                Answer::Done => "done",
+                // A VM's own process is no spare.
+                Answer::Refused(_) => "refused",
+            };
+            assert_eq!(got, word, "{instance}");
+        }
     }
 }

@@ -1,9 +1,7 @@
 //! The launcher under systemd: one instance of the template `flotilla-vm@.service` per VM, started by PID 1.
 //!
 //! PID 1 is a serial server, and dbus-daemon allows 128 replies under way per connection, so that few calls are in flight at once. The
-//! ends of jobs and all property changes come over one match rule each, whatever the size of the fleet (a connection may have 512); a
-//! unit's changes are told first for `Service`, then for `Unit`, and that order is promised to clients, so the second completes the first.
-//! The reader of these signals never waits for systemd: it would wait for itself.
+//! ends of jobs and all property changes come over one match rule each, whatever the size of the fleet (a connection may have 512).
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
@@ -11,84 +9,41 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use dbus_api::spec::Limits;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
-use tokio::sync::{Semaphore, mpsc};
-use tracing::{debug, error, info, warn};
-use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tracing::{debug, warn};
+use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
 
 #[path = "systemd_dhcp.rs"]
 mod dhcp;
 
+use super::pool::{Given, Pool};
 use super::server::{Identify, Source, vm_of_process};
+use super::signals::{CALL_DEADLINE, Known, SERVICE, Shared, UNIT, hex, lock, read_changes, read_jobs, rule};
 use super::systemd1::{ManagerProxy, PropertiesProxy};
-use super::unit::{PREFIX, SUFFIX, path_of, unescape, unit_of, vm_of_unit};
+use super::unit::{PREFIX, SUFFIX, instance_of, is_spare, path_of, unit_of};
 use super::{
-    CONSOLE_SOCKET, Event, Events, Found, Handed, LaunchError, Launcher, Notice, Prepared, QMP_SOCKET,
-    Wanted, limits, signal_name, tail,
+    CONSOLE_SOCKET, Events, Found, Handed, LaunchError, Launcher, Prepared, QMP_SOCKET, Wanted, limits,
+    refill, tail,
 };
 use crate::fleet::life::Exit;
 use crate::store::Process;
 
-const UNIT: &str = "org.freedesktop.systemd1.Unit";
-const SERVICE: &str = "org.freedesktop.systemd1.Service";
 /// The knee of PID 1's throughput is well below; more only queue there, where they cannot be cancelled.
 const IN_FLIGHT: usize = 8;
 /// From StartUnit to the end of its job. Shorter than the state machine's own deadline for a start.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// For calls that PID 1 answers from memory.
-const CALL_DEADLINE: Duration = Duration::from_secs(15);
-
 /// The journal is asked once, when a VM has failed.
 const JOURNAL_DEADLINE: Duration = Duration::from_secs(5);
+/// Where an administrator's own settings for a unit lie.
+const SETTINGS: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
 /// Where systemd keeps what was set on units until the host's next boot.
 const CONTROL: &str = "/run/systemd/system.control";
-
-/// What is known of a unit from its signals.
-#[derive(Debug, Clone, Default)]
-struct Known {
-    main_pid: u32,
-    code: i32,
-    status: i32,
-    active: String,
-    invocation: String,
-}
-
-impl Known {
-    fn process(&self) -> Process {
-        Process { pid: self.main_pid, start_time: 0, invocation: self.invocation.clone() }
-    }
-
-    /// `ExecMainCode` is `si_code` of SIGCHLD (sigaction(2)).
-    fn exit(&self) -> Exit {
-        match self.code {
-            libc::CLD_EXITED => Exit::Code(self.status),
-            libc::CLD_KILLED | libc::CLD_DUMPED => Exit::Signal(signal_name(self.status)),
-            _ => Exit::Unknown,
-        }
-    }
-}
-
-#[derive(Default)]
-struct Shared {
-    /// Listeners for the ends of a unit's jobs.
-    jobs: Mutex<HashMap<String, mpsc::UnboundedSender<(OwnedObjectPath, String)>>>,
-    /// What a unit's process will ask for.
-    prepared: Mutex<HashMap<String, Prepared>>,
-    /// Units that we start and of which no change was seen yet. systemd tells of the queued job first, with the unit still inactive:
-    /// that is no end of a process.
-    fresh: Mutex<std::collections::HashSet<String>>,
-    /// Units that we killed: their failure is no news.
-    killed: Mutex<std::collections::HashSet<String>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// See the module.
 pub struct SystemdLauncher {
@@ -97,21 +52,26 @@ pub struct SystemdLauncher {
     shared: Arc<Shared>,
     calls: Semaphore,
     directory: PathBuf,
+    /// Starts of VMs that PID 1 has not done yet.
+    starts: watch::Sender<usize>,
 }
 
 impl SystemdLauncher {
-    /// Connects to the systemd on this bus and listens to it. The VMs' sockets are below `directory`.
+    /// Connects to the systemd on this bus and listens to it. The VMs' sockets are below `directory`; `spares` units are to wait for
+    /// a VM, once [`SystemdLauncher::source`] is there to answer them.
     pub async fn connect(
         connection: Connection,
         directory: PathBuf,
         events: Events,
-    ) -> Result<Self, LaunchError> {
+        spares: usize,
+    ) -> Result<Arc<Self>, LaunchError> {
         let manager = ManagerProxy::builder(&connection)
             .cache_properties(zbus::proxy::CacheProperties::No)
             .build()
             .await
             .map_err(LaunchError::Bus)?;
-        let shared = Arc::new(Shared::default());
+        let (pool, ended) = Pool::new(spares);
+        let shared = Arc::new(Shared::new(pool));
         // Match before asking: an answer may overtake the call's reply.
         let jobs = rule("org.freedesktop.systemd1.Manager", "JobRemoved", "/org/freedesktop/systemd1");
         let changes =
@@ -132,12 +92,26 @@ impl SystemdLauncher {
         tokio::spawn(read_jobs(jobs, Arc::clone(&shared)));
         tokio::spawn(read_changes(changes, Arc::clone(&shared), manager.clone(), events));
         let calls = Semaphore::new(IN_FLIGHT);
-        Ok(Self { connection, manager, shared, calls, directory })
+        let starts = watch::Sender::new(0);
+        let launcher = Arc::new(Self { connection, manager, shared, calls, directory, starts });
+        tokio::spawn(refill::clean(Arc::clone(&launcher), ended));
+        Ok(launcher)
     }
 
-    /// Wraps the fleet as the source of the launch socket: what was prepared for a start is handed over first.
-    pub fn source(&self, fleet: Arc<dyn Source>) -> Arc<dyn Source> {
-        Arc::new(PreparedFirst { shared: Arc::clone(&self.shared), fleet })
+    /// Wraps the fleet as the source of the launch socket: what was prepared for a start is handed over first. From now on there are spares.
+    pub fn source(self: &Arc<Self>, fleet: Arc<dyn Source>) -> Arc<dyn Source> {
+        tokio::spawn(refill::keep(Arc::clone(self)));
+        Arc::new(PreparedFirst { launcher: Arc::clone(self), fleet })
+    }
+
+    /// Who waits for a VM, and who has become one.
+    pub(super) fn pool(&self) -> &Pool {
+        &self.shared.pool
+    }
+
+    /// Tells how many starts of VMs PID 1 has not done yet.
+    pub(super) fn starts(&self) -> watch::Receiver<usize> {
+        self.starts.subscribe()
     }
 
     /// How the launch socket tells its peers apart.
@@ -213,8 +187,39 @@ impl SystemdLauncher {
         })
     }
 
+    /// Starts the unit of a spare; its process asks by itself.
+    pub(super) async fn start_spare(&self) -> Result<(), LaunchError> {
+        let instance = self.pool().new_instance();
+        let unit = unit_of(&instance);
+        lock(&self.shared.fresh).insert(unit.clone());
+        let error = match self.job(&unit, "start", self.manager.start_unit(&unit, "replace")).await {
+            Ok(result) if result == "done" => return Ok(()),
+            Ok(result) => LaunchError::Unit { text: reason_of(&result, &unit), unit: unit.clone() },
+            Err(error) => error,
+        };
+        if let Err(error) = self.end_unit(&instance).await {
+            debug!("{unit}: {error}");
+        }
+        lock(&self.shared.fresh).remove(&unit);
+        self.pool().ended(&instance);
+        Err(error)
+    }
+
+    /// Has a spare become the VM. Also an end that nobody was told of is an end.
+    async fn become_vm(&self, instance: &str, prepared: Prepared) -> Result<Process, LaunchError> {
+        let given = self.pool().give(instance, prepared).await;
+        if given.is_err() {
+            self.pool().disown(instance);
+            if let Err(error) = self.end_unit(instance).await {
+                debug!("{}: {error}", unit_of(instance));
+            }
+        }
+        given
+    }
+
     async fn start_unit(&self, name: &str, prepared: Prepared) -> Result<Process, LaunchError> {
         let unit = unit_of(name);
+        let _waits = Waits::new(&self.starts);
         lock(&self.shared.killed).remove(&unit);
         lock(&self.shared.fresh).insert(unit.clone());
         lock(&self.shared.prepared).insert(name.to_owned(), prepared);
@@ -241,7 +246,7 @@ impl SystemdLauncher {
         }
     }
 
-    async fn end_unit(&self, name: &str) -> Result<(), LaunchError> {
+    pub(super) async fn end_unit(&self, name: &str) -> Result<(), LaunchError> {
         let unit = unit_of(name);
         lock(&self.shared.killed).insert(unit.clone());
         // No process yet is an error here and fine: the stop that follows cancels the start.
@@ -267,18 +272,21 @@ impl SystemdLauncher {
         let pattern = format!("{PREFIX}*{SUFFIX}");
         let rows = self.call(&pattern, "list", self.manager.list_units_by_patterns(&[], &[&pattern])).await?;
         let states: HashMap<&str, &str> =
-            rows.iter().filter_map(|row| Some((vm_of_unit(&row.0)?, row.3.as_str()))).collect();
-        for (name, state) in &states {
-            if !wanted.iter().any(|w| w.name == *name) && !matches!(*state, "inactive" | "failed") {
-                warn!(
-                    FLOTILLA_VM = name,
-                    "{}: {state}, but no such VM is defined: left alone",
-                    unit_of(name)
-                );
+            rows.iter().filter_map(|row| Some((instance_of(&row.0)?, row.3.as_str()))).collect();
+        for (instance, state) in &states {
+            let ended = matches!(*state, "inactive" | "failed" | "maintenance");
+            if wanted.iter().any(|w| w.instance() == *instance) {
+                continue;
+            } else if is_spare(instance) {
+                if ended { self.pool().ended(instance) } else { self.pool().expect(instance) }
+            } else if !ended {
+                let unit = unit_of(instance);
+                warn!(FLOTILLA_VM = instance, "{unit}: {state}, but no such VM is defined: left alone");
             }
         }
         let look = |w: &Wanted| {
-            let (name, state) = (w.name.clone(), states.get(w.name.as_str()).map(ToString::to_string));
+            let (name, instance) = (w.name.clone(), w.instance().to_owned());
+            let state = states.get(instance.as_str()).map(ToString::to_string);
             let record = w.record.clone();
             async move {
                 let alive =
@@ -290,10 +298,16 @@ impl SystemdLauncher {
                 if state.is_none() {
                     return Ok(Some((name, Found::Ended(Exit::Unknown))));
                 }
-                let known = self.describe(&unit_of(&name)).await?;
+                let known = self.describe(&unit_of(&instance)).await?;
                 let found = if alive && !(known.main_pid == 0 && known.code != 0) {
+                    if is_spare(&instance) {
+                        self.pool().own(&instance, &name);
+                    }
                     Found::Alive(known.process())
                 } else {
+                    if is_spare(&instance) {
+                        self.pool().ended(&instance);
+                    }
                     Found::Ended(known.exit())
                 };
                 Ok(Some((name, found)))
@@ -308,28 +322,44 @@ impl SystemdLauncher {
 }
 
 impl Launcher for SystemdLauncher {
-    fn unit(&self, name: &str) -> String {
-        unit_of(name)
+    fn unit(&self, instance: &str) -> String {
+        unit_of(instance)
     }
 
-    fn sockets(&self, name: &str) -> PathBuf {
-        self.directory.join(name)
+    fn sockets(&self, instance: &str) -> PathBuf {
+        self.directory.join(instance)
     }
 
-    fn listeners(&self, name: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
-        listen(&self.sockets(name))
+    fn take(&self, name: &str) -> Option<String> {
+        // What an administrator has set for this VM's unit alone, a spare does not have.
+        let own = format!("{}.d", unit_of(name));
+        if SETTINGS.iter().any(|directory| Path::new(directory).join(&own).exists()) {
+            return None;
+        }
+        self.pool().take(name)
+    }
+
+    fn listeners(&self, instance: &str) -> Result<Vec<(Handed, OwnedFd)>, LaunchError> {
+        listen(&self.sockets(instance))
     }
 
     fn log_file(&self, _name: &str) -> PathBuf {
         PathBuf::new()
     }
 
-    fn start<'a>(&'a self, name: &'a str, prepared: Prepared) -> BoxFuture<'a, Result<Process, LaunchError>> {
-        self.start_unit(name, prepared).boxed()
+    fn start<'a>(
+        &'a self,
+        instance: &'a str,
+        prepared: Prepared,
+    ) -> BoxFuture<'a, Result<Process, LaunchError>> {
+        if is_spare(instance) {
+            return self.become_vm(instance, prepared).boxed();
+        }
+        self.start_unit(instance, prepared).boxed()
     }
 
-    fn limit<'a>(&'a self, name: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>> {
-        self.set_limits(name, limits).boxed()
+    fn limit<'a>(&'a self, instance: &'a str, limits: &'a Limits) -> BoxFuture<'a, Result<(), LaunchError>> {
+        self.set_limits(instance, limits).boxed()
     }
 
     fn last_lines<'a>(&'a self, name: &'a str, process: Option<&'a Process>) -> BoxFuture<'a, Vec<String>> {
@@ -356,19 +386,20 @@ impl Launcher for SystemdLauncher {
     fn log(&self, name: &str, lines: u64, follow: bool) -> std::process::Command {
         let mut command = std::process::Command::new("journalctl");
         command.args(["--quiet", "--no-pager", "--output=short-iso-precise"]);
-        command.arg(format!("--unit={}", self.unit(name))).arg(format!("--lines={lines}"));
+        command.arg(format!("--lines={lines}"));
         if follow {
             command.arg("--follow");
         }
+        command.args(dbus_api::journal::matches(name));
         command
     }
 
     fn kill<'a>(
         &'a self,
-        name: &'a str,
+        instance: &'a str,
         _process: Option<&'a Process>,
     ) -> BoxFuture<'a, Result<(), LaunchError>> {
-        self.end_unit(name).boxed()
+        self.end_unit(instance).boxed()
     }
 
     fn find<'a>(
@@ -418,22 +449,68 @@ fn drop_ins(unit: &str) -> PathBuf {
     Path::new(CONTROL).join(format!("{unit}.d"))
 }
 
+/// Counts a start for as long as it lasts.
+struct Waits<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Waits<'a> {
+    fn new(starts: &'a watch::Sender<usize>) -> Self {
+        starts.send_modify(|count| *count += 1);
+        Self(starts)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
 struct PreparedFirst {
-    shared: Arc<Shared>,
+    launcher: Arc<SystemdLauncher>,
     fleet: Arc<dyn Source>,
+}
+
+impl PreparedFirst {
+    async fn answer(&self, instance: &str, pid: u32) -> Result<Option<Given>, String> {
+        let pool = self.launcher.pool();
+        if let Some(vm) = pool.owner(instance) {
+            // The daemon that gave it to a VM ended before it could say so.
+            let prepared = self.fleet.hand_over(&vm).await?;
+            return Ok(Some(Given { prepared, sent: tokio::sync::oneshot::channel().0 }));
+        }
+        let known = self.launcher.describe(&unit_of(instance)).await.map_err(|error| error.to_string())?;
+        if known.main_pid != pid {
+            return Err(format!("process {pid} is not the main process of {}", unit_of(instance)));
+        }
+        let Some(answer) = pool.came(instance, known.process()) else { return Ok(None) };
+        answer.await.map(Some).map_err(|_| "it was given to nobody".to_owned())
+    }
 }
 
 impl Source for PreparedFirst {
     fn hand_over<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Prepared, String>> {
-        let ready = lock(&self.shared.prepared).remove(name);
+        let ready = lock(&self.launcher.shared.prepared).remove(name);
         match ready {
             Some(prepared) => async { Ok(prepared) }.boxed(),
             None => self.fleet.hand_over(name),
         }
     }
 
-    fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>> {
-        self.fleet.end(name)
+    fn wait<'a>(&'a self, instance: &'a str, pid: u32) -> BoxFuture<'a, Result<Option<Given>, String>> {
+        self.answer(instance, pid).boxed()
+    }
+
+    fn end<'a>(&'a self, instance: &'a str) -> BoxFuture<'a, Result<(), String>> {
+        if !is_spare(instance) {
+            return self.fleet.end(instance);
+        }
+        async move {
+            match self.launcher.pool().owner(instance) {
+                Some(vm) => self.fleet.end(&vm).await,
+                None => Ok(()),
+            }
+        }
+        .boxed()
     }
 }
 
@@ -454,124 +531,6 @@ fn reason_of(result: &str, unit: &str) -> String {
         "dependency" => "a unit that it needs failed".to_owned(),
         other => format!("its start ended as \"{other}\": see journalctl -u {unit}"),
     }
-}
-
-fn rule(interface: &str, member: &str, paths: &str) -> zbus::Result<MatchRule<'static>> {
-    MatchRule::builder()
-        .msg_type(zbus::message::Type::Signal)
-        .sender("org.freedesktop.systemd1")
-        .interface(interface.to_owned())
-        .member(member.to_owned())
-        .path_namespace(paths.to_owned())
-        .build()
-}
-
-async fn read_jobs(mut stream: MessageStream, shared: Arc<Shared>) {
-    while let Some(Ok(message)) = stream.next().await {
-        type Body = (u32, OwnedObjectPath, String, String);
-        let Ok((_, job, unit, result)) = message.body().deserialize::<Body>() else { continue };
-        if let Some(listener) = lock(&shared.jobs).get(&unit) {
-            let _ = listener.send((job, result));
-        }
-    }
-    error!("systemd's signals ended");
-}
-
-async fn read_changes(
-    mut stream: MessageStream,
-    shared: Arc<Shared>,
-    manager: ManagerProxy<'static>,
-    events: Events,
-) {
-    let prefix = path_of(PREFIX);
-    let mut units: HashMap<String, Known> = HashMap::new();
-    while let Some(Ok(message)) = stream.next().await {
-        let ours = message.header().path().is_some_and(|path| path.starts_with(&prefix));
-        if !ours {
-            continue;
-        }
-        let Some(change) = Change::read(&message) else { continue };
-        let known = units.entry(change.unit.clone()).or_default();
-        let Some(mut before) = change.apply(known) else { continue };
-        if lock(&shared.fresh).remove(&change.unit) && before.is_empty() {
-            "inactive".clone_into(&mut before);
-        }
-        let Some(name) = vm_of_unit(&change.unit) else { continue };
-        let notice = match (before.as_str(), known.active.as_str()) {
-            (_, "inactive" | "failed") if !matches!(before.as_str(), "inactive" | "failed") => {
-                Notice::Ended { invocation: known.invocation.clone(), exit: known.exit() }
-            }
-            (_, "activating" | "active") if known.main_pid != 0 => Notice::Started(known.process()),
-            // While ExecStop= runs after the process ended by itself, there is no main process: that is no stop.
-            (_, "deactivating") if known.main_pid != 0 => Notice::Stopping,
-            _ => continue,
-        };
-        let failed = known.active == "failed";
-        if matches!(notice, Notice::Ended { .. }) {
-            info!(FLOTILLA_VM = name, "{} ended: {}", change.unit, known.exit());
-            if lock(&shared.killed).remove(&change.unit) && failed {
-                let (manager, unit) = (manager.clone(), change.unit.clone());
-                tokio::spawn(async move {
-                    // Awaited before the macro: what stands in a disabled one is never evaluated.
-                    let reset = tokio::time::timeout(CALL_DEADLINE, manager.reset_failed_unit(&unit)).await;
-                    debug!("{unit}: reset: {reset:?}");
-                });
-            }
-            let event = Event { name: name.to_owned(), notice };
-            units.remove(&change.unit);
-            let _ = events.send(event);
-        } else {
-            let _ = events.send(Event { name: name.to_owned(), notice });
-        }
-    }
-    error!("systemd's signals ended");
-}
-
-/// One `PropertiesChanged` of a unit.
-struct Change {
-    unit: String,
-    interface: String,
-    properties: HashMap<String, OwnedVariant>,
-}
-
-impl Change {
-    fn read(message: &Message) -> Option<Self> {
-        let header = message.header();
-        let unit = unescape(header.path()?.as_str().strip_prefix("/org/freedesktop/systemd1/unit/")?)?;
-        type Body = (String, HashMap<String, OwnedVariant>, Vec<String>);
-        let (interface, properties, _) = message.body().deserialize::<Body>().ok()?;
-        Some(Self { unit, interface, properties })
-    }
-
-    fn get<T: TryFrom<OwnedVariant>>(&self, name: &str) -> Option<T> {
-        T::try_from(self.properties.get(name)?.try_clone().ok()?).ok()
-    }
-
-    /// Takes the change over. `Some` (the active state before) when it completes a pair.
-    fn apply(&self, known: &mut Known) -> Option<String> {
-        if self.interface == SERVICE {
-            known.main_pid = self.get("MainPID").unwrap_or(known.main_pid);
-            known.code = self.get("ExecMainCode").unwrap_or(known.code);
-            known.status = self.get("ExecMainStatus").unwrap_or(known.status);
-            return None;
-        }
-        if self.interface != UNIT {
-            return None;
-        }
-        if let Some(invocation) = self.get::<Vec<u8>>("InvocationID") {
-            known.invocation = hex(&invocation);
-        }
-        let active: String = self.get("ActiveState")?;
-        Some(std::mem::replace(&mut known.active, active))
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

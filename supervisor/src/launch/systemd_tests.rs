@@ -3,15 +3,18 @@
 use super::*;
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::time::timeout;
 use uuid::Uuid;
 use zbus::object_server::SignalEmitter;
-use zbus::{Connection, fdo, interface};
+use zbus::{Connection, OwnedObjectPath, fdo, interface};
 
 use crate::fleet::life::{Intent, State};
+use crate::launch::pool::Given;
 use crate::launch::test_bus::Bus;
+use crate::launch::{Event, Notice};
 use crate::store::Runtime;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,6 +109,9 @@ impl FakeManager {
         if next == Next::NoSuchUnit {
             return Err(fdo::Error::Failed(format!("Unit {name} not found.")));
         }
+        let objects = connection.object_server();
+        let _ = objects.at(path_of(name), ServiceObject(self.0.clone(), name.to_owned())).await;
+        let _ = objects.at(path_of(name), UnitObject(self.0.clone(), name.to_owned())).await;
         let path = OwnedObjectPath::try_from(format!("/org/freedesktop/systemd1/job/{job}")).unwrap();
         let unit = FakeUnit { active: "active", main_pid: 4242, invocation, ..FakeUnit::default() };
         let result = match next {
@@ -225,13 +231,17 @@ impl UnitObject {
 struct Setup {
     pid1: Pid1,
     server: Connection,
-    launcher: SystemdLauncher,
+    launcher: Arc<SystemdLauncher>,
     events: mpsc::UnboundedReceiver<Event>,
     dir: tempfile::TempDir,
     _bus: Bus,
 }
 
 async fn setup(units: &[&str]) -> Setup {
+    setup_with(units, 0).await
+}
+
+async fn setup_with(units: &[&str], spares: usize) -> Setup {
     let (bus, dir) = (Bus::new(), tempfile::tempdir().unwrap());
     let pid1 = Pid1::default();
     let server = bus.connect().await;
@@ -243,8 +253,8 @@ async fn setup(units: &[&str]) -> Setup {
     }
     server.request_name("org.freedesktop.systemd1").await.unwrap();
     let (sender, events) = mpsc::unbounded_channel();
-    let launcher =
-        SystemdLauncher::connect(bus.connect().await, dir.path().join("flotilla-vm"), sender).await.unwrap();
+    let (connection, directory) = (bus.connect().await, dir.path().join("flotilla-vm"));
+    let launcher = SystemdLauncher::connect(connection, directory, sender, spares).await.unwrap();
     Setup { pid1, server, launcher, events, dir, _bus: bus }
 }
 
@@ -389,4 +399,213 @@ async fn units_are_found_again() {
         ("forgotten", Found::Ended(Exit::Unknown)),
     ];
     assert_eq!(found, expected.map(|(name, found)| (name.to_owned(), found)).into());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cleaning_a_unit_is_no_end_of_a_process() {
+    let mut s = setup(&[WEB]).await;
+    for invocation in ["0101", "0202", "0303"] {
+        s.launcher.start("web", Prepared::default()).await.unwrap();
+        assert_eq!(next(&mut s).await, Notice::Started(process(invocation)));
+        s.pid1.change(&s.server, WEB, |u| (u.main_pid, u.active) = (0, "inactive")).await;
+        let ended = Notice::Ended { invocation: invocation.into(), exit: Exit::Unknown };
+        assert_eq!(next(&mut s).await, ended);
+        // `systemctl clean`. The next thing that is heard is the next start.
+        for active in ["maintenance", "inactive"] {
+            s.pid1.change(&s.server, WEB, |unit| unit.active = active).await;
+        }
+    }
+}
+
+// --- the pool ---------------------------------------------------------------------------------------------------------------------
+
+/// The fleet, for what is handed over without the pool.
+struct NoFleet;
+
+impl Source for NoFleet {
+    fn hand_over<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Prepared, String>> {
+        async move { Ok(prepared(name)) }.boxed()
+    }
+
+    fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>> {
+        async move { Err(format!("the fleet ends {name}")) }.boxed()
+    }
+}
+
+fn prepared(word: &str) -> Prepared {
+    Prepared { command_line: vec![word.to_owned()], ..Prepared::default() }
+}
+
+impl Setup {
+    /// Waits until something is so.
+    async fn settle(&self, so: impl Fn(&Self) -> bool) {
+        let reached = async {
+            while !so(self) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if timeout(PATIENCE, reached).await.is_err() {
+            panic!("it does not come to that: {:?}", self.pid1.state().calls);
+        }
+    }
+
+    /// Spares that PID 1 was asked to start, without what their names have in common.
+    fn started(&self) -> Vec<String> {
+        let state = self.pid1.state();
+        let calls = state.calls.iter().filter_map(|call| call.strip_prefix("start flotilla-vm@Spare-"));
+        calls.map(|call| format!("Spare-{}", call.trim_end_matches(".service"))).collect()
+    }
+
+    fn count(&self, call: &str) -> usize {
+        self.pid1.state().calls.iter().filter(|other| *other == call).count()
+    }
+}
+
+/// The process of a spare: asks, and notes what it became.
+fn spare(
+    source: &Arc<dyn Source>,
+    instance: &str,
+) -> tokio::task::JoinHandle<Result<Option<String>, String>> {
+    let (source, instance) = (Arc::clone(source), instance.to_owned());
+    tokio::spawn(async move {
+        let given = source.wait(&instance, 4242).await?;
+        Ok(given.map(|Given { prepared, sent }| {
+            let _ = sent.send(Ok(()));
+            prepared.command_line.concat()
+        }))
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spare_becomes_a_vm_and_another_one_takes_its_place() {
+    let mut s = setup_with(&[], 2).await;
+    assert_eq!(s.launcher.take("web"), None, "nothing waits yet");
+    let source = s.launcher.source(Arc::new(NoFleet));
+    s.settle(|s| s.started().len() == 2).await;
+    let first = s.started()[0].clone();
+    let mut becomes: BTreeMap<String, _> =
+        s.started().iter().map(|instance| (instance.clone(), spare(&source, instance))).collect();
+    s.settle(|s| s.launcher.pool().waiting() == 2).await;
+    // Stopped by hand while it waits: nobody's VM is asked to end.
+    source.end(&first).await.unwrap();
+
+    let instance = s.launcher.take("web").unwrap();
+    assert_eq!(s.launcher.unit(&instance), format!("flotilla-vm@{instance}.service"));
+    assert!(s.launcher.sockets(&instance).ends_with(format!("flotilla-vm/{instance}")));
+    assert_eq!(s.launcher.start(&instance, prepared("vmm")).await.unwrap(), process("0101"));
+    let became = becomes.remove(&instance).unwrap().await.unwrap();
+    assert_eq!(became, Ok(Some("vmm".to_owned())));
+    assert_eq!(source.end(&instance).await, Err("the fleet ends web".to_owned()));
+    s.settle(|s| s.started().len() == 3).await;
+
+    // Its end is that of the VM; what it leaves goes, once.
+    let unit = unit_of(&instance);
+    s.pid1.change(&s.server, &unit, |u| (u.active, u.main_pid) = ("deactivating", 4242)).await;
+    assert_eq!(next(&mut s).await, Notice::Stopping);
+    let crash = |u: &mut FakeUnit| {
+        (u.active, u.main_pid, u.code, u.status) = ("failed", 0, libc::CLD_KILLED, libc::SIGKILL);
+    };
+    s.pid1.change(&s.server, &unit, crash).await;
+    let exit = Exit::Signal("SIGKILL".into());
+    assert_eq!(next(&mut s).await, Notice::Ended { invocation: "0101".into(), exit });
+    let clean = format!("reset {unit}");
+    s.settle(|s| s.count(&clean) == 1).await;
+    for active in ["maintenance", "inactive"] {
+        s.pid1.change(&s.server, &unit, |unit| unit.active = active).await;
+    }
+    // All signals of that have been read when a later one has: a unit that is cleaned has not ended again.
+    s.launcher.start("web", Prepared::default()).await.unwrap();
+    assert!(matches!(next(&mut s).await, Notice::Started(_)));
+    assert_eq!(s.count(&clean), 1);
+    assert_eq!(s.launcher.pool().owner(&instance), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn spares_wait_until_no_vm_waits_for_its_start() {
+    let s = setup_with(&[], 3).await;
+    let start = Waits::new(&s.launcher.starts);
+    let source = s.launcher.source(Arc::new(NoFleet));
+    s.launcher.start("web", Prepared::default()).await.unwrap();
+    assert_eq!(s.started(), [""; 0]);
+    drop(start);
+    for count in 1..=3 {
+        s.settle(|s| s.started().len() == count).await;
+        drop(spare(&source, &s.started()[count - 1]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spare_that_cannot_be_started_leaves_nothing() {
+    let s = setup_with(&[], 1).await;
+    s.pid1.state().next = Next::Failed;
+    s.launcher.source(Arc::new(NoFleet));
+    s.settle(|s| s.started().len() == 1).await;
+    let unit = unit_of(&s.started()[0]);
+    // Twice when its end was heard, too: that is no harm.
+    let (stop, clean) = (format!("stop {unit}"), format!("reset {unit}"));
+    s.settle(|s| s.count(&stop) == 1 && s.count(&clean) >= 1).await;
+    assert_eq!(s.launcher.take("web"), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_is_not_given_to_a_process_that_has_gone() {
+    let s = setup_with(&[], 1).await;
+    let source = s.launcher.source(Arc::new(NoFleet));
+    s.settle(|s| s.started().len() == 1).await;
+    let instance = s.started()[0].clone();
+    let becomes = spare(&source, &instance);
+    s.settle(|s| s.launcher.pool().waiting() == 1).await;
+    assert_eq!(s.launcher.take("web").as_deref(), Some(instance.as_str()));
+    becomes.abort();
+    assert!(becomes.await.is_err());
+    let error = s.launcher.start(&instance, prepared("vmm")).await.unwrap_err();
+    assert!(matches!(&error, LaunchError::SpareGone { unit } if *unit == unit_of(&instance)), "{error}");
+    assert_eq!(
+        (s.launcher.pool().owner(&instance), s.count(&format!("stop {}", unit_of(&instance)))),
+        (None, 1)
+    );
+    // Another process of the unit, or of another one, gets nothing.
+    let other = source.wait(&instance, 1).await.unwrap_err();
+    assert!(other.contains("not the main process"), "{other}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_daemon_finds_spares_and_the_vms_that_took_some() {
+    let names = ["Spare-a", "Spare-b", "Spare-c", "Spare-d", "Spare-e"];
+    let units = names.map(unit_of);
+    let mut s = setup_with(&units.each_ref().map(String::as_str), 1).await;
+    for (name, active, main_pid) in [
+        ("Spare-a", "active", 4242),
+        ("Spare-b", "failed", 0),
+        ("Spare-c", "active", 4242),
+        ("Spare-d", "active", 4242),
+        ("Spare-e", "failed", 0),
+    ] {
+        let fake = FakeUnit { active, main_pid, invocation: 1, ..FakeUnit::default() };
+        s.pid1.state().units.insert(unit_of(name), fake);
+    }
+    let wanted = |name: &str, instance: &str| {
+        let mut record = Runtime::new(name, "", State::Running, Intent::Running);
+        record.instance = Some(instance.to_owned());
+        Wanted { name: name.to_owned(), uuid: Uuid::nil(), record: Some(record) }
+    };
+    let found = s.launcher.find(&[wanted("web", "Spare-a"), wanted("db", "Spare-b")]).await.unwrap();
+    let expected = [("db", Found::Ended(Exit::Unknown)), ("web", Found::Alive(process("0101")))];
+    assert_eq!(found, expected.map(|(name, found)| (name.to_owned(), found)).into());
+    // Those that ended are cleaned, whoever they were.
+    s.settle(|s| ["Spare-b", "Spare-e"].iter().all(|name| s.count(&format!("reset {}", unit_of(name))) == 1))
+        .await;
+    let source = s.launcher.source(Arc::new(NoFleet));
+    // One that was given away and not told yet is told by the fleet.
+    assert_eq!(spare(&source, "Spare-a").await.unwrap(), Ok(Some("web".to_owned())));
+    // Of two that wait one is needed.
+    assert_eq!(spare(&source, "Spare-c").await.unwrap(), Ok(None));
+    let becomes = spare(&source, "Spare-d");
+    s.settle(|s| s.launcher.pool().waiting() == 1).await;
+    assert_eq!(s.launcher.take("mail").as_deref(), Some("Spare-d"));
+    s.launcher.start("Spare-d", prepared("mail")).await.unwrap();
+    assert_eq!(becomes.await.unwrap(), Ok(Some("mail".to_owned())));
+    s.pid1.change(&s.server, &unit_of("Spare-a"), |u| (u.active, u.main_pid) = ("inactive", 0)).await;
+    let event = timeout(PATIENCE, s.events.recv()).await.unwrap().unwrap();
+    assert_eq!(event.name, "web");
 }

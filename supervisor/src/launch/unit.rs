@@ -18,14 +18,22 @@ pub(super) fn network_of_unit(unit: &str) -> Option<&str> {
     unit.strip_prefix(DHCP_PREFIX)?.strip_suffix(SUFFIX).filter(|name| !name.is_empty())
 }
 
-/// The VM whose unit this is.
-pub(super) fn vm_of_unit(unit: &str) -> Option<&str> {
+/// What the name of a spare begins with. No VM's name has a capital letter.
+pub const SPARE: &str = "Spare-";
+
+/// Whether the instance is a unit that was started before a VM needed one.
+pub(super) fn is_spare(instance: &str) -> bool {
+    instance.starts_with(SPARE)
+}
+
+/// The instance whose unit this is: a VM's name, or a spare.
+pub(super) fn instance_of(unit: &str) -> Option<&str> {
     unit.strip_prefix(PREFIX)?.strip_suffix(SUFFIX).filter(|name| !name.is_empty())
 }
 
-/// The unit of a VM.
-pub(super) fn unit_of(name: &str) -> String {
-    format!("{PREFIX}{name}{SUFFIX}")
+/// The unit of an instance.
+pub(super) fn unit_of(instance: &str) -> String {
+    format!("{PREFIX}{instance}{SUFFIX}")
 }
 
 /// Object path of a unit, as `sd_bus_path_encode(3)` writes it.
@@ -63,9 +71,9 @@ mod tests {
     #[test]
     fn units_and_paths() {
         assert_eq!(unit_of("a-b.c"), "flotilla-vm@a-b.c.service");
-        assert_eq!(vm_of_unit("flotilla-vm@a-b.c.service"), Some("a-b.c"));
-        assert_eq!(vm_of_unit("flotilla-vm@.service"), None);
-        assert_eq!(vm_of_unit("sshd.service"), None);
+        assert_eq!(instance_of("flotilla-vm@a-b.c.service"), Some("a-b.c"));
+        assert_eq!(instance_of("flotilla-vm@.service"), None);
+        assert_eq!(instance_of("sshd.service"), None);
         let path = path_of("flotilla-vm@a-b.service");
         assert_eq!(path, "/org/freedesktop/systemd1/unit/flotilla_2dvm_40a_2db_2eservice");
         assert_eq!(unescape(path.rsplit('/').next().unwrap()).as_deref(), Some("flotilla-vm@a-b.service"));

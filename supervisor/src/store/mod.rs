@@ -110,6 +110,9 @@ pub struct Runtime {
     pub applied_generation: u64,
     /// The process; absent while it is being made.
     pub process: Option<Process>,
+    /// The unit's instance that it runs in, if that is not under the VM's own name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
     /// Its command line.
     pub command_line: Vec<String>,
     /// How the last process ended.
@@ -143,6 +146,7 @@ impl Runtime {
             forced: false,
             applied_generation: 0,
             process: None,
+            instance: None,
             command_line: Vec::new(),
             exit: None,
             devices: Devices::default(),

@@ -153,7 +153,7 @@ impl Templates {
             }
             let users = self.users(name);
             if !users.is_empty() {
-                return Err(FleetError::InvalidState(format!(
+                return Err(FleetError::TemplateInUse(format!(
                     "template \"{name}\" is needed by {}: remove those first",
                     users.join(", ")
                 )));

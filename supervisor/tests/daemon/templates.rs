@@ -110,6 +110,7 @@ async fn a_template_is_made_cloned_and_removed() {
     assert_eq!(names(&lab, "state/clones/w-01").len(), 2);
     lab.job(lab.manager.power_off_vm("w-01", none())).await.unwrap();
     let needed = lab.manager.delete_template("base", none()).await.unwrap_err();
+    assert_eq!(name_of(&needed), "TemplateInUse");
     assert!(needed.to_string().contains("w-01, w-02, w-03, w-04"), "{needed}");
     lab.start("w-01").await.unwrap();
     let line = lab.vm("w-01").await.command_line().await.unwrap().join(" ");

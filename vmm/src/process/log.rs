@@ -17,8 +17,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
 
+use super::journal::Journal;
 use super::{ProcessError, trace};
 use crate::sandbox;
 
@@ -38,6 +39,7 @@ struct LogFile {
 enum Target {
     /// Counts the lines that were lost since the last one that went out.
     Stderr(u64),
+    Journal(&'static Journal),
     File(LogFile),
 }
 
@@ -46,12 +48,12 @@ struct Log {
     target: Mutex<Target>,
 }
 
-/// Logs to `path`, or to standard error, from now on. The level comes from `FLOTILLA_LOG` or `STRATOVIRT_LOG_LEVEL`.
+/// Logs to `path`, or to standard error, or to the journal where the environment asks for that, from now on. The level comes from `FLOTILLA_LOG` or `STRATOVIRT_LOG_LEVEL`.
 pub fn init(path: Option<&Path>) -> Result<(), ProcessError> {
     let asked = ["FLOTILLA_LOG", "STRATOVIRT_LOG_LEVEL"].iter().find_map(std::env::var_os);
     let parsed = asked.as_ref().map(|text| level(&text.to_string_lossy()));
     let target = match path {
-        None => Target::Stderr(0),
+        None => Journal::asked().map_or(Target::Stderr(0), Target::Journal),
         Some(path) => {
             let file = |source| ProcessError::Log { path: path.to_owned(), source };
             // Absolute, because rotation must find it whatever the working directory is by then.
@@ -69,6 +71,15 @@ pub fn init(path: Option<&Path>) -> Result<(), ProcessError> {
         tracing::warn!("unknown log level {asked:?}: use error, warn, info, debug or trace");
     }
     Ok(())
+}
+
+/// Says on standard error, or to the journal where the environment asks for that, why this VM cannot be.
+pub fn complain(text: &str) {
+    let said = Journal::asked().map(|journal| journal.send(Level::ERROR, &format!("flotilla-vmm: {text}")));
+    if !matches!(said, Some(Ok(()))) {
+        // Nobody to tell if standard error is gone.
+        let _ = writeln!(io::stderr(), "flotilla-vmm: {text}");
+    }
 }
 
 fn level(text: &str) -> Option<LevelFilter> {
@@ -144,9 +155,11 @@ fn date(day: u64) -> (u64, u64, u64) {
 }
 
 impl Target {
-    fn write(&mut self, line: &str) {
+    fn write(&mut self, level: Level, line: &str) {
         match self {
             Self::File(file) => file.write(line),
+            // Nothing is to be done about a message that is lost.
+            Self::Journal(journal) => drop(journal.send(level, line.trim_end())),
             Self::Stderr(lost) => {
                 let stderr = io::stderr();
                 let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
@@ -222,7 +235,7 @@ impl Subscriber for Log {
             text.message.replace(['\n', '\r'], " "),
             text.fields
         );
-        self.target.lock().unwrap_or_else(PoisonError::into_inner).write(&line);
+        self.target.lock().unwrap_or_else(PoisonError::into_inner).write(*metadata.level(), &line);
     }
 }
 

@@ -3,6 +3,7 @@
 //! Called by `main` only, before the first thread starts; all but `trace`, which every room above names its points from.
 
 pub mod daemon;
+mod journal;
 pub mod log;
 pub mod signals;
 pub mod trace;

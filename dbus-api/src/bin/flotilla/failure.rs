@@ -104,6 +104,7 @@ pub(crate) fn of_call(error: Error, bus: &Bus) -> Failure {
         Error::VmExists(text)
         | Error::NetworkExists(text)
         | Error::TemplateExists(text)
+        | Error::TemplateInUse(text)
         | Error::GenerationMismatch(text)
         | Error::InvalidState(text)
         | Error::Busy(text)
@@ -127,9 +128,10 @@ pub(crate) fn of_job(result: &str, name: &str, text: &str) -> Failure {
     let exit = match name.rsplit('.').next() {
         Some("NoSuchVm" | "NoSuchTemplate") => Exit::NoSuchVm,
         Some("InvalidSpec") => Exit::Definition,
-        Some("InvalidState" | "Busy" | "VmExists" | "TemplateExists" | "GenerationMismatch" | "Draining") => {
-            Exit::State
-        }
+        Some(
+            "InvalidState" | "Busy" | "VmExists" | "TemplateExists" | "TemplateInUse" | "GenerationMismatch"
+            | "Draining",
+        ) => Exit::State,
         Some("AccessDenied") => Exit::Denied,
         Some("QmpTimeout" | "Timeout") => Exit::TimedOut,
         _ => Exit::Failed,

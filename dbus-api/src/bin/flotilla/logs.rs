@@ -16,8 +16,7 @@ const EXCERPT: Duration = Duration::from_secs(5);
 pub(crate) async fn logs(client: &Client, args: LogsArgs) -> Result<(), Failure> {
     let vm = client.vm(&args.name).await?;
     let file = vm.log_file().await.map_err(|error| client.bus_failed(error).about(&args.name))?;
-    let unit = vm.unit().await.map_err(|error| client.bus_failed(error).about(&args.name))?;
-    let mut command = if file.is_empty() { journalctl(&unit, &args) } else { tail(&file, &args)? };
+    let mut command = if file.is_empty() { journalctl(&args) } else { tail(&file, &args)? };
     let error = command.exec();
     let program = command.get_program().to_string_lossy().into_owned();
     Err(Failure::new(Exit::Failed, format!("{program}: {error}")))
@@ -27,9 +26,9 @@ pub(crate) async fn logs(client: &Client, args: LogsArgs) -> Result<(), Failure>
 pub(crate) async fn excerpt(client: &Client, name: &str) -> Vec<String> {
     let args = LogsArgs { name: name.to_owned(), follow: false, lines: Some(5) };
     let Ok(vm) = client.vm(name).await else { return Vec::new() };
-    let (Ok(file), Ok(unit)) = (vm.log_file().await, vm.unit().await) else { return Vec::new() };
+    let Ok(file) = vm.log_file().await else { return Vec::new() };
     let command = if file.is_empty() {
-        let mut command = journalctl(&unit, &args);
+        let mut command = journalctl(&args);
         command.args(["--output=cat", "--quiet", "--no-pager", "--since=-1min"]);
         command
     } else {
@@ -44,10 +43,9 @@ pub(crate) async fn excerpt(client: &Client, name: &str) -> Vec<String> {
     }
 }
 
-fn journalctl(unit: &str, args: &LogsArgs) -> Command {
-    let fallback = format!("flotilla-vm@{}.service", args.name);
+fn journalctl(args: &LogsArgs) -> Command {
     let mut command = Command::new("journalctl");
-    command.arg("--unit").arg(if unit.is_empty() { &fallback } else { unit });
+    command.args(dbus_api::journal::matches(&args.name));
     if let Some(lines) = args.lines {
         command.arg("--lines").arg(lines.to_string());
     }
@@ -79,11 +77,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn journalctl_gets_the_unit_and_the_wishes() {
+    fn journalctl_gets_the_units_and_the_wishes() {
         let args = LogsArgs { name: "web".into(), follow: true, lines: Some(5) };
-        let command = journalctl("", &args);
+        let command = journalctl(&args);
         let words: Vec<_> = command.get_args().map(|word| word.to_str().unwrap()).collect();
-        assert_eq!(words, ["--unit", "flotilla-vm@web.service", "--lines", "5", "--follow"]);
+        let own = "_SYSTEMD_UNIT=flotilla-vm@web.service + _PID=1 UNIT=flotilla-vm@web.service";
+        let other = "+ SYSLOG_IDENTIFIER=flotilla-vm FLOTILLA_VM=web";
+        assert_eq!(words.join(" "), format!("{own} {other} --lines 5 --follow"));
     }
 
     #[test]

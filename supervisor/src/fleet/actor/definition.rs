@@ -35,7 +35,7 @@ impl Actor {
         self.context.network.ensure(&self.name, self.uuid, &spec).await?;
         let running = !self.vm.state().idle();
         if running && self.spec.limits != spec.limits {
-            let limited = self.context.launcher.limit(&self.name, &spec.limits).await;
+            let limited = self.context.launcher.limit(&self.instance, &spec.limits).await;
             limited.map_err(|error| FleetError::LaunchFailed(format!("limits: {error}")))?;
         }
         let current =

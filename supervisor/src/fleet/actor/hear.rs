@@ -14,11 +14,17 @@ impl Actor {
     pub(super) async fn hear(&mut self, news: Internal) {
         let input = match news {
             Internal::Notice(notice) => return self.notice(notice).await,
-            Internal::Planned { run, generation, spec, command_line } => {
+            Internal::Planned { run, generation, spec, instance, command_line, written } => {
                 if run == self.vm.run() {
                     self.applied_generation = generation;
                     self.seats = Arc::new(Seats::of(&spec));
                     self.command_line = command_line.into();
+                    if self.instance != instance {
+                        // Before its process is told: a daemon that is killed then would not find it.
+                        self.instance = instance;
+                        self.record().await;
+                    }
+                    let _ = written.send(());
                 }
                 return;
             }
@@ -31,6 +37,7 @@ impl Actor {
             Internal::LaunchFailed { run, error } => {
                 self.own_start = false;
                 if run == self.vm.run() {
+                    self.instance = Arc::clone(&self.name);
                     warn!(FLOTILLA_VM = &*self.name, "start failed: {error}");
                 }
                 Input::LaunchFailed { run, error }

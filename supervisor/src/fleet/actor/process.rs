@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
-use tracing::error;
+use tracing::{error, warn};
 
 use super::Actor;
 use crate::fleet::devices::Devices;
@@ -14,8 +14,8 @@ use crate::fleet::inbox::{Answer, Internal};
 use crate::fleet::life::{Command, Exit, Input, Intent, State};
 use crate::fleet::prepare::{Plan, prepare};
 use crate::fleet::restart::SETTLED;
-use crate::fleet::{FleetError, network};
-use crate::launch::{Notice, Prepared};
+use crate::fleet::{Context, FleetError, network};
+use crate::launch::{LaunchError, Notice, Prepared};
 use crate::store::Process;
 
 /// How long the connection to a process that ended is still read.
@@ -82,6 +82,8 @@ impl Actor {
             self.vm.settle();
         }
         let process = self.process.take();
+        // The next one has the VM's own unit.
+        self.instance = Arc::clone(&self.name);
         self.applied_generation = 0;
         self.command_line = Arc::default();
         self.exit = Some(exit.clone());
@@ -117,6 +119,7 @@ impl Actor {
             generation: self.generation,
             paused,
             incoming: None,
+            instance: Arc::clone(&self.instance),
         }
     }
 
@@ -124,18 +127,26 @@ impl Actor {
         self.own_start = true;
         self.early_end = None;
         // For this one process: the next one starts as any VM does.
-        let plan = Plan { incoming: self.incoming.take(), ..self.plan(paused) };
+        let mut plan = Plan { incoming: self.incoming.take(), ..self.plan(paused) };
         let (context, run, internal) = (Arc::clone(&self.context), self.vm.run(), self.internal.clone());
         tokio::spawn(async move {
-            let outcome = async {
-                let prepared = prepare(&context, &plan).await?;
-                let command_line = prepared.command_line.clone();
-                let (generation, spec) = (plan.generation, Arc::clone(&plan.spec));
-                let _ = internal.send(Internal::Planned { run, generation, spec, command_line });
-                let started = context.launcher.start(&plan.name, prepared).await;
-                started.map_err(|error| FleetError::LaunchFailed(error.to_string()))
+            // One that goes on from a snapshot is to be there at once.
+            let spare = plan.incoming.as_ref().and_then(|_| context.launcher.take(&plan.name));
+            let own = Arc::clone(&plan.instance);
+            let mut outcome = match spare {
+                Some(spare) => {
+                    plan.instance = spare.into();
+                    start(&context, &plan, run, &internal).await
+                }
+                None => start(&context, &plan, run, &internal).await,
             };
-            let _ = internal.send(match outcome.await {
+            if let Err(Start::Spare(error)) = &outcome {
+                warn!(FLOTILLA_VM = &*plan.name, "{error}; a unit of its own is started");
+                plan.instance = own;
+                outcome = start(&context, &plan, run, &internal).await;
+            }
+            let outcome = outcome.map_err(FleetError::from);
+            let _ = internal.send(match outcome {
                 Ok(process) => Internal::Launched { run, process },
                 Err(error) => Internal::LaunchFailed { run, error },
             });
@@ -162,9 +173,7 @@ impl Actor {
         tokio::spawn(async move {
             let prepared = prepare(&context, &plan).await;
             if let Ok(prepared) = &prepared {
-                let command_line = prepared.command_line.clone();
-                let (generation, spec) = (plan.generation, Arc::clone(&plan.spec));
-                let _ = internal.send(Internal::Planned { run, generation, spec, command_line });
+                planned(&plan, run, prepared, &internal).await;
             }
             let _ = answer.send(prepared);
         });
@@ -181,12 +190,65 @@ impl Actor {
     }
 
     pub(super) fn kill(&self) {
-        let (context, name, process) =
-            (Arc::clone(&self.context), Arc::clone(&self.name), self.process.clone());
+        let (context, instance, process) =
+            (Arc::clone(&self.context), Arc::clone(&self.instance), self.process.clone());
+        let name = Arc::clone(&self.name);
         tokio::spawn(async move {
-            if let Err(error) = context.launcher.kill(&name, process.as_ref()).await {
+            if let Err(error) = context.launcher.kill(&instance, process.as_ref()).await {
                 error!(FLOTILLA_VM = &*name, "{error}");
             }
         });
     }
+}
+
+/// Why a process was not made.
+enum Start {
+    /// The spare that it was to be is gone: it can be tried without one.
+    Spare(LaunchError),
+    Failed(FleetError),
+}
+
+impl From<Start> for FleetError {
+    fn from(start: Start) -> Self {
+        match start {
+            Start::Spare(error) => Self::LaunchFailed(error.to_string()),
+            Start::Failed(error) => error,
+        }
+    }
+}
+
+async fn start(
+    context: &Context,
+    plan: &Plan,
+    run: u64,
+    internal: &mpsc::UnboundedSender<Internal>,
+) -> Result<Process, Start> {
+    let prepared = prepare(context, plan).await;
+    if prepared.is_err() && plan.instance != plan.name {
+        // Its limits may be those of this VM already: it is of no use to another one.
+        if let Err(error) = context.launcher.kill(&plan.instance, None).await {
+            warn!(FLOTILLA_VM = &*plan.name, "{error}");
+        }
+    }
+    let prepared = prepared.map_err(Start::Failed)?;
+    planned(plan, run, &prepared, internal).await;
+    context.launcher.start(&plan.instance, prepared).await.map_err(|error| match error {
+        LaunchError::SpareGone { .. } => Start::Spare(error),
+        error => Start::Failed(FleetError::LaunchFailed(error.to_string())),
+    })
+}
+
+/// Tells the actor what is about to run, and waits until that is written down.
+async fn planned(plan: &Plan, run: u64, prepared: &Prepared, internal: &mpsc::UnboundedSender<Internal>) {
+    let (written, done) = oneshot::channel();
+    let _ = internal.send(Internal::Planned {
+        run,
+        generation: plan.generation,
+        spec: Arc::clone(&plan.spec),
+        instance: Arc::clone(&plan.instance),
+        command_line: prepared.command_line.clone(),
+        written,
+    });
+    // An actor that has given this run up does not answer.
+    let _ = done.await;
 }

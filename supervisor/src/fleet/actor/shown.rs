@@ -8,6 +8,7 @@ use super::Actor;
 use crate::fleet::seats::{Kind, Seats};
 use crate::fleet::spec;
 use crate::fleet::view::{News, View};
+use crate::launch::CONSOLE_SOCKET;
 
 /// As before, if it is the same.
 fn keep<T: PartialEq>(before: &Arc<[T]>, now: Vec<T>) -> Arc<[T]> {
@@ -48,6 +49,8 @@ impl Actor {
             exit: self.exit.clone(),
             spec: Arc::clone(&self.spec),
             command_line: Arc::clone(&self.command_line),
+            unit: self.context.launcher.unit(&self.instance),
+            console_socket: self.context.launcher.sockets(&self.instance).join(CONSOLE_SOCKET),
             nics: keep(&before.nics, nics),
             disks: keep(&before.disks, disks),
             cards: keep(&before.cards, cards),

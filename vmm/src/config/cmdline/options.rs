@@ -199,7 +199,8 @@ pub fn help() -> String {
     }
     text.push_str(
         "\n\nEnvironment:\n  FLOTILLA_LOG, STRATOVIRT_LOG_LEVEL\n        error, warn, info, debug or trace (default info)\n\
-         \x20 FLOTILLA_FDS\n        descriptors that stand for paths and taps of the command line\n",
+         \x20 FLOTILLA_FDS\n        descriptors that stand for paths and taps of the command line\n\
+         \x20 FLOTILLA_JOURNAL\n        name under which messages go straight to the journal\n",
     );
     text
 }

@@ -2,7 +2,7 @@
 //!
 //! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
 //! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the
-//! units, `signals` is what systemd tells of them; `pool` are units that wait for a VM, `refill` sees that there are enough.
+//! units, `sockets` what is in a VM's directory; `signals` is what systemd tells of units; `pool` are units that wait for a VM, `refill` sees that there are enough.
 //! `dhcp` does for the DHCP servers of networks what these do for VMs.
 
 pub mod dhcp;
@@ -13,6 +13,7 @@ pub mod process;
 mod refill;
 pub mod server;
 mod signals;
+mod sockets;
 pub mod systemd;
 mod systemd1;
 #[cfg(test)]
@@ -30,6 +31,8 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use uuid::Uuid;
+
+pub use sockets::{CONSOLE_SOCKET, QMP_SOCKET};
 
 use crate::fleet::life::Exit;
 use crate::store::{Process, Runtime};
@@ -241,11 +244,6 @@ pub trait Launcher: Send + Sync {
     /// Removes what a VM without process leaves on the host: its directory, a failed unit. Problems are logged.
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()>;
 }
-
-/// The VMM's QMP socket in [`Launcher::sockets`].
-pub const QMP_SOCKET: &str = "qmp.sock";
-/// The guest's serial line there.
-pub const CONSOLE_SOCKET: &str = "console.sock";
 
 /// How many lines [`Launcher::last_lines`] gives.
 const LINES: usize = 10;

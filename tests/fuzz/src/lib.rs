@@ -121,5 +121,6 @@ pub fn clear(memory: &GuestMemory) {
 extern crate self as dbus_api;
 
 pub mod fleet;
+pub mod launch;
 #[path = "../../../dbus-api/src/spec.rs"]
 pub mod spec;

@@ -19,6 +19,8 @@ mod plug;
 mod policy;
 #[path = "daemon/proxy.rs"]
 mod proxy;
+#[path = "daemon/random.rs"]
+mod random;
 #[path = "daemon/stats.rs"]
 mod stats;
 #[path = "daemon/templates.rs"]

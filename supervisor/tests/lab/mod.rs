@@ -26,6 +26,22 @@ use zbus::{Connection, OwnedObjectPath};
 /// Long enough for a loaded machine, short enough to notice a hang.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// A bus for users of all kinds, as the system's is; who may do what is the daemon's to say.
+const BUS_CONFIG: &str = r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>session</type>
+  <listen>unix:tmpdir=/tmp</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <allow own="*"/>
+    <allow send_destination="*" eavesdrop="true"/>
+    <allow eavesdrop="true"/>
+  </policy>
+</busconfig>
+"#;
+
 /// The host.
 pub(crate) struct Lab {
     directory: TempDir,
@@ -74,8 +90,11 @@ impl Lab {
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
 
+        let bus_config = directory.path().join("bus.conf");
+        std::fs::write(&bus_config, BUS_CONFIG).unwrap();
         let mut bus = Command::new("dbus-daemon")
-            .args(["--session", "--nofork", "--nopidfile", "--print-address"])
+            .args(["--nofork", "--nopidfile", "--print-address"])
+            .arg(format!("--config-file={}", bus_config.display()))
             .stdout(Stdio::piped())
             // It cannot raise its limit of descriptors here, and says so.
             .stderr(Stdio::null())
@@ -100,6 +119,25 @@ impl Lab {
     /// The bus, as a client has it.
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
+    }
+
+    /// Where it is.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// How many descriptors the daemon has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        let number = self.daemon.as_ref().unwrap().id();
+        std::fs::read_dir(format!("/proc/{number}/fd")).unwrap().count()
+    }
+
+    /// How much memory of its own the daemon uses, in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        let number = self.daemon.as_ref().unwrap().id();
+        let status = std::fs::read_to_string(format!("/proc/{number}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     /// How many children of the daemon run this program.

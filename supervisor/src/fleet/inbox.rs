@@ -75,6 +75,11 @@ pub(super) enum Internal {
     Silent {
         run: u64,
     },
+    /// It was silent, and answers again.
+    Answers {
+        run: u64,
+        paused: bool,
+    },
     Disconnected {
         run: u64,
     },

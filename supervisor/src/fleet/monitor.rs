@@ -1,4 +1,4 @@
-//! The actor's connection to its VMM: owns the tries, the first question and the forwarding of events. Reports to the actor only.
+//! The actor's connection to its VMM: owns the tries, the first question, the forwarding of events and the word that it hangs. Reports to the actor only.
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -69,8 +69,21 @@ pub(super) async fn run(
         }
     };
     let _ = actor.send(Internal::Linked { run, monitor: monitor.clone(), paused });
+    let mut silent = monitor.silent();
     loop {
-        match events.recv().await {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            // The sender lives in the connection, which this task holds.
+            Ok(()) = silent.changed() => {
+                if *silent.borrow_and_update() {
+                    let _ = actor.send(Internal::Silent { run });
+                } else if let Ok(paused) = status(&monitor).await {
+                    let _ = actor.send(Internal::Answers { run, paused });
+                }
+                continue;
+            }
+        };
+        match event {
             Ok(event) => {
                 let _ = actor.send(Internal::Event { run, event });
             }

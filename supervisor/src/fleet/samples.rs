@@ -17,7 +17,7 @@ use crate::qmp::{Monitor, QmpError};
 /// Asked again after this long at the earliest.
 const FRESH: Duration = Duration::from_secs(5);
 /// A VMM answers such a question at once.
-const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(2);
 /// One that did not is not asked again for so long.
 const LEFT_ALONE: Duration = Duration::from_secs(60);
 /// VMMs asked at the same time.

@@ -35,6 +35,8 @@ const MAX_EVENT: usize = 64 << 10;
 const EVENT_QUEUE: usize = 256;
 /// Commands that wait for the VMM to take them; more wait at their own expense.
 const COMMAND_QUEUE: usize = 32;
+/// An answer that is longer in coming than this says something about the VMM, a shorter patience about who asked.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Malformed messages after which the other side is no VMM.
 const MAX_FLAWS: u32 = 16;
 
@@ -61,6 +63,8 @@ struct Shared {
     table: Mutex<Table>,
     /// Nanoseconds from send to answer of the newest answered command; 0: none yet.
     latency: AtomicU64,
+    /// A command was left without an answer, and none has come since.
+    silent: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -114,6 +118,7 @@ impl Monitor {
                 ended: None,
             }),
             latency: AtomicU64::new(0),
+            silent: watch::Sender::new(false),
         });
         let (queue, commands) = mpsc::channel(COMMAND_QUEUE);
         let (ended, closed) = watch::channel(false);
@@ -197,6 +202,12 @@ impl Monitor {
         }
     }
 
+    /// Whether the VMM owes an answer for so long that it seems to hang; it changes back with the next answer.
+    #[must_use]
+    pub fn silent(&self) -> watch::Receiver<bool> {
+        self.shared.silent.subscribe()
+    }
+
     /// The VMM's greeting, as one line.
     pub(crate) fn greeting(&self) -> &Arc<str> {
         &self.greeting
@@ -223,7 +234,11 @@ impl Monitor {
         place.send(Command { number: ticket.number, line: request.line(ticket.number), descriptors });
         match tokio::time::timeout_at(until, answer).await {
             Ok(answer) => answer.map_err(|_| self.shared.closed()),
-            Err(_) => Err(late(self.shared.withdraw(ticket.number))),
+            Err(_) => {
+                let sent = self.shared.withdraw(ticket.number);
+                self.shared.missed(ticket.number, sent && deadline >= SILENCE);
+                Err(late(sent))
+            }
         }
     }
 }
@@ -272,6 +287,14 @@ impl Shared {
         self.lock().entries.remove(&number).is_some_and(|entry| entry.sent.is_some())
     }
 
+    /// A command was given up. One that is at work on an earlier command, such as a save, is not silent.
+    fn missed(&self, number: u64, long: bool) {
+        let busy = |table: &Table| table.entries.range(..number).any(|(_, entry)| entry.sent.is_some());
+        if long && !busy(&self.lock()) {
+            self.silent.send_if_modified(|silent| !std::mem::replace(silent, true));
+        }
+    }
+
     /// The command's turn has come. `false`: it was withdrawn.
     fn begin(&self, number: u64) -> bool {
         let mut table = self.lock();
@@ -285,6 +308,7 @@ impl Shared {
     }
 
     fn answer(&self, number: Option<u64>, answer: Answer) {
+        self.silent.send_if_modified(|silent| std::mem::replace(silent, false));
         let mut table = self.lock();
         let number = match (number, &answer) {
             (Some(number), _) => number,

@@ -99,3 +99,22 @@ async fn what_vms_use_is_told_without_asking_them() {
     lab.start_daemon().await;
     assert!(ask(&lab, "GET /metrics HTTP/1.0\r\n\r\n").await.contains("flotilla_vm_up{vm=\"web\"} 1"));
 }
+
+#[tokio::test]
+async fn one_that_stops_answering_is_shown_so_until_it_answers_again() {
+    let lab = Lab::new().await;
+    lab.define("web", json!({"balloon": true})).await.unwrap();
+    lab.start("web").await.unwrap();
+    let vm = lab.vm("web").await;
+    let number = pid(vm.main_pid().await.unwrap());
+    kill(number, Signal::SIGSTOP).unwrap();
+    // Whoever reads figures has it asked for them.
+    ask(&lab, "GET /metrics HTTP/1.0\r\n\r\n").await;
+    lab.settle(async || vm.state().await.unwrap() == "quarantined").await;
+    assert!(!vm.qmp_responsive().await.unwrap());
+    assert_eq!(vm.intent().await.unwrap(), "running");
+    kill(number, Signal::SIGCONT).unwrap();
+    lab.settle(async || vm.state().await.unwrap() == "running").await;
+    assert!(vm.qmp_responsive().await.unwrap());
+    assert_eq!(pid(vm.main_pid().await.unwrap()), number);
+}

@@ -63,6 +63,7 @@ impl Actor {
                 return;
             }
             Internal::Silent { run } => Input::Silent { run },
+            Internal::Answers { run, paused } => Input::Connected { run, paused },
             Internal::Disconnected { run } => {
                 if run == self.vm.run() && !self.vm.state().idle() {
                     self.link.expect();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dbus_api::spec::{Disk, Nic};
 
 use super::Actor;
+use crate::fleet::life::State;
 use crate::fleet::seats::{Kind, Seats};
 use crate::fleet::spec;
 use crate::fleet::view::{News, View};
@@ -54,7 +55,7 @@ impl Actor {
             nics: keep(&before.nics, nics),
             disks: keep(&before.disks, disks),
             cards: keep(&before.cards, cards),
-            responsive: self.vm.linked(),
+            responsive: self.vm.linked() && self.vm.state() != State::Quarantined,
             devices: self.devices.clone(),
             last_log: Arc::clone(&self.last_log),
             restarts: self.vm.row(),

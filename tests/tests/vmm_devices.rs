@@ -1,10 +1,12 @@
 //! The small devices of one `flotilla-vmm` on a test host, as Debian's unmodified kernel drives them: terminal and byte stream
-//! over sockets, random numbers, balloon.
+//! over sockets, random numbers, balloon; and memory made of the host's huge pages.
 
 use std::io::{Read, Write};
 use std::time::Duration;
 
+use serde_json::json;
 use tests::console::Console;
+use tests::host::Host;
 use tests::scenario::{BOOT, Guest, Outcome, SOON, Vmm, check, host_with_vmm};
 
 /// Bytes sent through the port in each direction.
@@ -87,5 +89,40 @@ fn terminal_stream_random_numbers_and_balloon_work_in_debian() -> Outcome {
     }
     serial.enter("busybox poweroff -f")?;
     let code = vmm.exit(SOON)?;
-    check(code == 0, || format!("exit code {code}"))
+    check(code == 0, || format!("exit code {code}"))?;
+    huge_pages(&host, &guest)
+}
+
+/// How many huge pages of the host are free.
+fn free_pages(host: &Host) -> Outcome<usize> {
+    Ok(host.ok("sed -n 's/^HugePages_Free: *//p' /proc/meminfo")?.trim().parse()?)
+}
+
+/// A guest whose memory is huge pages has all of them before it runs, and gives them back; one that would not get them does not start.
+fn huge_pages(host: &Host, guest: &Guest) -> Outcome {
+    host.ok("echo 140 > /proc/sys/vm/nr_hugepages; mountpoint -q /dev/hugepages || mount -t hugetlbfs none /dev/hugepages")?;
+    check(free_pages(host)? == 140, || "the host could not reserve 140 huge pages".into())?;
+    let arguments = format!(
+        "-machine microvm -m 256M -mem-path /dev/hugepages -mem-prealloc -kernel /srv/guest/vmlinuz -initrd /srv/guest/initrd.gz \
+         -append '{}' -drive file={},id=disk0,readonly=off,direct=off -device virtio-blk-device,drive=disk0,id=disk0 \
+         -serial socket,path={{dir}}/console.sock,server,nowait",
+        guest.append(),
+        guest.disk
+    );
+    let vmm = Vmm::start(host, "huge", &arguments)?;
+    let mut serial = vmm.console()?;
+    serial.expect("guest devices up, uptime", BOOT)?;
+    let left = free_pages(host)?;
+    check(left == 12, || format!("{left} pages of 140 are left, not 12"))?;
+    let saved = vmm.qmp()?.execute("migrate", &json!({ "uri": "file:/root/never" }), SOON);
+    let why = saved.err().map(|e| e.to_string()).unwrap_or_default();
+    check(why.contains("mem-path"), || format!("migrate: {why}"))?;
+    let second = "-machine microvm -m 256M -mem-path /dev/hugepages -kernel /srv/guest/vmlinuz -serial stdio";
+    let refused = host.refused(&format!("timeout 20 flotilla-vmm {second} < /dev/null"))?;
+    check(refused.stderr.contains("not enough free huge pages"), || refused.stderr.clone())?;
+    serial.enter("busybox poweroff -f")?;
+    let code = vmm.exit(SOON)?;
+    check(code == 0, || format!("exit code {code}"))?;
+    let back = free_pages(host)?;
+    check(back == 140, || format!("{back} pages of 140 came back"))
 }

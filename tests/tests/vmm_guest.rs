@@ -141,21 +141,39 @@ fn disks_take_and_keep_what_the_guest_writes() -> Outcome {
     let place = place()?;
     place.host.ok("mkdir -p /var/tmp")?;
     let image = format!("/var/tmp/flotilla-test-{}.img", std::process::id());
-    for direct in ["off", "on"] {
+    // Each engine with and without O_DIRECT, except the two that are refused: `native` needs it, `off` does not go with it.
+    for (aio, direct) in [
+        ("off", "off"),
+        ("threads", "off"),
+        ("threads", "on"),
+        ("io_uring", "off"),
+        ("io_uring", "on"),
+        ("native", "on"),
+    ] {
         place.host.ok(&format!("rm -f {image}; truncate -s 16M {image}"))?;
         let disk = |readonly: &str| {
             format!(
-                "-drive file={image},id=disk0,readonly={readonly},direct={direct} -device virtio-blk-device,drive=disk0,id=disk0"
+                "-drive file={image},id=disk0,readonly={readonly},direct={direct},aio={aio} -device virtio-blk-device,drive=disk0,id=disk0"
             )
         };
-        let (vmm, mut console) = place.up(&format!("disk-{direct}"), &disk("off"))?;
+        let (vmm, mut console) = place.up(&format!("disk-{aio}-{direct}"), &disk("off"))?;
         for command in ["disk write 5 1000 7", "disk check 5 1000 7", "disk flush"] {
             console.enter(command)?;
             console.expect("sectors in", SOON)?;
         }
+        // How the image is open is seen from outside: O_DIRECT is 040000 on x86, and `off` alone does without a ring.
+        let open = place.host.ok(&format!(
+            "cd /proc/$(cat {pid})/fd; for fd in *; do [ \"$(readlink $fd)\" != {image} ] || sed -n 's/^flags:/image/p' ../fdinfo/$fd; \
+             done; ls -l . | grep -o io_uring | head -n 1",
+            pid = vmm.path("pid")
+        ))?;
+        let bits =
+            open.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("image")?.trim(), 8).ok());
+        check(bits.is_some_and(|bits| (bits & 0o40000 != 0) == (direct == "on")), || open.clone())?;
+        check(open.contains("io_uring") == (aio != "off"), || format!("aio={aio}: {open}"))?;
         vmm.qmp()?.ask("quit")?;
         check(vmm.exit(SOON)? == 0, || "not 0".into())?;
-        let (vmm, mut console) = place.up(&format!("disk-ro-{direct}"), &disk("on"))?;
+        let (vmm, mut console) = place.up(&format!("disk-ro-{aio}-{direct}"), &disk("on"))?;
         console.enter("disk check 5 1000 7")?;
         console.expect("check 1000 sectors in", SOON)?;
         console.enter("disk write 0 1 1")?;

@@ -235,6 +235,13 @@ fn every_way_into_a_guest_carries_what_is_sent() -> Outcome {
     segments_are_large(&host, &mut console, "eth1", "10.9.2.2")?;
     flood(&host, &vmm, &mut console, ["eth1", "tap-2"], "10.9.2.2")?;
 
+    step("the link goes down and up on command, and the guest sees it");
+    for up in [false, true] {
+        qmp.execute("netlink_set", &json!({ "id": "plain", "up": up }), SOON)?;
+        carrier(&mut console, up)?;
+    }
+    ping(&host, "10.9.2.2")?;
+
     step(
         "the control queue: receive modes, an address of the guest's own; the NIC's address when the driver binds anew",
     );

@@ -244,6 +244,10 @@ pub trait Manager {
     /// Records that could not be read and were set aside: file and reason.
     #[zbus(property)]
     fn corrupt_records(&self) -> zbus::Result<Vec<(String, String)>>;
+    /// VMs' processes that were there when the daemon started, are there still, and belong to no definition: name, unit (empty without
+    /// systemd) and process id. They are left alone.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn orphans(&self) -> zbus::Result<Vec<(String, String, u32)>>;
 }
 
 /// One VM.

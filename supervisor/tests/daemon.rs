@@ -306,6 +306,37 @@ async fn a_corrupt_record_is_set_aside_and_the_others_come_up() {
 }
 
 #[tokio::test]
+async fn what_runs_without_a_definition_is_shown_and_left_alone() {
+    let mut lab = Lab::new().await;
+    lab.define("web", json!({})).await.unwrap();
+    lab.start("web").await.unwrap();
+    assert_eq!(lab.manager.orphans().await.unwrap(), []);
+    let number = lab.vm("web").await.main_pid().await.unwrap();
+    let (record, aside) = (lab.path("state/vms/web.json"), lab.path("aside"));
+    lab.end_daemon(Signal::SIGKILL);
+    std::fs::rename(&record, &aside).unwrap();
+    lab.start_daemon().await;
+    lab.settle(async || lab.manager.state().await.unwrap() == "degraded").await;
+    assert_eq!(lab.manager.list_vms().await.unwrap().len(), 0);
+    assert_eq!(lab.manager.orphans().await.unwrap(), [("web".to_owned(), String::new(), number)]);
+    // With its definition it is the VM that it was.
+    lab.end_daemon(Signal::SIGKILL);
+    std::fs::rename(&aside, &record).unwrap();
+    lab.start_daemon().await;
+    lab.until("web", "running").await;
+    assert_eq!(lab.vm("web").await.main_pid().await.unwrap(), number);
+    assert_eq!(lab.manager.orphans().await.unwrap(), []);
+    // One that ends is none any more.
+    lab.end_daemon(Signal::SIGKILL);
+    std::fs::remove_file(&record).unwrap();
+    lab.start_daemon().await;
+    assert_eq!(lab.manager.orphans().await.unwrap().len(), 1);
+    kill(pid(number), Signal::SIGKILL).unwrap();
+    lab.settle(async || lab.manager.state().await.unwrap() == "running").await;
+    assert_eq!(lab.manager.orphans().await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn bridges_and_taps_come_and_go_with_their_vms() {
     let mut lab = Lab::bare().await;
     lab.own_network();

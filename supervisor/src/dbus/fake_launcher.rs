@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc};
 
 use crate::fleet::life::Exit;
-use crate::launch::{Event, Found, LaunchError, Launcher, Notice, Prepared, Wanted};
+use crate::launch::{Event, Found, LaunchError, Launcher, Notice, Orphan, Prepared, Wanted};
 use crate::store::Process;
 
 /// What a test makes a VMM do.
@@ -246,6 +246,10 @@ impl Launcher for FakeLauncher {
             Ok(wanted.iter().filter_map(look).collect())
         }
         .boxed()
+    }
+
+    fn orphans<'a>(&'a self, _wanted: &'a [Wanted]) -> BoxFuture<'a, Result<Vec<Orphan>, LaunchError>> {
+        async { Ok(Vec::new()) }.boxed()
     }
 
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {

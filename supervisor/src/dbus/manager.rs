@@ -547,4 +547,11 @@ impl Manager {
         let row = |corrupt: crate::store::Corrupt| (corrupt.path.display().to_string(), corrupt.reason);
         self.shared.fleet.corrupt().into_iter().map(row).collect()
     }
+
+    /// VMs' processes that were there when the daemon started, are there still, and belong to no definition: name, unit (empty without
+    /// systemd) and process id. They are left alone.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn orphans(&self) -> Vec<(String, String, u32)> {
+        self.shared.fleet.orphans().into_iter().map(|orphan| (orphan.name, orphan.unit, orphan.pid)).collect()
+    }
 }

@@ -2,8 +2,8 @@
 //! and silent becomes `quarantined`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use dbus_api::spec::Restart;
@@ -18,7 +18,7 @@ use super::registry::Fleet;
 use super::spec as rules;
 use super::view::News;
 use super::vm::Vm;
-use crate::launch::{Found, LaunchError, Wanted};
+use crate::launch::{Found, LaunchError, Orphan, Wanted};
 use crate::store::{Corrupt, Definition, Process, Runtime, StoreError};
 
 /// How long classification may take: each VM is told apart within two seconds, all at the same time.
@@ -62,7 +62,7 @@ impl Fleet {
         for Corrupt { path, reason } in &corrupt {
             error!("a record was set aside as {}: {reason}", path.display());
         }
-        *self.corrupt.write().unwrap_or_else(std::sync::PoisonError::into_inner) = corrupt;
+        *self.corrupt.write().unwrap_or_else(PoisonError::into_inner) = corrupt;
 
         let boot = &self.context.boot_id;
         let mut records: BTreeMap<String, Runtime> =
@@ -71,7 +71,7 @@ impl Fleet {
             .iter()
             .map(|d| Wanted { name: d.name.clone(), uuid: d.uuid, record: records.get(&d.name).cloned() })
             .collect();
-        self.note_strays(&good, &records);
+        self.note_orphans(&wanted, &records).await?;
         let mut found = self.context.launcher.find(&wanted).await?;
         let alive = found.values().filter(|found| matches!(found, Found::Alive(_))).count();
         info!("{} VMs defined, {alive} running", good.len());
@@ -93,22 +93,38 @@ impl Fleet {
         Ok(())
     }
 
-    /// Processes whose definition is not there (its record is corrupt, or was taken away by hand) are left alone, and so are their links.
-    fn note_strays(&self, good: &[Definition], records: &BTreeMap<String, Runtime>) {
-        let mut strays = self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    /// Processes whose definition is not there (its record is corrupt, or was taken away by hand) are shown and left alone, and so are
+    /// their links.
+    async fn note_orphans(
+        &self,
+        wanted: &[Wanted],
+        records: &BTreeMap<String, Runtime>,
+    ) -> Result<(), AdoptError> {
+        let launcher = &self.context.launcher;
+        let mut orphans = launcher.orphans(wanted).await?;
         for (name, record) in records {
-            if good.iter().any(|definition| definition.name == *name) {
+            if wanted.iter().any(|wanted| wanted.name == *name) {
                 continue;
             }
-            let pid = record.process.as_ref().map_or(0, |process| process.pid);
-            if pid != 0 && std::path::Path::new(&format!("/proc/{pid}")).exists() {
-                warn!(FLOTILLA_VM = name, "process {pid} runs, but no such VM is defined: left alone");
-                let mut words = record.command_line.iter().skip_while(|word| *word != "-uuid");
-                strays.extend(words.nth(1).and_then(|word| word.parse::<Uuid>().ok()));
-            } else if let Err(error) = self.context.store.remove_runtime(name) {
-                warn!(FLOTILLA_VM = name, "{error}");
+            let unit = launcher.unit(record.instance.as_deref().unwrap_or(name));
+            let process = record.process.as_ref().and_then(|process| Orphan::look(name, unit, process.pid));
+            match process {
+                Some(orphan) => {
+                    orphans.retain(|other| other.pid != orphan.pid);
+                    orphans.push(orphan);
+                }
+                None => {
+                    if let Err(error) = self.context.store.remove_runtime(name) {
+                        warn!(FLOTILLA_VM = name, "{error}");
+                    }
+                }
             }
         }
+        for Orphan { name, pid, .. } in &orphans {
+            warn!(FLOTILLA_VM = name, "process {pid} runs, but no such VM is defined: left alone");
+        }
+        *self.orphans.write().unwrap_or_else(PoisonError::into_inner) = orphans;
+        Ok(())
     }
 
     /// Puts the host's links in order: configured bridges are there, leftovers are not.
@@ -117,7 +133,7 @@ impl Fleet {
         let _alone = self.context.network.changing().await;
         self.context.network.ensure_configured().await;
         let mut uuids: BTreeSet<Uuid> = self.list().iter().map(|view| view.uuid).collect();
-        uuids.extend(&*self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        uuids.extend(self.orphans().iter().filter_map(|orphan| orphan.uuid));
         self.context.network.sweep(&uuids, &self.bridges()).await;
         self.tidy_addresses().await;
     }

@@ -30,6 +30,7 @@ use super::view::{News, View};
 use super::vm::Vm;
 use super::words::map_error;
 use super::{Context, FleetError};
+use crate::launch::Orphan;
 use crate::launch::server::Source;
 use crate::launch::{Event, Prepared};
 use crate::qmp::{Client, QmpError};
@@ -52,8 +53,8 @@ pub struct Fleet {
     reserved: Mutex<(BTreeSet<String>, BTreeSet<Uuid>)>,
     pub(super) corrupt: RwLock<Vec<Corrupt>>,
     pub(super) ready: AtomicBool,
-    /// VMs whose process runs without a definition: their links stay.
-    pub(super) strays: Mutex<BTreeSet<Uuid>>,
+    /// Processes that belong to no definition: their links stay.
+    pub(super) orphans: RwLock<Vec<Orphan>>,
     meter: Meter,
     sampler: Arc<Sampler>,
     began: Instant,
@@ -69,7 +70,7 @@ impl Fleet {
             reserved: Mutex::default(),
             corrupt: RwLock::default(),
             ready: AtomicBool::new(false),
-            strays: Mutex::default(),
+            orphans: RwLock::default(),
             meter: Meter::default(),
             sampler: Arc::default(),
             began: Instant::now(),
@@ -195,6 +196,12 @@ impl Fleet {
         self.corrupt.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// VMs' processes that were found at start-up and belong to no definition, those that are still there.
+    pub fn orphans(&self) -> Vec<Orphan> {
+        let orphans = self.orphans.read().unwrap_or_else(PoisonError::into_inner);
+        orphans.iter().filter(|orphan| orphan.alive()).cloned().collect()
+    }
+
     /// Nothing is started.
     pub fn draining(&self) -> bool {
         self.context.gate.draining()
@@ -226,6 +233,7 @@ impl Fleet {
             return "starting";
         }
         let degraded = !self.corrupt.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+            || self.orphans.read().unwrap_or_else(PoisonError::into_inner).iter().any(Orphan::alive)
             || self.read().vms.values().any(|handle| handle.view.borrow().state == State::Quarantined);
         if degraded { "degraded" } else { "running" }
     }

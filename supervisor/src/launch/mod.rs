@@ -3,11 +3,12 @@
 //! `systemd` starts a unit per VM; `process` makes plain children where there is no systemd. Both report through the same channel of
 //! [`Event`]s. `handover` is the wire format by which a unit's process gets its command line and descriptors, `server` its server; `unit` names the
 //! units, `sockets` what is in a VM's directory; `signals` is what systemd tells of units; `pool` are units that wait for a VM, `refill` sees that there are enough.
-//! `dhcp` does for the DHCP servers of networks what these do for VMs.
+//! `orphan` is a process that belongs to no VM. `dhcp` does for the DHCP servers of networks what these do for VMs.
 
 pub mod dhcp;
 pub mod handover;
 mod limits;
+mod orphan;
 mod pool;
 pub mod process;
 mod refill;
@@ -32,6 +33,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+pub use orphan::Orphan;
 pub use sockets::{CONSOLE_SOCKET, QMP_SOCKET};
 
 use crate::fleet::life::Exit;
@@ -240,6 +242,9 @@ pub trait Launcher: Send + Sync {
         &'a self,
         wanted: &'a [Wanted],
     ) -> BoxFuture<'a, Result<BTreeMap<String, Found>, LaunchError>>;
+
+    /// Processes of VMs beside these, as far as this launcher can tell them from other people's.
+    fn orphans<'a>(&'a self, wanted: &'a [Wanted]) -> BoxFuture<'a, Result<Vec<Orphan>, LaunchError>>;
 
     /// Removes what a VM without process leaves on the host: its directory, a failed unit. Problems are logged.
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()>;

@@ -14,9 +14,11 @@ use dbus_api::spec::Limits;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tracing::{debug, warn};
+use uuid::Uuid;
 
 use super::{
-    Event, Events, FLOTILLA_FDS, Found, LaunchError, Launcher, Notice, Prepared, Wanted, tail, watch,
+    Event, Events, FLOTILLA_FDS, Found, LaunchError, Launcher, Notice, Orphan, Prepared, Wanted,
+    orphan::uuid_of, tail, watch,
 };
 use crate::fleet::life::Exit;
 use crate::store::Process;
@@ -109,7 +111,7 @@ impl ProcessLauncher {
         });
     }
 
-    fn find_one(&self, wanted: &Wanted, by_uuid: &mut Option<BTreeMap<String, u32>>) -> Option<Found> {
+    fn find_one(&self, wanted: &Wanted, by_uuid: &mut Option<BTreeMap<Uuid, u32>>) -> Option<Found> {
         let record = wanted.record.as_ref()?;
         let (pid, start_time) = match &record.process {
             Some(process) => (process.pid, process.start_time),
@@ -117,7 +119,7 @@ impl ProcessLauncher {
             // The daemon was killed between the two records of a start.
             None => {
                 let table = by_uuid.get_or_insert_with(uuids_of_processes);
-                let Some(pid) = table.get(&wanted.uuid.to_string()).copied() else {
+                let Some(pid) = table.get(&wanted.uuid).copied() else {
                     return Some(Found::Ended(Exit::Unknown));
                 };
                 (pid, watch::start_time(pid).unwrap_or_default())
@@ -220,6 +222,11 @@ impl Launcher for ProcessLauncher {
         .boxed()
     }
 
+    // Whoever runs the VMM by hand has processes that look the same.
+    fn orphans<'a>(&'a self, _wanted: &'a [Wanted]) -> BoxFuture<'a, Result<Vec<Orphan>, LaunchError>> {
+        async { Ok(Vec::new()) }.boxed()
+    }
+
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {
         async move {
             let directory = self.sockets(name);
@@ -244,16 +251,10 @@ fn exit_of(status: std::process::ExitStatus) -> Exit {
 }
 
 /// Every process that has `-uuid U` on its command line.
-fn uuids_of_processes() -> BTreeMap<String, u32> {
-    let uuid_of = |path: &Path| {
-        let pid: u32 = path.file_name()?.to_str()?.parse().ok()?;
-        let line = fs::read(path.join("cmdline")).ok()?;
-        let mut arguments = line.split(|byte| *byte == 0);
-        arguments.find(|argument| *argument == b"-uuid")?;
-        Some((String::from_utf8(arguments.next()?.to_vec()).ok()?, pid))
-    };
+fn uuids_of_processes() -> BTreeMap<Uuid, u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| uuid_of(&entry.path())).collect()
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter_map(|pid| Some((uuid_of(pid)?, pid))).collect()
 }
 
 #[cfg(test)]
@@ -263,7 +264,6 @@ mod tests {
     use crate::launch::Handed;
     use crate::store::Runtime;
     use tokio::sync::mpsc;
-    use uuid::Uuid;
 
     fn prepared(line: &[&str]) -> Prepared {
         Prepared { command_line: line.iter().map(ToString::to_string).collect(), descriptors: Vec::new() }

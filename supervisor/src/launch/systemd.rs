@@ -28,8 +28,8 @@ use super::signals::{CALL_DEADLINE, Known, SERVICE, Shared, UNIT, hex, lock, rea
 use super::systemd1::{ManagerProxy, PropertiesProxy};
 use super::unit::{PREFIX, SUFFIX, instance_of, is_spare, path_of, unit_of};
 use super::{
-    CONSOLE_SOCKET, Events, Found, Handed, LaunchError, Launcher, Prepared, QMP_SOCKET, Wanted, limits,
-    refill, tail,
+    CONSOLE_SOCKET, Events, Found, Handed, LaunchError, Launcher, Orphan, Prepared, QMP_SOCKET, Wanted,
+    limits, refill, tail,
 };
 use crate::fleet::life::Exit;
 use crate::store::Process;
@@ -279,9 +279,6 @@ impl SystemdLauncher {
                 continue;
             } else if is_spare(instance) {
                 if ended { self.pool().ended(instance) } else { self.pool().expect(instance) }
-            } else if !ended {
-                let unit = unit_of(instance);
-                warn!(FLOTILLA_VM = instance, "{unit}: {state}, but no such VM is defined: left alone");
             }
         }
         let look = |w: &Wanted| {
@@ -318,6 +315,24 @@ impl SystemdLauncher {
             .try_collect()
             .await?;
         Ok(found.into_iter().flatten().collect())
+    }
+}
+
+impl SystemdLauncher {
+    async fn find_orphans(&self, wanted: &[Wanted]) -> Result<Vec<Orphan>, LaunchError> {
+        let pattern = format!("{PREFIX}*{SUFFIX}");
+        let states = ["active", "activating", "deactivating", "reloading"];
+        let rows =
+            self.call(&pattern, "list", self.manager.list_units_by_patterns(&states, &[&pattern])).await?;
+        let mut orphans = Vec::new();
+        for instance in rows.iter().filter_map(|row| instance_of(&row.0)) {
+            if !is_spare(instance) && wanted.iter().all(|w| w.instance() != instance) {
+                let unit = unit_of(instance);
+                let pid = self.property(&unit, SERVICE, "MainPID").await?;
+                orphans.extend(Orphan::look(instance, unit, pid));
+            }
+        }
+        Ok(orphans)
     }
 }
 
@@ -407,6 +422,10 @@ impl Launcher for SystemdLauncher {
         wanted: &'a [Wanted],
     ) -> BoxFuture<'a, Result<BTreeMap<String, Found>, LaunchError>> {
         self.find_all(wanted).boxed()
+    }
+
+    fn orphans<'a>(&'a self, wanted: &'a [Wanted]) -> BoxFuture<'a, Result<Vec<Orphan>, LaunchError>> {
+        self.find_orphans(wanted).boxed()
     }
 
     fn clean<'a>(&'a self, name: &'a str) -> BoxFuture<'a, ()> {

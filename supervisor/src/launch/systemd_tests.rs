@@ -165,7 +165,7 @@ impl FakeManager {
 
     fn list_units_by_patterns(
         &self,
-        _states: Vec<String>,
+        states: Vec<String>,
         patterns: Vec<String>,
     ) -> Vec<super::super::systemd1::UnitRow> {
         assert_eq!(patterns.into_iter().collect::<String>(), "flotilla-vm@*.service");
@@ -175,7 +175,9 @@ impl FakeManager {
         let row = |(name, unit): (&String, &FakeUnit)| {
             (name.clone(), text(), text(), unit.active.to_owned(), text(), text(), root(), 0, text(), root())
         };
-        state.units.iter().map(row).collect()
+        let states: std::collections::BTreeSet<String> = states.into_iter().collect();
+        let listed = |unit: &FakeUnit| states.is_empty() || states.contains(unit.active);
+        state.units.iter().filter(|(_, unit)| listed(unit)).map(row).collect()
     }
 
     fn set_unit_properties(&self, name: &str, runtime: bool, properties: Vec<(String, OwnedVariant)>) {
@@ -380,18 +382,15 @@ async fn units_are_found_again() {
         uuid: Uuid::nil(),
         record: state.map(|state| Runtime::new(name, "", state, Intent::Running)),
     };
-    let found = s
-        .launcher
-        .find(&[
-            wanted("alive", None),
-            wanted("crashed", Some(State::Running)),
-            wanted("ending", Some(State::Stopping)),
-            wanted("forgotten", Some(State::Running)),
-            wanted("idle", Some(State::Stopped)),
-            wanted("new", None),
-        ])
-        .await
-        .unwrap();
+    let defined = [
+        wanted("alive", None),
+        wanted("crashed", Some(State::Running)),
+        wanted("ending", Some(State::Stopping)),
+        wanted("forgotten", Some(State::Running)),
+        wanted("idle", Some(State::Stopped)),
+        wanted("new", None),
+    ];
+    let found = s.launcher.find(&defined).await.unwrap();
     let expected = [
         ("alive", Found::Alive(process("0101"))),
         ("crashed", Found::Ended(Exit::Signal("SIGKILL".into()))),
@@ -399,6 +398,9 @@ async fn units_are_found_again() {
         ("forgotten", Found::Ended(Exit::Unknown)),
     ];
     assert_eq!(found, expected.map(|(name, found)| (name.to_owned(), found)).into());
+    let orphans = s.launcher.orphans(&defined).await.unwrap();
+    let rows: Vec<_> = orphans.iter().map(|o| (o.name.as_str(), o.unit.as_str(), o.pid, o.alive())).collect();
+    assert_eq!(rows, [("foreign", &*unit("foreign"), 1, true)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -284,11 +284,12 @@ async fn daemon(bus: &crate::args::Bus) -> Vec<Finding> {
         let client = Client::connect(bus).await?;
         let state = client.manager.state().await.map_err(|error| client.bus_failed(error))?;
         let corrupt = client.manager.corrupt_records().await.map_err(|error| client.bus_failed(error))?;
+        let orphans = client.manager.orphans().await.map_err(|error| client.bus_failed(error))?;
         let rows = client.manager.list_vms().await.map_err(|error| client.failed(error))?;
         let networks = network::all_problems(&client).await?;
-        Ok::<_, Failure>((state, corrupt, rows, networks))
+        Ok::<_, Failure>((state, corrupt, orphans, rows, networks))
     };
-    let (state, corrupt, rows, networks) = match state.await {
+    let (state, corrupt, orphans, rows, networks) = match state.await {
         Ok(found) => found,
         Err(failure) => return vec![bad(what, failure.to_string(), "systemctl enable --now flotillad")],
     };
@@ -296,6 +297,19 @@ async fn daemon(bus: &crate::args::Bus) -> Vec<Finding> {
     for (path, reason) in corrupt {
         let text = format!("a record was set aside: {}: {}", plain(&path), plain(&reason));
         findings.push(hint(what, text, "define that VM or network again, then remove the file"));
+    }
+    for (name, unit, pid) in orphans {
+        let text = format!("process {pid} is VM {}'s, but no such VM is defined", plain(&name));
+        let end = if unit.is_empty() {
+            format!("kill {pid}")
+        } else {
+            format!("systemctl stop '{}'", plain(&unit))
+        };
+        findings.push(hint(
+            what,
+            text,
+            format!("define that VM again and restart flotillad, or end it: {end}"),
+        ));
     }
     for (name, problem) in networks {
         // The text says what to do.

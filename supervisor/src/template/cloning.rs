@@ -4,6 +4,9 @@
 //! clones/VM with `making` ─▶ disks, seed ─▶ defined ─▶ started from the template ─▶ `making` removed: from now on a VM like any other
 //!           │ an error at any step, or a kill: undefined (its process, taps, record), then the directory removed
 //! ```
+//!
+//! Before the definition is durable, `making` is; the disks only become so while the VM starts: a host that loses power meanwhile has no such VM
+//! afterwards, and the VM waits for the storage once less.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +20,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::seed::{self, Identity};
-use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync};
+use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync, sync_all};
 use crate::fleet::spec::{Room, check_name, room};
 use crate::fleet::{Fleet, FleetError};
 
@@ -196,14 +199,21 @@ impl OneClone {
             let network = options.network_config.as_deref();
             let image = seed::image(&identity, user_data, network, old.map(|data| data.len()));
             let image = image.map_err(io::Error::other)?;
-            disks(spec, &place, &home, &image)
+            let spec = disks(spec, &place, &home, &image)?;
+            mark(&home)?;
+            Ok(spec)
         });
         let spec = made.await.map_err(failed)?;
 
         self.fleet().note_job(job, "defining", (0, 0))?;
         self.fleet().define_as(&self.name, self.uuid, spec).await?;
         self.fleet().note_job(job, "starting", (0, 0))?;
-        self.fleet().start_from(&self.name, self.options.paused, &self.reader.place()).await?;
+        let (home, place) = (self.home.clone(), self.reader.place());
+        let stored = blocking(move || settle(&home));
+        let started = self.fleet().start_from(&self.name, self.options.paused, &place);
+        let (started, stored) = tokio::join!(started, stored);
+        started?;
+        stored.map_err(failed)?;
         let home = self.home.clone();
         blocking(move || finish(&home)).await.map_err(failed)?;
         info!(FLOTILLA_VM = &*self.name, "cloned from {}", self.reader.record.name);
@@ -248,14 +258,27 @@ pub(super) fn unfinished(home: &Path) -> Option<Uuid> {
     fs::read_to_string(home.join(UNFINISHED)).ok()?.trim().parse().ok()
 }
 
-/// Makes the directory of a VM, as one that is not whole.
+/// Makes the directory of a VM, as one that is not whole. Nothing in it is durable yet.
 pub(super) fn begin(home: &Path, uuid: Uuid) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(home)?;
-    let mut file = record::create(&home.join(UNFINISHED))?;
-    writeln!(file, "{uuid}")?;
-    file.sync_all()?;
-    sync(home)?;
-    home.parent().map_or(Ok(()), sync)
+    writeln!(record::create(&home.join(UNFINISHED))?, "{uuid}")
+}
+
+/// Makes durable that it is not whole; from then on its VM may be defined.
+fn mark(home: &Path) -> io::Result<()> {
+    let parent = home.parent().map(Path::to_owned);
+    let paths: Vec<PathBuf> = [home.join(UNFINISHED), home.to_owned()].into_iter().chain(parent).collect();
+    sync_all(&paths)
+}
+
+/// Makes durable what is in it.
+pub(super) fn settle(home: &Path) -> io::Result<()> {
+    let mut paths = vec![home.to_owned()];
+    for entry in fs::read_dir(home)? {
+        paths.push(entry?.path());
+    }
+    paths.extend(home.parent().map(Path::to_owned));
+    sync_all(&paths)
 }
 
 /// The VM is whole.
@@ -270,14 +293,12 @@ pub(super) fn seed_disk(home: &Path) -> Disk {
     Disk { readonly: true, serial, format: Format::Raw, ..Disk::new(home.join(SEED)) }
 }
 
-/// Makes it.
+/// Makes it; not durable yet.
 pub(super) fn write_seed(disk: &Disk, image: &[u8]) -> io::Result<()> {
-    let mut file = record::create(&disk.path)?;
-    file.write_all(image)?;
-    file.sync_all()
+    record::create(&disk.path)?.write_all(image)
 }
 
-/// Makes the disks, and gives the definition that has them.
+/// Makes the disks, not durable yet, and gives the definition that has them.
 fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Result<VmSpec> {
     let seed = seed_disk(home);
     write_seed(&seed, image)?;
@@ -293,7 +314,6 @@ fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Resul
     if !had_one {
         spec.disks.push(seed);
     }
-    sync(home)?;
     Ok(spec)
 }
 
@@ -313,6 +333,7 @@ mod tests {
         let one = home.path().join("one");
         begin(&one, Uuid::from_u128(7)).unwrap();
         assert_eq!(unfinished(&one), Some(Uuid::from_u128(7)));
+        assert!(mark(&one).is_ok() && settle(&one).is_ok() && settle(&home.path().join("none")).is_err());
         let first = disks(spec, &place, &one, b"seed").unwrap();
         assert_eq!((first.disks.len(), is_seed(&first.disks[1])), (2, true));
         let two = home.path().join("two");

@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::cloning::{self, Cloning, NO_USER_DATA};
 use super::image::{self, Image};
 use super::seed::{self, Identity};
-use super::{Templates, blocking, firmware, record, sync};
+use super::{Templates, blocking, firmware, record};
 use crate::fleet::life::Verb;
 use crate::fleet::spec::{check, check_name};
 use crate::fleet::{Fleet, FleetError};
@@ -188,7 +188,7 @@ impl Creation {
             if let Some(seed) = &last {
                 cloning::write_seed(seed, &parts.seed)?;
             }
-            sync(&home)?;
+            cloning::settle(&home)?;
             Ok(disk)
         });
         if let Some(first) = spec.disks.first_mut() {
@@ -211,8 +211,7 @@ fn copy_variables(from: &Path, to: &Path) -> io::Result<()> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", from.display()));
     let mut from_file = File::open(from).map_err(named)?;
     let mut to = record::create(to)?;
-    io::copy(&mut from_file, &mut to).map_err(named)?;
-    to.sync_all()
+    io::copy(&mut from_file, &mut to).map_err(named).map(drop)
 }
 
 #[cfg(test)]

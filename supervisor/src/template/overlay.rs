@@ -15,7 +15,7 @@ use dbus_api::spec::{Disk, Format};
 
 use super::{copy, qcow2, record};
 
-/// Makes the image of disk `at` of a clone in `home`, from that of the template in `base`, and syncs it. `disk` is the template's.
+/// Makes the image of disk `at` of a clone in `home`, from that of the template in `base`; not durable yet. `disk` is the template's.
 pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Result<Disk> {
     let under = base.join(record::disk(at));
     if disk.readonly {
@@ -29,7 +29,6 @@ pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Resu
         copy::copy(&from, &to, |_| Ok(()))?;
     }
     if shared || disk.backing.is_some() {
-        to.sync_all()?;
         return Ok(Disk { path, ..disk.clone() });
     }
     drop(to);
@@ -54,13 +53,11 @@ pub(super) fn make(disk: &Disk, at: usize, base: &Path, home: &Path) -> io::Resu
     })
 }
 
-/// Makes an empty qcow2 image of a disk of `size` bytes over another image, and syncs it.
+/// Makes an empty qcow2 image of a disk of `size` bytes over another image; not durable yet.
 pub(super) fn over(path: &Path, size: u64, under: &Path, format: Format) -> io::Result<()> {
     // A disk ends with its last whole sector.
     let image = qcow2::overlay(size - size % 512, under, format).map_err(io::Error::other)?;
-    let mut to = record::create(path)?;
-    to.write_all(&image)?;
-    to.sync_all()
+    record::create(path)?.write_all(&image)
 }
 
 #[cfg(test)]

@@ -461,6 +461,14 @@ fn what_does_not_fit_is_refused_and_named() -> Outcome {
     check(vmm.exit(SOON)? == 0, || "not 0".into())?;
     let fits = with("one", &disk);
     place.host.ok(&format!("cp -r {dir} {dir}-cut; truncate -s -4096 {dir}-cut/memory; cp -r {dir} {dir}-state; printf x | dd of={dir}-state/state bs=1 seek=100 conv=notrunc status=none"))?;
+    let refused = |arguments: &str, words: &str| -> Outcome {
+        let arguments = arguments.replace("{dir}", &folder.1);
+        let output = place.host.refused(&format!("timeout 20 {} {arguments} </dev/null", place.vmm))?;
+        let text = output.stderr.trim();
+        check(output.code == 1 && text.lines().count() == 1 && text.contains(words), || {
+            format!("{arguments}: exit {}, stderr {text:?}", output.code)
+        })
+    };
     for (more, words) in [
         (format!("{fits} -smp 2 -incoming file:{dir}"), "-smp cpus differs: 1 in the snapshot, 2 in this VM"),
         (format!("{} -incoming file:{dir}", with("two", &disk)), "serial differs"),
@@ -474,12 +482,14 @@ fn what_does_not_fit_is_refused_and_named() -> Outcome {
             "-mem-path cannot be used with snapshots",
         ),
     ] {
-        let arguments = place.arguments(&more).replace("{dir}", &folder.1);
-        let output = place.host.refused(&format!("timeout 20 {} {arguments} </dev/null", place.vmm))?;
-        let text = output.stderr.trim();
-        check(output.code == 1 && text.lines().count() == 1 && text.contains(words), || {
-            format!("{more}: exit {}, stderr {text:?}", output.code)
-        })?;
+        refused(&place.arguments(&more), words)?;
+    }
+    let arguments = place.arguments(&format!("-incoming file:{dir}"));
+    for (from, to, words) in [
+        ("microvm", "q35", "-machine differs: \"microvm\" in the snapshot, \"q35\" in this VM"),
+        ("-m 256M", "-m 512M", "-m differs: 268435456 in the snapshot, 536870912 in this VM"),
+    ] {
+        refused(&arguments.replacen(from, to, 1), words)?;
     }
     // A VM with what no snapshot holds.
     let (vmm, mut console, mut qmp) = place.start("balloon", "-device virtio-balloon-device,id=b")?;

@@ -98,3 +98,47 @@ fn clones_of_a_running_vm_go_on_as_vms_of_their_own() -> Outcome {
         links.clone()
     })
 }
+
+/// The default guest does not look behind root ports, so it is the VMM that tells of the disks.
+#[test]
+fn a_q35_is_cloned_and_its_identity_comes_while_it_runs() -> Outcome {
+    let daemon = OwnDaemon::start("q35-clones")?;
+    daemon.flotilla("network define lan --address 10.78.0.1/24")?;
+    let disk = daemon.path("disk.img");
+    daemon.host().ok(&format!("truncate -s 16M {disk}"))?;
+    let members = json!({ "machine": "q35", "append": "pci", "disks": [{ "path": disk }], "nics": [{ "network": "lan" }], "rng": true });
+    let mut console = daemon.run("web", &members)?;
+    // In the middle of this it becomes a template.
+    guest(&mut console, "spin 4000", "spin 4000")?;
+    daemon.flotilla("template create web base")?;
+    console.expect("rounds", SOON)?;
+    daemon.flotilla("clone base --count 2 --name c-%")?;
+    let has_seed = |name: &str| -> Outcome {
+        let disks = daemon.json(&format!("disk list {name}"))?;
+        check(disks.as_array().is_some_and(|disks| disks.len() == 2), || disks.to_string())?;
+        let seed = text(&disks[1], "path");
+        daemon.host().ok(&format!("grep -a '\"local-hostname\": \"{name}\"' {seed}"))?;
+        let list = json!({ "execute": "qom-list", "arguments": { "path": "/machine/peripheral" } });
+        let list = daemon.flotilla(&format!("qmp {name} '{list}'"))?;
+        check(["disk0", "disk1", "nic0"].iter().all(|id| list.contains(id)), || list.clone())
+    };
+    for name in ["c-1", "c-2"] {
+        let mut console = daemon.console(name)?;
+        console.expect("rounds", SOON)?;
+        guest(&mut console, "echo on''ward", "on''ward")?;
+        has_seed(name)?;
+    }
+    // Its next start has the seed from the beginning; before that a clone of it would have its devices elsewhere.
+    let refused = daemon.refused("template create c-1 again")?;
+    check(refused.contains("restart it first"), || refused.clone())?;
+    daemon.flotilla("stop --now c-1")?;
+    daemon.flotilla("start c-1")?;
+    daemon.console("c-1")?.expect("is up.", SOON)?;
+    daemon.flotilla("template create c-1 again --after stop")?;
+    daemon.flotilla("clone again --name last")?;
+    guest(&mut daemon.console("last")?, "echo on''ward", "on''ward")?;
+    has_seed("last")?;
+    daemon.flotilla("rm --force last c-1 c-2")?;
+    daemon.flotilla("template rm again base")?;
+    Ok(())
+}

@@ -57,7 +57,8 @@ impl Fleet {
         self.end_of(name, job).await
     }
 
-    async fn end_of(&self, name: &str, job: u32) -> Result<(), FleetError> {
+    /// Waits for the end of a job of this VM.
+    pub async fn end_of(&self, name: &str, job: u32) -> Result<(), FleetError> {
         let Some(end) = self.wait_job(job) else { return Ok(()) };
         let late = || FleetError::Busy(format!("VM \"{name}\": job {job} does not end"));
         timeout(VERB, end).await.map_err(|_| late())?.unwrap_or(Ok(()))

@@ -14,13 +14,17 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use dbus_api::spec::{Disk, Format, VmSpec};
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::creating::copy_variables;
 use super::seed::{self, Identity};
 use super::{Reader, Templates, blocking, making, overlay, pattern, record, sync, sync_all};
+use crate::fleet::plug::{Ask, How};
+use crate::fleet::seats::Hardware;
 use crate::fleet::spec::{Room, check_name, room};
 use crate::fleet::{Fleet, FleetError};
 
@@ -30,6 +34,9 @@ pub(super) const UNFINISHED: &str = "making";
 const SEED: &str = "seed.img";
 /// cloud-init wants the first line.
 pub(super) const NO_USER_DATA: &str = "#cloud-config\n";
+
+/// How long a disk may take to come; nobody waits for the guest.
+const PLUGGED: Duration = Duration::from_secs(30);
 
 /// How a VM is cloned.
 #[derive(Debug, Clone, Default)]
@@ -140,9 +147,13 @@ fn admit(record: &super::Record, options: &CloneOptions) -> Result<(), FleetErro
         Room::Slots { disks, .. } => disks,
         Room::Ports(ports) => ports,
     };
-    if record.spec.disks.len() - seeds >= usize::from(slots) {
+    let cards = match room(record.spec.machine) {
+        Room::Slots { .. } => 0,
+        Room::Ports(_) => record.spec.nics.len(),
+    };
+    if record.spec.disks.len() + cards - seeds >= usize::from(slots) {
         return Err(FleetError::InvalidSpec(format!(
-            "template \"{}\": all {slots} disk slots are in use, and a clone needs one to learn who it is",
+            "template \"{}\": all {slots} places for disks are in use, and a clone needs one to learn who it is",
             record.name
         )));
     }
@@ -203,7 +214,7 @@ impl OneClone {
             mark(&home)?;
             Ok(spec)
         });
-        let spec = made.await.map_err(failed)?;
+        let (spec, late) = made.await.map_err(failed)?;
 
         self.fleet().note_job(job, "defining", (0, 0))?;
         self.fleet().define_as(&self.name, self.uuid, spec).await?;
@@ -214,10 +225,20 @@ impl OneClone {
         let (started, stored) = tokio::join!(started, stored);
         started?;
         stored.map_err(failed)?;
+        if let Some(seed) = late {
+            self.plug(seed).await?;
+        }
         let home = self.home.clone();
         blocking(move || finish(&home)).await.map_err(failed)?;
         info!(FLOTILLA_VM = &*self.name, "cloned from {}", self.reader.record.name);
         Ok(())
+    }
+
+    /// Brings the seed to a VM that runs.
+    async fn plug(&self, seed: Disk) -> Result<(), FleetError> {
+        let how = How { persist: true, patience: PLUGGED };
+        let (_, job) = self.fleet().plug(&self.name, Ask::Attach(Hardware::Disk(seed)), how).await?;
+        self.fleet().end_of(&self.name, job).await
     }
 
     /// The definition, with the disks as they are in the template.
@@ -298,28 +319,38 @@ pub(super) fn write_seed(disk: &Disk, image: &[u8]) -> io::Result<()> {
     record::create(&disk.path)?.write_all(image)
 }
 
-/// Makes the disks, not durable yet, and gives the definition that has them.
-fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Result<VmSpec> {
+/// Makes the disks, and the firmware's variables, not durable yet; gives the definition that has them, and a seed that is to come when the VM runs.
+fn disks(mut spec: VmSpec, place: &Path, home: &Path, image: &[u8]) -> io::Result<(VmSpec, Option<Disk>)> {
     let seed = seed_disk(home);
     write_seed(&seed, image)?;
     let mut had_one = false;
     for (at, disk) in spec.disks.iter_mut().enumerate() {
         if is_seed(disk) {
             had_one = true;
-            *disk = seed.clone();
+            *disk = Disk { number: disk.number, ..seed.clone() };
         } else {
             *disk = overlay::make(disk, at, place, home)?;
         }
     }
-    if !had_one {
-        spec.disks.push(seed);
+    if let Some(firmware) = &mut spec.firmware {
+        firmware.vars = home.join(record::VARIABLES);
+        copy_variables(&place.join(record::VARIABLES), &firmware.vars)?;
     }
-    Ok(spec)
+    Ok(match room(spec.machine) {
+        _ if had_one => (spec, None),
+        Room::Slots { .. } => {
+            spec.disks.push(seed);
+            (spec, None)
+        }
+        // The snapshot has nothing behind that root port.
+        Room::Ports(_) => (spec, Some(seed)),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dbus_api::spec::Machine;
 
     #[test]
     fn a_clone_has_one_seed_whatever_its_template_has() {
@@ -334,14 +365,25 @@ mod tests {
         begin(&one, Uuid::from_u128(7)).unwrap();
         assert_eq!(unfinished(&one), Some(Uuid::from_u128(7)));
         assert!(mark(&one).is_ok() && settle(&one).is_ok() && settle(&home.path().join("none")).is_err());
-        let first = disks(spec, &place, &one, b"seed").unwrap();
+        let (first, late) = disks(spec.clone(), &place, &one, b"seed").unwrap();
+        assert_eq!(late, None);
         assert_eq!((first.disks.len(), is_seed(&first.disks[1])), (2, true));
         let two = home.path().join("two");
         begin(&two, Uuid::from_u128(8)).unwrap();
-        let second =
+        let (second, _) =
             disks(VmSpec { disks: first.disks.clone(), ..first.clone() }, &place, &two, b"seed").unwrap();
         assert_eq!((second.disks.len(), second.disks[1].path.clone()), (2, two.join(SEED)));
         assert!(begin(&one, Uuid::from_u128(9)).is_err(), "the first one keeps its directory");
+        // A q35's comes when it runs, and its firmware's variables are its own.
+        let three = home.path().join("three");
+        begin(&three, Uuid::from_u128(9)).unwrap();
+        fs::write(place.join("vars.fd"), "variables").unwrap();
+        let firmware = Some(dbus_api::spec::Firmware { code: "/code".into(), vars: "/vars".into() });
+        let spec = VmSpec { machine: Machine::Q35, firmware, ..spec };
+        let (third, late) = disks(spec, &place, &three, b"seed").unwrap();
+        assert_eq!((third.disks.len(), late.map(|seed| seed.path)), (1, Some(three.join(SEED))));
+        let vars = third.firmware.unwrap().vars;
+        assert_eq!((vars.starts_with(&three), fs::read(&vars).unwrap()), (true, b"variables".to_vec()));
         assert_eq!(unfinished(&place), None);
     }
 

@@ -24,8 +24,6 @@ use crate::fleet::life::Verb;
 use crate::fleet::spec::{check, check_name};
 use crate::fleet::{Fleet, FleetError};
 
-/// File of the firmware's variables in a VM's directory.
-const VARIABLES: &str = "vars.fd";
 /// Keys that one call may bring.
 const KEYS_MAX: usize = 64;
 
@@ -127,7 +125,7 @@ impl Templates {
         let variables = spec
             .firmware
             .as_mut()
-            .map(|firmware| std::mem::replace(&mut firmware.vars, home.join(VARIABLES)));
+            .map(|firmware| std::mem::replace(&mut firmware.vars, home.join(record::VARIABLES)));
         spec.disks.insert(0, Disk::new(home.join(record::disk(0))));
         spec.disks.push(cloning::seed_disk(home));
         check(&spec)?;
@@ -183,7 +181,7 @@ impl Creation {
                 fleet.note_job(job, "copying the image", (done, all)).map_err(io::Error::other)
             })?;
             if let Some(variables) = &parts.variables {
-                copy_variables(variables, &home.join(VARIABLES))?;
+                copy_variables(variables, &home.join(record::VARIABLES))?;
             }
             if let Some(seed) = &last {
                 cloning::write_seed(seed, &parts.seed)?;
@@ -207,7 +205,8 @@ impl Creation {
     }
 }
 
-fn copy_variables(from: &Path, to: &Path) -> io::Result<()> {
+/// A copy of the firmware's variables, not durable yet.
+pub(super) fn copy_variables(from: &Path, to: &Path) -> io::Result<()> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", from.display()));
     let mut from_file = File::open(from).map_err(named)?;
     let mut to = record::create(to)?;

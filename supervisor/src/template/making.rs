@@ -18,10 +18,12 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::creating::copy_variables;
 use super::record::{self, Part, Record};
 use super::{MAKING, Templates, blocking, check, copy, sync};
 use crate::fleet::life::{State, Verb};
 use crate::fleet::prepare::SNAPSHOT;
+use crate::fleet::seats::Kind;
 use crate::fleet::spec::check_name;
 use crate::fleet::view::{News, View, now};
 use crate::fleet::{FleetError, command};
@@ -115,13 +117,6 @@ impl Templates {
 fn admit(view: &View) -> Result<(), FleetError> {
     let vm = &view.name;
     let invalid = |text: String| Err(FleetError::InvalidState(format!("VM \"{vm}\": {text}")));
-    // A clone has one disk more, and so its cards in other root ports than those of the snapshot.
-    if view.spec.machine != Machine::Microvm {
-        return Err(FleetError::NotSupported(format!(
-            "VM \"{vm}\": a template is made of a microvm, and this is a {}",
-            view.spec.machine.word()
-        )));
-    }
     if !matches!(view.state, State::Running | State::Paused) {
         return invalid(format!(
             "it is {}: a template is made of one that runs or is paused",
@@ -134,7 +129,27 @@ fn admit(view: &View) -> Result<(), FleetError> {
     if !view.devices.is_plain() {
         return invalid("devices were added or removed over QMP: undo that, or restart it first".to_owned());
     }
+    // Which root port a device is behind, a start decides by the definition: those of clones are the same only if this VM's start had it, too.
+    if view.spec.machine == Machine::Q35 && plugged(&view.command_line) != defined(&view.spec) {
+        return invalid("disks or cards have come or gone since it was started: restart it first".to_owned());
+    }
     Ok(())
+}
+
+/// The ids of the disks and cards on a command line, in the order of their places.
+fn plugged(line: &[String]) -> Vec<String> {
+    let devices = line.windows(2).filter(|words| words[0] == "-device").map(|words| &words[1]);
+    let behind = devices.filter(|text| text.starts_with("virtio-blk-") || text.starts_with("virtio-net-"));
+    behind
+        .filter_map(|text| text.split(',').find_map(|part| part.strip_prefix("id=")))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The same of a definition.
+fn defined(spec: &VmSpec) -> Vec<String> {
+    let disks = spec.disk_numbers().into_iter().map(|number| Kind::Disk.id(number));
+    disks.chain(spec.nic_numbers().into_iter().map(|number| Kind::Nic.id(number))).collect()
 }
 
 /// Removes a directory; fine when there is none.
@@ -220,6 +235,14 @@ impl Making {
             });
             copied.await.map_err(self.failed(&format!("disks[{at}]: {}", disk.path.display())))?;
         }
+        if let Some(firmware) = &before.spec.firmware {
+            let (from, to) = (firmware.vars.clone(), self.place.join(record::VARIABLES));
+            let copied = blocking(move || {
+                copy_variables(&from, &to)?;
+                sync(&to)
+            });
+            copied.await.map_err(self.failed("the firmware's variables"))?;
+        }
         let after = fleet.get(vm)?;
         let same = |view: &View| (view.state, view.since, view.main_pid);
         if same(&before) != same(&after) {
@@ -233,8 +256,7 @@ impl Making {
     /// Checksums, the record, the name.
     async fn finish(&self) -> Result<(), FleetError> {
         let spec = without_identity(&self.view.spec);
-        let names = SNAPSHOT.map(str::to_owned).into_iter();
-        let names: Vec<String> = names.chain((0..spec.disks.len()).map(record::disk)).collect();
+        let names = record::files(&spec);
         let mut record = Record::new(&self.name, &self.view.name, now(), env!("CARGO_PKG_VERSION"), spec);
         record.description.clone_from(&self.options.description);
         let (place, templates, job) = (self.place.clone(), Arc::clone(&self.templates), self.job);
@@ -298,6 +320,24 @@ mod tests {
         let spec = without_identity(&crate::fleet::spec::parse(text).unwrap());
         assert_eq!((spec.uuid, spec.autostart, spec.cpus, &spec.nics[0].mac), (None, false, 2, &None));
         assert_eq!(spec.append.as_deref(), Some("console=ttyS0 reboot=k panic=1 root=/dev/vda ro"));
+    }
+
+    #[test]
+    fn a_q35s_devices_are_where_its_definition_has_them() {
+        let text = r#"{"kernel":"/k","machine":"q35","rng":true,"disks":[{"path":"/d","number":3},{"path":"/e"}],"nics":[{"bridge":"b"}]}"#;
+        let spec = crate::fleet::spec::parse(text).unwrap();
+        let place = command::Place {
+            vmm: Path::new("/vmm"),
+            name: "web",
+            uuid: Uuid::nil(),
+            sockets: Path::new("/run"),
+            taps: &["t".to_owned()],
+            incoming: None,
+            paused: false,
+        };
+        assert_eq!(defined(&spec), ["disk3", "disk0", "nic0"]);
+        assert_eq!(plugged(&command::build(&spec, &place)), defined(&spec));
+        assert!(plugged(&[]).is_empty() && plugged(&["-device".to_owned()]).is_empty());
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub struct Record {
     pub created: u64,
     /// Version of the VMM that saved it.
     pub vmm: String,
-    /// The VM's definition, without what tells VMs apart. Disk `n` is the file `diskN`.
+    /// The VM's definition, without what tells VMs apart. Disk `n` is the file `diskN`, the firmware's variables are `vars.fd`.
     pub spec: VmSpec,
     /// All its files but this one.
     pub parts: Vec<Part>,
@@ -93,9 +93,7 @@ impl Record {
         rules::check_name(&record.name)
             .and_then(|()| rules::check(&record.spec))
             .map_err(|error| error.to_string())?;
-        let wanted = crate::fleet::prepare::SNAPSHOT.map(str::to_owned).into_iter();
-        let wanted: Vec<String> = wanted.chain((0..record.spec.disks.len()).map(disk)).collect();
-        if !record.parts.iter().map(|part| &part.name).eq(&wanted) {
+        if !record.parts.iter().map(|part| &part.name).eq(&files(&record.spec)) {
             return Err(format!("{FILE}: it does not name the files of its definition"));
         }
         for part in &record.parts {
@@ -107,6 +105,16 @@ impl Record {
         }
         Ok(record)
     }
+}
+
+/// File of the firmware's variables, of a template and of a VM that was made here.
+pub(super) const VARIABLES: &str = "vars.fd";
+
+/// Names of all files of a template with this definition, but the record.
+pub(super) fn files(spec: &VmSpec) -> Vec<String> {
+    let snapshot = crate::fleet::prepare::SNAPSHOT.map(str::to_owned).into_iter();
+    let variables = spec.firmware.as_ref().map(|_| VARIABLES.to_owned());
+    snapshot.chain((0..spec.disks.len()).map(disk)).chain(variables).collect()
 }
 
 /// Name of the file of a disk.

@@ -67,6 +67,12 @@ pub struct VmSpec {
     /// Seconds from the start of this VM to that of the next number; default 0, at most 3600.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub autostart_delay: u16,
+    /// What the VM does when the host shuts down, or its unit is stopped with `systemctl stop`; default `shutdown`.
+    #[serde(default, skip_serializing_if = "HostShutdown::is_shutdown")]
+    pub host_shutdown: HostShutdown,
+    /// Seconds that it has for that before it is powered off, 1 to 900; default 30.
+    #[serde(default = "host_shutdown_timeout", skip_serializing_if = "is_host_shutdown_timeout")]
+    pub host_shutdown_timeout: u16,
     /// Limits and weights of the VM's systemd unit; changed ones hold at once, for a running VM too.
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     pub limits: Limits,
@@ -78,6 +84,15 @@ fn is_off(on: &bool) -> bool {
 
 fn is_zero(number: &u16) -> bool {
     *number == 0
+}
+
+/// Seconds that a VM has for its end when its definition does not say.
+fn host_shutdown_timeout() -> u16 {
+    30
+}
+
+fn is_host_shutdown_timeout(seconds: &u16) -> bool {
+    *seconds == host_shutdown_timeout()
 }
 
 impl VmSpec {
@@ -101,6 +116,8 @@ impl VmSpec {
             autostart: false,
             autostart_order: 0,
             autostart_delay: 0,
+            host_shutdown: HostShutdown::Shutdown,
+            host_shutdown_timeout: host_shutdown_timeout(),
             limits: Limits::default(),
             labels: BTreeMap::new(),
             description: String::new(),
@@ -133,6 +150,23 @@ pub enum Restart {
 impl Restart {
     fn is_never(&self) -> bool {
         *self == Self::Never
+    }
+}
+
+/// What a VM does when the host shuts down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostShutdown {
+    /// Its guest is asked to shut down.
+    #[default]
+    Shutdown,
+    /// It is powered off at once.
+    PowerOff,
+}
+
+impl HostShutdown {
+    fn is_shutdown(&self) -> bool {
+        *self == Self::Shutdown
     }
 }
 

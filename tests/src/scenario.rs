@@ -181,6 +181,8 @@ impl Guest {
             "memory": "256M",
             "disks": [{ "path": self.disk }],
             "nics": [{ "bridge": BRIDGE }],
+            // It does not heed the power button.
+            "host_shutdown_timeout": 2,
         })
     }
 

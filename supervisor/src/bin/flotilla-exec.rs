@@ -3,7 +3,8 @@
 //!
 //! In a spare, `flotilla-vm@Spare-ID.service`, it waits until flotillad has a VM for it, and becomes that one.
 //!
-//! As `--shutdown` it is the unit's `ExecStop=`: it asks flotillad to end the VM, or the VMM itself when flotillad is away.
+//! As `--shutdown` it is the unit's `ExecStop=`: it asks flotillad to end the VM as its definition says, and waits for that; when flotillad is
+//! away, it asks the guest itself.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Write};
@@ -31,8 +32,12 @@ Environment: FLOTILLA_LAUNCH_SOCKET   socket of flotillad [/run/flotilla/launch.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(60);
 /// Between two tries while it is away.
 const AWAY: Duration = Duration::from_millis(200);
-/// How long an end may take before systemd's own signals are the better way.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long flotillad may be away at a VM's end.
+const SHUTDOWN_AWAY: Duration = Duration::from_secs(5);
+/// How long a guest has when there is no flotillad to say: what a definition says that says nothing.
+const GUEST_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the VMM may take then, before it is killed.
+const QUIT_DEADLINE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -101,15 +106,36 @@ fn become_vmm(table: &str, command_line: &[String], descriptors: Vec<OwnedFd>) -
 
 fn shut_down(name: &str) -> Result<(), String> {
     // systemd runs ExecStop= also after the VMM ended by itself; then it knows no main process.
-    if std::env::var_os("MAINPID").is_none_or(|pid| pid.is_empty() || pid == "0") {
+    let main = std::env::var("MAINPID").ok().and_then(|pid| pid.parse().ok());
+    let Some(main) = main.and_then(rustix::process::Pid::from_raw) else { return Ok(()) };
+    // Pinned: its number may be another's by the time it is killed.
+    let Ok(main) = rustix::process::pidfd_open(main, rustix::process::PidfdFlags::empty()) else {
         return Ok(());
-    }
-    if let Ok(Answer::Done) = ask("shutdown", name, Duration::from_secs(2)) {
+    };
+    if let Some(Answer::Done) = ask_patiently(name) {
         return Ok(());
     }
     let directory = variable("FLOTILLA_VM_DIRECTORY", "/run/flotilla-vm").into_string();
     let path = format!("{}/{name}/qmp.sock", directory.map_err(|_| "FLOTILLA_VM_DIRECTORY is not UTF-8")?);
-    quit(&path).map_err(|error| format!("{path}: {error}"))
+    end(&path).map_err(|error| {
+        let _ = rustix::process::pidfd_send_signal(&main, rustix::process::Signal::KILL);
+        format!("{path}: {error}; the VM was killed")
+    })
+}
+
+/// Asks flotillad to end the VM, and waits as long as that takes; a flotillad that is restarted meanwhile is asked anew. None: it is away.
+fn ask_patiently(name: &str) -> Option<Answer> {
+    let path = launch_socket();
+    let mut end = Instant::now() + SHUTDOWN_AWAY;
+    loop {
+        match ask_once(&path, "shutdown", name, None) {
+            Ok(answer) => return Some(answer),
+            Err((true, _)) => end = Instant::now() + SHUTDOWN_AWAY,
+            Err((false, _)) if Instant::now() > end => return None,
+            Err((false, _)) => {}
+        }
+        sleep(AWAY);
+    }
 }
 
 fn launch_socket() -> PathBuf {
@@ -168,25 +194,39 @@ fn place(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     Ok(())
 }
 
-/// `quit` over QMP, then waits for the VMM to hang up. The greeting and the answers are lines that need no understanding.
-fn quit(path: &str) -> io::Result<()> {
+/// The power button over QMP, then `quit`, then waits for the VMM to hang up. The greeting and the answers are lines that need no understanding.
+fn end(path: &str) -> io::Result<()> {
     let mut socket = UnixStream::connect(path)?;
-    socket.set_read_timeout(Some(SHUTDOWN_DEADLINE))?;
-    socket.set_write_timeout(Some(SHUTDOWN_DEADLINE))?;
+    socket.set_write_timeout(Some(QUIT_DEADLINE))?;
     let mut lines = BufReader::new(socket.try_clone()?);
-    let mut line = Vec::new();
-    for command in ["qmp_capabilities", "quit"] {
-        lines.read_until(b'\n', &mut line)?;
+    let mut said = Vec::new();
+    socket.set_read_timeout(Some(QUIT_DEADLINE))?;
+    lines.read_until(b'\n', &mut said)?;
+    for (command, patience) in
+        [("qmp_capabilities", Duration::ZERO), ("system_powerdown", GUEST_DEADLINE), ("quit", QUIT_DEADLINE)]
+    {
         socket.write_all(format!("{{\"execute\":\"{command}\"}}\n").as_bytes())?;
+        if hangs_up(&socket, &mut lines, patience)? {
+            return Ok(());
+        }
     }
-    let end = Instant::now() + SHUTDOWN_DEADLINE;
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+/// Reads until the other side hangs up, or for this long.
+fn hangs_up(socket: &UnixStream, lines: &mut impl BufRead, patience: Duration) -> io::Result<bool> {
+    let end = Instant::now() + patience;
     loop {
-        line.clear();
-        match lines.read_until(b'\n', &mut line) {
-            Ok(0) => return Ok(()),
-            Ok(_) if Instant::now() < end => {}
-            Ok(_) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        socket.set_read_timeout(Some(left))?;
+        match lines.read_until(b'\n', &mut Vec::new()) {
+            Ok(0) => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }

@@ -25,7 +25,7 @@ use tracing::{error, info};
 use uuid::Uuid;
 
 use super::devices::Devices;
-use super::inbox::{Handle, Internal, Request};
+use super::inbox::{Answer, Handle, Internal, Request};
 use super::life::{Command, Effect, Exit, Input, State, Verb};
 use super::link::Link;
 use super::seats::Seats;
@@ -84,6 +84,8 @@ struct Actor {
     finishing: Finishing,
     /// Taps that were made for back ends of clients, by the back end's id.
     taps: BTreeMap<String, String>,
+    /// Who stops its unit and waits for its end.
+    stoppers: Vec<Answer<()>>,
     internal: mpsc::UnboundedSender<Internal>,
     view: watch::Sender<Arc<View>>,
 }
@@ -167,6 +169,7 @@ pub(super) fn spawn(context: Arc<Context>, seed: Seed) -> Handle {
         plugging: None,
         finishing: Finishing::new(),
         taps: if alive { taps } else { BTreeMap::new() },
+        stoppers: Vec::new(),
         exit: record.and_then(|record| record.exit),
         deadline: None,
         restart: vm.restart_due().map(|pause| Instant::now() + pause),

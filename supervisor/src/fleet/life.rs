@@ -228,6 +228,13 @@ pub enum Input {
         /// Which process.
         run: u64,
     },
+    /// Its unit asks for its end, and waits for it.
+    UnitStops {
+        /// Which process.
+        run: u64,
+        /// How long the guest has; without it, it is not asked.
+        patience: Option<Duration>,
+    },
     /// A client of the QMP socket sends a command whose effect is tracked, or has sent it.
     Client {
         /// Which process.

@@ -483,8 +483,11 @@ impl Source for Fleet {
 
     fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>> {
         async move {
-            let answer = self.request(name, |answer| Request::EndByUnit { answer }).await;
-            answer.and_then(|done| done).map_err(|error| error.to_string())
+            // It takes as long as the guest takes: the state machine has the deadlines.
+            let receiver = self.post(name, |answer| Request::EndByUnit { answer });
+            let receiver = receiver.map_err(|error| error.to_string())?;
+            let gone = |_| format!("VM \"{name}\" was undefined");
+            receiver.await.map_err(gone)?.map_err(|error| error.to_string())
         }
         .boxed()
     }

@@ -144,6 +144,12 @@ pub fn check(spec: &VmSpec) -> Result<(), FleetError> {
             spec.autostart_delay
         )));
     }
+    if !(1..=900).contains(&spec.host_shutdown_timeout) {
+        return Err(wrong(format!(
+            "host_shutdown_timeout: {} is outside 1 to 900 seconds",
+            spec.host_shutdown_timeout
+        )));
+    }
     check_limits(&spec.limits, spec.memory.0)?;
     if spec.uuid.is_some_and(|uuid| uuid.is_nil()) {
         return Err(wrong("uuid: all zero is no identity".to_owned()));
@@ -440,6 +446,8 @@ mod tests {
                 "nics[1].number",
             ),
             (r#"{"kernel":"/k","autostart_delay":3601}"#, "autostart_delay"),
+            (r#"{"kernel":"/k","host_shutdown_timeout":0}"#, "host_shutdown_timeout"),
+            (r#"{"kernel":"/k","host_shutdown_timeout":901}"#, "host_shutdown_timeout"),
             (r#"{"kernel":"/k","restart":"sometimes"}"#, "sometimes"),
             (r#"{"kernel":"/k","limits":{"cpu_weight":0}}"#, "limits.cpu_weight"),
             (r#"{"kernel":"/k","limits":{"cpu_quota":0}}"#, "limits.cpu_quota"),

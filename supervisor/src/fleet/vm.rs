@@ -23,6 +23,7 @@
 
 mod admit;
 mod cancel;
+mod unit;
 
 use std::time::Duration;
 
@@ -71,6 +72,8 @@ pub struct Vm {
     by_guest: bool,
     /// Somebody with a right to pressed the power button over QMP.
     button: bool,
+    /// Its vCPUs were stopped when that was last known.
+    still: bool,
 }
 
 impl Vm {
@@ -90,6 +93,7 @@ impl Vm {
             restarts: Restarts::default(),
             by_guest: false,
             button: false,
+            still: false,
         }
     }
 
@@ -211,6 +215,7 @@ impl Vm {
             | Input::VcpusChanged { run, .. }
             | Input::ShutdownSeen { run, .. }
             | Input::StopSeen { run }
+            | Input::UnitStops { run, .. }
             | Input::Client { run, .. }
             | Input::CommandDone { run, .. }
             | Input::Gone { run, .. }
@@ -383,6 +388,7 @@ impl Vm {
                 }
                 self.ending.get_or_insert_with(|| "its unit was stopped".to_owned());
             }
+            Input::UnitStops { patience, .. } => self.unit_stops(patience, out),
             Input::Client { command, stage, .. } => self.client(command, stage, out),
             Input::CommandDone { command, result, .. } => self.command_done(command, result, out),
             Input::Gone { exit, .. } => self.gone(&exit, out),
@@ -554,6 +560,11 @@ impl Vm {
 
     fn enter(&mut self, state: State, reason: &str) {
         self.state = state;
+        self.still = match state {
+            State::Running | State::Starting => false,
+            State::Paused => true,
+            _ => self.still,
+        };
         reason.clone_into(&mut self.reason);
     }
 

@@ -83,6 +83,34 @@ fn a_power_off_before_there_is_a_process_kills_it_when_it_comes() {
 }
 
 #[test]
+fn a_unit_that_is_stopped_asks_the_guest_and_then_insists() {
+    let asks = Input::UnitStops { run: 1, patience: Some(Duration::from_secs(30)) };
+    let pressed =
+        |effects: &[Effect]| effects.iter().any(|effect| matches!(effect, Effect::Send(Command::Powerdown)));
+    let quits =
+        |effects: &[Effect]| effects.iter().any(|effect| matches!(effect, Effect::Send(Command::Quit)));
+    // In whichever order systemd's word and that of the unit's own process come.
+    for first in [None, Some(Input::StopSeen { run: 1 })] {
+        let mut vm = running();
+        first.into_iter().for_each(|input| drop(vm.step(input)));
+        assert!(pressed(&vm.step(asks.clone())));
+        vm.step(Input::StopSeen { run: 1 });
+        assert_eq!((vm.state(), vm.intent()), (State::Stopping, Intent::Stopped));
+        assert!(quits(&vm.step(Input::Deadline)));
+        // Asked again, by a daemon's next life: what was ordered stays ordered.
+        assert!(vm.step(asks.clone()).is_empty());
+        vm.step(Input::Gone { run: 1, exit: Exit::Code(0) });
+        assert_eq!(vm.state(), State::Stopped);
+    }
+    // One that stands still cannot hear, and one that is not to be asked is not.
+    let mut vm = running();
+    vm.step(Input::VcpusChanged { run: 1, paused: true });
+    vm.step(Input::StopSeen { run: 1 });
+    assert!(quits(&vm.step(asks)));
+    assert!(quits(&running().step(Input::UnitStops { run: 1, patience: None })));
+}
+
+#[test]
 fn how_a_process_ends_decides_the_state() {
     let cases: [(&[Input], Exit, State, Intent); 5] = [
         (&[], Exit::Signal("SIGSEGV".into()), State::Failed, Intent::Running),
@@ -308,6 +336,10 @@ fn any_input() -> impl Strategy<Value = (bool, Input)> {
         1 => any::<bool>().prop_map(move |guest| Input::ShutdownSeen { run, why: "end".into(), guest }),
         2 => Just(Input::RestartDue { run }),
         1 => Just(Input::StopSeen { run }),
+        1 => any::<bool>().prop_map(move |asks| Input::UnitStops {
+            run,
+            patience: asks.then_some(Duration::from_secs(30)),
+        }),
         2 => (command, any::<bool>()).prop_map(move |(command, ok)| {
             let result = if ok { Ok(()) } else { Err(error()) };
             Input::CommandDone { run, command, result }
@@ -330,6 +362,7 @@ fn with_run(input: Input, now: u64) -> Input {
         Input::ShutdownSeen { why, guest, .. } => Input::ShutdownSeen { run: now, why, guest },
         Input::RestartDue { .. } => Input::RestartDue { run: now },
         Input::StopSeen { .. } => Input::StopSeen { run: now },
+        Input::UnitStops { patience, .. } => Input::UnitStops { run: now, patience },
         Input::CommandDone { command, result, .. } => Input::CommandDone { run: now, command, result },
         Input::Client { command, stage, .. } => Input::Client { run: now, command, stage },
         Input::Gone { exit, .. } => Input::Gone { run: now, exit },
@@ -400,7 +433,8 @@ proptest! {
                 Input::Cancel { job } if before.state() == State::Starting && before.admit_cancel(*job).is_ok() => {
                     told_to_end = true;
                 }
-                Input::StopSeen { run } if *run == before.run() && !before.state().idle() => told_to_end = true,
+                Input::StopSeen { run } | Input::UnitStops { run, .. }
+                    if *run == before.run() && !before.state().idle() => told_to_end = true,
                 Input::StartSeen if before.state().idle() => told_to_end = false,
                 _ => {}
             }

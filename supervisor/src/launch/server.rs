@@ -41,7 +41,7 @@ pub trait Source: Send + Sync {
         async { Ok(None) }.boxed()
     }
 
-    /// The VM's unit is being stopped: ask the VMM to end.
+    /// The VM's unit is being stopped: end the VM as its definition says. Returns when it has ended.
     fn end<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), String>>;
 }
 
@@ -79,7 +79,7 @@ pub async fn serve(listener: UnixListener, source: Arc<dyn Source>, identify: Id
             let served = tokio::time::timeout(PEER_DEADLINE, serve_one(socket, &*source, &identify)).await;
             drop(slot);
             let served = match served {
-                Ok(Ok(Some(spare))) => spare.serve(&*source).await,
+                Ok(Ok(Some(patient))) => patient.serve(&*source).await,
                 Ok(served) => served.map(drop),
                 Err(_) => Err(late()),
             };
@@ -94,18 +94,45 @@ fn late() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, format!("a peer took longer than {PEER_DEADLINE:?}"))
 }
 
-/// A peer that waits for as long as it takes.
-struct Spare {
-    socket: UnixStream,
-    instance: String,
-    pid: u32,
+/// What a peer waits for that may take long.
+enum Wait {
+    /// To become a VM.
+    Spare { pid: u32 },
+    /// The VM's end.
+    End,
 }
 
-impl Spare {
-    async fn serve(mut self, source: &dyn Source) -> io::Result<()> {
+/// A peer that waits for as long as it takes.
+struct Patient {
+    socket: UnixStream,
+    instance: String,
+    wait: Wait,
+}
+
+impl Patient {
+    async fn serve(self, source: &dyn Source) -> io::Result<()> {
+        match self.wait {
+            Wait::Spare { pid } => self.spare(pid, source).await,
+            Wait::End => self.end(source).await,
+        }
+    }
+
+    async fn end(mut self, source: &dyn Source) -> io::Result<()> {
+        let mut said = [0];
+        let answer = tokio::select! {
+            ended = source.end(&self.instance) => match ended {
+                Ok(()) => encode(["ok"])?,
+                Err(text) => encode(["error", &text])?,
+            },
+            _ = self.socket.read(&mut said) => return Ok(()),
+        };
+        self.socket.write_all(&answer).await
+    }
+
+    async fn spare(mut self, pid: u32, source: &dyn Source) -> io::Result<()> {
         let mut said = [0];
         let given = tokio::select! {
-            given = source.wait(&self.instance, self.pid) => given,
+            given = source.wait(&self.instance, pid) => given,
             // It has nothing to say: whatever comes from there is its end.
             _ = self.socket.read(&mut said) => return Ok(()),
         };
@@ -123,12 +150,12 @@ impl Spare {
     }
 }
 
-/// Serves one request, but for that of a spare: that one takes its time.
+/// Serves one request, but for one that takes its time.
 async fn serve_one(
     mut socket: UnixStream,
     source: &dyn Source,
     identify: &Identify,
-) -> io::Result<Option<Spare>> {
+) -> io::Result<Option<Patient>> {
     let mut request = Vec::new();
     while !request.ends_with(b"\n") {
         if request.len() > MAX_REQUEST {
@@ -150,16 +177,15 @@ async fn serve_one(
         return socket.write_all(&encode(["error", &text])?).await.map(|()| None);
     }
     let served = match verb {
-        "spare" if is_spare(name) => return Ok(Some(Spare { socket, instance: name.to_owned(), pid })),
+        "spare" if is_spare(name) => {
+            return Ok(Some(Patient { socket, instance: name.to_owned(), wait: Wait::Spare { pid } }));
+        }
+        "shutdown" => return Ok(Some(Patient { socket, instance: name.to_owned(), wait: Wait::End })),
         "launch" => match source.hand_over(name).await {
             Ok(prepared) => {
                 info!(FLOTILLA_VM = name, "process {pid} gets its command line");
                 send(&mut socket, &prepared).await
             }
-            Err(text) => socket.write_all(&encode(["error", &text])?).await,
-        },
-        "shutdown" => match source.end(name).await {
-            Ok(()) => socket.write_all(&encode(["ok"])?).await,
             Err(text) => socket.write_all(&encode(["error", &text])?).await,
         },
         _ => socket.write_all(&encode(["error", "unknown verb"])?).await,

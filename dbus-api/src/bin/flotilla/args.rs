@@ -105,6 +105,8 @@ Keys of a definition (only \"kernel\" is required, and not even that where there
   balloon, rng true for these devices
   restart      \"never\", \"on-failure\" or \"always\" (when the guest powers off, too)
   autostart    true: starts with the host; autostart_order, autostart_delay (seconds before the next order)
+  host_shutdown \"shutdown\" or \"power-off\": what it does when the host shuts down, and when its unit is stopped;
+               host_shutdown_timeout (seconds until it is powered off, 30 when absent)
   limits       { cpu_weight, cpu_quota, cpu_set, memory_nodes, memory_max, memory_high, io_weight, tasks_max }
   machine      \"microvm\" or \"q35\" (PCIe, ACPI)
   uuid, description, labels

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use dbus_api::error::Error;
-use dbus_api::spec::{Limits, Restart, VmSpec};
+use dbus_api::spec::{HostShutdown, Limits, Restart, VmSpec};
 use zbus::Variant;
 
 use crate::args::DefineArgs;
@@ -212,6 +212,8 @@ pub(crate) fn from_options(options: SpecArgs, kernel: Option<PathBuf>) -> Result
         autostart: false,
         autostart_order: 0,
         autostart_delay: 0,
+        host_shutdown: HostShutdown::default(),
+        host_shutdown_timeout: 30,
         limits: Limits::default(),
         disks: options.disks,
         nics: options.nics.into_iter().chain(options.network_nics).collect(),

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use dbus_api::spec::HostShutdown;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tracing::{error, warn};
@@ -11,7 +12,7 @@ use tracing::{error, warn};
 use super::Actor;
 use crate::fleet::devices::Devices;
 use crate::fleet::inbox::{Answer, Internal};
-use crate::fleet::life::{Command, Exit, Input, Intent, State};
+use crate::fleet::life::{Exit, Input, Intent, State};
 use crate::fleet::prepare::{Plan, prepare};
 use crate::fleet::restart::SETTLED;
 use crate::fleet::{Context, FleetError, network};
@@ -89,6 +90,10 @@ impl Actor {
         self.exit = Some(exit.clone());
         self.devices = Devices::default();
         self.feed(Input::Gone { run, exit }).await;
+        for stopper in self.stoppers.drain(..) {
+            // Killed meanwhile, as all of a unit is that must be ended by force.
+            let _ = stopper.send(Ok(()));
+        }
         if self.vm.state() == State::Failed {
             self.read_log(process);
         }
@@ -179,14 +184,18 @@ impl Actor {
         });
     }
 
-    /// `ExecStop=` of the unit.
+    /// `ExecStop=` of the unit: it is answered when the process has ended.
     pub(super) async fn end_by_unit(&mut self, answer: Answer<()>) {
-        let run = self.vm.run();
-        self.feed(Input::StopSeen { run }).await;
-        let sent = self.link.send(Command::Quit);
-        tokio::spawn(async move {
-            let _ = answer.send(sent.await);
-        });
+        if self.vm.state().idle() {
+            let _ = answer.send(Ok(()));
+            return;
+        }
+        self.stoppers.push(answer);
+        let patience = match self.spec.host_shutdown {
+            HostShutdown::Shutdown => Some(Duration::from_secs(u64::from(self.spec.host_shutdown_timeout))),
+            HostShutdown::PowerOff => None,
+        };
+        self.feed(Input::UnitStops { run: self.vm.run(), patience }).await;
     }
 
     pub(super) fn kill(&self) {

@@ -1,5 +1,5 @@
 //! An installed package runs three Debian VMs: defined and started with `flotilla` and with `busctl` alone, seen by systemd's own
-//! tools, alive through the daemon's death and an upgrade, true to what happens to them, and gone without a trace in the end.
+//! tools, alive through the daemon's death, true to what happens to them, and gone without a trace in the end.
 
 #[path = "first_flight/networks.rs"]
 mod networks;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tests::fleet::Fleet;
 use tests::host::Host;
-use tests::scenario::{BOOT, Guest, Outcome, SOON, check, host_with_package, install, next_package, step};
+use tests::scenario::{BOOT, Guest, Outcome, SOON, check, host_with_package, step};
 
 #[test]
 fn three_debian_vms_from_an_installed_package() -> Outcome {
@@ -57,13 +57,8 @@ fn first_flight(host: &Host, fleet: &Fleet<'_>) -> Outcome {
     rights(host, fleet, &web, &db)?;
     the_bus_shows_them(host, fleet)?;
     kill_the_daemon(host, fleet, &guests)?;
-    upgrade(host, fleet, &guests)?;
     by_hand_from_ps(host, fleet, &guests)?;
     pause_and_resume(host, fleet, &web)?;
-
-    step("the package cannot be removed while VMs run");
-    host.refused("DEBIAN_FRONTEND=noninteractive apt-get remove -q -y flotilla")?;
-    fleet.works(&web)?;
 
     ends_are_noticed(host, fleet, &guests)?;
     nothing_is_left(host, fleet, &guests)
@@ -234,24 +229,6 @@ fn kill_the_daemon(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome
         let took = stamp("ActiveEnter")? - stamp("ExecMainStart")?;
         step(format!("  back {took:.2} s after the daemon's start, by the emulated host's clock"));
         check(took < RETURN, || format!("the daemon took {took:.2} s to come back"))
-    })
-}
-
-fn upgrade(host: &Host, fleet: &Fleet<'_>, guests: &[&Guest]) -> Outcome {
-    step("an upgrade of the package keeps them");
-    runs_through(host, fleet, guests, || {
-        let old = host.ok("systemctl show -P MainPID flotillad")?;
-        // As versions left it whose daemon ran as root.
-        host.ok("chown -R root:root /var/lib/flotilla")?;
-        let folder = tempfile::tempdir()?;
-        install(host, &next_package(folder.path())?)?;
-        let version = host.ok("dpkg-query -W -f '${Version}' flotilla")?;
-        check(version.ends_with("+1"), || version.clone())?;
-        host.eventually(SOON, "systemctl is-active flotillad && flotilla list")?;
-        let foreign = host.ok("find /var/lib/flotilla ! -user flotillad")?;
-        check(foreign.is_empty(), || format!("not the daemon's: {foreign}"))?;
-        let new = host.ok("systemctl show -P MainPID flotillad")?;
-        check(new != old && new != "0", || format!("the daemon's process was {old} and is {new}"))
     })
 }
 

@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! net.rs     ensure, remove, list: the public calls
-//! nat.rs     outgoing NAT: the nftables table of our own
+//! nat.rs     outgoing NAT: the nftables table of our own; nat_watch.rs hears when others take it away
 //! dhcp.rs    what a DHCP server of a bridge is told      pool.rs   which addresses there are to give
 //! wire.rs    one rtnetlink socket; a deadline for each request
 //! tap.rs     /dev/net/tun (RTM_NEWLINK refuses to make taps)
@@ -26,6 +26,7 @@ mod error;
 mod link;
 mod name;
 mod nat;
+mod nat_watch;
 mod net;
 mod pool;
 mod tap;
@@ -35,6 +36,7 @@ pub use dhcp::{DhcpServer, dhcp_hosts};
 pub use error::NetError;
 pub use link::{Link, LinkKind, Outcome};
 pub use name::{BRIDGE_TAG, TAG_PREFIX, bridge_name, check_name, check_plain, tap_name};
-pub use nat::{NatNetwork, apply_ruleset, check_forwarding, nat_ruleset};
+pub use nat::{NatNetwork, apply_ruleset, check_forwarding, list_ruleset, nat_ruleset};
+pub use nat_watch::NatWatch;
 pub use net::{BridgeSpec, Net, TapSpec};
 pub use pool::{Pool, PoolError};

@@ -16,6 +16,8 @@ use tokio::process::Command;
 use crate::error::NetError;
 use crate::name::check_plain;
 
+/// The table's name, in the family `ip`.
+pub(crate) const TABLE: &str = "flotilla";
 /// Whether the kernel forwards between networks.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 /// `nft` takes milliseconds, or as long as somebody else changes a large ruleset.
@@ -87,9 +89,22 @@ pub fn nat_ruleset(networks: &[NatNetwork], isolated: &[String]) -> Result<Strin
 /// # Errors
 /// [`NetError::NftMissing`], [`NetError::Nft`] with what it says, [`NetError::Deadline`].
 pub async fn apply_ruleset(text: &str) -> Result<(), NetError> {
+    nft(&["-f", "-"], text).await.map(drop)
+}
+
+/// The table as the kernel has it, without counters: to be compared with what it was. An error when there is none.
+///
+/// # Errors
+/// As [`apply_ruleset`].
+pub async fn list_ruleset() -> Result<String, NetError> {
+    nft(&["-s", "list", "table", "ip", TABLE], "").await
+}
+
+/// Runs `nft` with this input; what it prints.
+async fn nft(arguments: &[&str], text: &str) -> Result<String, NetError> {
     let mut command = Command::new("nft");
-    command.args(["-f", "-"]).env("LC_ALL", "C").kill_on_drop(true);
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.args(arguments).env("LC_ALL", "C").kill_on_drop(true);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let run = async {
         let mut nft = command.spawn().map_err(|source| NetError::NftMissing { source })?;
         let fail = |source: io::Error| NetError::Nft { text: source.to_string() };
@@ -102,7 +117,7 @@ pub async fn apply_ruleset(text: &str) -> Result<(), NetError> {
         }
         let output = nft.wait_with_output().await.map_err(fail)?;
         if output.status.success() {
-            return Ok(());
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         let said = String::from_utf8_lossy(&output.stderr);
         let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("it does not say why");

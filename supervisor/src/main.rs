@@ -155,6 +155,8 @@ async fn run(config: Config, shelf: Shelf) -> Result<(), Box<dyn Error>> {
     info!("ready: {count} VMs");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("{count} VMs"))]);
 
+    let watcher = Arc::clone(&fleet);
+    tokio::spawn(async move { watcher.watch_nat().await });
     let starter = Arc::clone(&fleet);
     tokio::spawn(async move { starter.autostart().await });
     let watch = tokio::spawn(watchdog(fleet));

@@ -1,11 +1,11 @@
 //! The table of NAT as the networks want it: owns when it is written. `netsetup` knows its text, and that it is the one of our own.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dbus_api::network::NetworkSpec;
-use netsetup::{apply_ruleset, nat_ruleset};
-use tracing::info;
+use netsetup::{apply_ruleset, list_ruleset, nat_ruleset};
+use tracing::{info, warn};
 
 use super::FleetError;
 use super::network_rules::{bridge_of, nat};
@@ -17,12 +17,19 @@ pub(super) struct Nat {
     marker: PathBuf,
     one: tokio::sync::Mutex<()>,
     trouble: Mutex<Option<String>>,
+    /// What the kernel said of the table when it had been written.
+    written: Mutex<Option<String>>,
 }
 
 impl Nat {
     /// `marker` is a file that is gone after a boot.
     pub(super) fn new(marker: PathBuf) -> Self {
-        Self { marker, one: tokio::sync::Mutex::default(), trouble: Mutex::default() }
+        Self {
+            marker,
+            one: tokio::sync::Mutex::default(),
+            trouble: Mutex::default(),
+            written: Mutex::default(),
+        }
     }
 
     /// Writes the table for these networks, or takes it away when none of them has NAT.
@@ -30,7 +37,31 @@ impl Nat {
         &self,
         networks: impl IntoIterator<Item = (&str, &NetworkSpec)>,
     ) -> Result<(), FleetError> {
+        self.settle(networks, false).await
+    }
+
+    /// Somebody took something from the table: it is written anew, unless that was this daemon and it is as it should be.
+    pub(super) async fn put_back(
+        &self,
+        networks: impl IntoIterator<Item = (&str, &NetworkSpec)>,
+    ) -> Result<(), FleetError> {
+        self.settle(networks, true).await
+    }
+
+    async fn settle(
+        &self,
+        networks: impl IntoIterator<Item = (&str, &NetworkSpec)>,
+        only_if_changed: bool,
+    ) -> Result<(), FleetError> {
         let _one = self.one.lock().await;
+        if only_if_changed {
+            let written = self.written().clone();
+            // Nothing was written, or it is there.
+            if written.is_none() || list_ruleset().await.ok() == written {
+                return Ok(());
+            }
+            warn!("nat: somebody changed the table flotilla; it is written anew");
+        }
         let (mut wanted, mut isolated) = (Vec::new(), Vec::new());
         for (name, spec) in networks {
             wanted.extend(nat(name, spec));
@@ -58,12 +89,20 @@ impl Nat {
         };
         // First: what a killed daemon leaves is found by it.
         std::fs::write(&self.marker, "").map_err(marker)?;
+        *self.written() = None;
         apply_ruleset(&text).await.map_err(failed)?;
         if wanted.is_empty() {
             std::fs::remove_file(&self.marker).map_err(marker)?;
             info!("nat: no network wants it any more, its table is gone");
+        } else {
+            // Taken away again this moment: then it is not there to be compared with, and the next look writes it.
+            *self.written() = Some(list_ruleset().await.unwrap_or_default());
         }
         Ok(())
+    }
+
+    fn written(&self) -> MutexGuard<'_, Option<String>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn note(&self, trouble: Option<String>) {

@@ -4,15 +4,18 @@
 //! found and removed at the next start.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use dbus_api::network::NetworkSpec;
 use dbus_api::spec::{Nic, VmSpec};
 use ipnet::IpNet;
-use netsetup::{BRIDGE_TAG, BridgeSpec, Net, NetError, Outcome, TAG_PREFIX, TapSpec, tap_name};
+use netsetup::{BRIDGE_TAG, BridgeSpec, NatWatch, Net, NetError, Outcome, TAG_PREFIX, TapSpec, tap_name};
 use tokio::sync::{RwLockReadGuard, RwLockWriteGuard};
+use tokio::time::sleep;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -24,6 +27,9 @@ use super::network_rules::wanted;
 use super::spec::mac;
 use crate::launch::dhcp::DhcpServers;
 use crate::store::Store;
+
+/// From a change of the table of NAT to the look at it; two who both want it their way do not keep the host busy.
+const NAT_PAUSE: Duration = Duration::from_secs(1);
 
 /// The host's network, as far as definitions name it.
 #[derive(Debug)]
@@ -290,6 +296,22 @@ impl Network {
         let others = others.map(|(name, spec)| (name.as_str(), &**spec));
         let changed = change.and_then(|(name, spec)| Some((name, spec?)));
         self.nat.apply(others.chain(changed)).await
+    }
+
+    /// Puts the table of NAT back when somebody takes it away, or some of it. Returns when that cannot be seen.
+    pub(super) async fn watch_nat(&self) -> io::Result<()> {
+        let watch = NatWatch::new()?;
+        loop {
+            watch.taken().await?;
+            // Whoever reloads a firewall does it in several steps.
+            sleep(NAT_PAUSE).await;
+            let all = self.all();
+            if let Err(error) =
+                self.nat.put_back(all.iter().map(|(name, spec)| (name.as_str(), &**spec))).await
+            {
+                warn!("{error}");
+            }
+        }
     }
 
     /// What keeps a network from doing what its definition says, and what to do about it.

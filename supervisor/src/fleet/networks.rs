@@ -52,6 +52,13 @@ impl Fleet {
         }
     }
 
+    /// Keeps the table of NAT as it is to be, whoever changes it, for as long as the daemon runs.
+    pub async fn watch_nat(&self) {
+        if let Err(error) = self.context.network.watch_nat().await {
+            warn!("nat: changes of its table by others cannot be seen: {error}");
+        }
+    }
+
     /// Addresses that networks give to a VM's cards: card, address.
     pub fn addresses(&self, view: &View) -> Vec<(String, String)> {
         let address = |tap: &str| self.context.network.dhcp.address(tap);

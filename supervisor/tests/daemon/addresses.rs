@@ -224,6 +224,15 @@ async fn machines_go_out_under_the_hosts_address() {
     lab.settle(async || lab.ok("nft", &["list", "tables"]).contains("flotilla")).await;
     assert!(two.reaches("192.0.2.2"));
 
+    // And while one is there: all of it, or some.
+    let there = async || lab.ok("nft", &["list", "ruleset"]).contains("masquerade");
+    lab.ok("nft", &["flush", "ruleset"]);
+    lab.settle(there).await;
+    lab.ok("nft", &["flush", "table", "ip", "flotilla"]);
+    lab.settle(there).await;
+    lab.ok("nft", &["add", "table", "ip", "theirs"]);
+    assert!(two.reaches("192.0.2.2"));
+
     network(&lab, "lan", plain).await.unwrap();
     assert!(!lab.ok("nft", &["list", "tables"]).contains("flotilla"));
     network(&lab, "lan", out).await.unwrap();

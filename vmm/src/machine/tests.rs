@@ -431,8 +431,12 @@ fn a_q35_takes_devices_into_root_ports_and_says_why_it_does_not() {
         ask(m, disk("b"), "pcie.1 is occupied");
         ask(m, Hotplug::RemoveDrive("d".into()), "in use by device a");
         assert_eq!(m.block_devices()[0].device.as_deref(), Some("a"), "round {round}");
-        // No guest has looked at the button that came with the device.
+        // No guest has taken the device: it leaves at once, and another has its place.
+        ask(m, unplug("a"), "");
+        assert_eq!(left.try_recv(), Ok(port.clone()));
         ask(m, unplug("a"), "Guest is still on the fly");
+        assert_eq!(m.device_left(&port).as_deref(), Some("a"));
+        ask(m, disk("a"), "");
         m.reset().unwrap();
         assert!(left.try_recv().is_err(), "nobody has asked it to leave");
         ask(m, unplug("a"), "");

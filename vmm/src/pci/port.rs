@@ -2,7 +2,8 @@
 //! registers, whose rules are in `slot`.
 //!
 //! A device that leaves does so in two steps. On the guest's write it is taken off the bus, here, on the vCPU's thread; then
-//! [`PortEvents`] gives it to the thread that owns the machine, which ends it (that may wait for the host's disk).
+//! [`PortEvents`] gives it to the thread that owns the machine, which ends it (that may wait for the host's disk). One in a slot without power
+//! is in its place and not on the bus.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -44,8 +45,8 @@ pub struct PortOptions {
 
 /// What the port tells the machine.
 pub trait PortEvents: Send + Sync {
-    /// The guest has let the device in this port's slot go; it is off the bus. Called on a vCPU's thread, or on the one that resets the
-    /// machine. Must not block.
+    /// The guest has let the device in this port's slot go, or has never taken it; it is off the bus. Called on a vCPU's thread, or on the one
+    /// that resets the machine or asks the device to leave. Must not block.
     fn left(&self, device: Arc<dyn Function>);
 }
 
@@ -135,7 +136,7 @@ impl RootPort {
         Ok(())
     }
 
-    /// Asks the guest to let the device go.
+    /// Asks the guest to let the device go. One that the guest has not taken yet goes at once.
     pub fn ask_removal(&self) -> Result<(), Pending> {
         let state = self.lock();
         if state.slot.pending() {
@@ -168,8 +169,9 @@ impl RootPort {
 
     /// Applies an input and lets the lock go before anybody is told.
     fn step(&self, mut state: MutexGuard<'_, State>, input: Input) {
-        let (slot, Effects { detach, message }) = state.slot.step(input);
+        let (slot, Effects { detach, cut, message }) = state.slot.step(input);
         state.slot = slot;
+        let cut = cut.then(|| state.device.clone()).flatten();
         let device = if detach { state.device.take() } else { None };
         let uses_messages = self.msix.enabled();
         // Under the lock, so that the last level is the one that stays.
@@ -178,6 +180,9 @@ impl RootPort {
             self.msix.notify(VECTOR);
         }
         drop(state);
+        if let Some(device) = cut {
+            device.reset();
+        }
         if let Some(device) = device {
             self.events.left(device);
         }
@@ -186,6 +191,12 @@ impl RootPort {
     /// The device in the slot.
     pub fn device(&self) -> Option<Arc<dyn Function>> {
         self.lock().device.clone()
+    }
+
+    /// The device in the slot if that has power.
+    pub(super) fn powered(&self) -> Option<Arc<dyn Function>> {
+        let state = self.lock();
+        state.device.clone().filter(|_| state.slot.powered())
     }
 
     /// The bus behind the port; 0 while the guest has not numbered it.

@@ -116,7 +116,7 @@ impl Root {
         self.selected.store(value, Ordering::Relaxed);
     }
 
-    /// The function that answers, if any. Behind a port there is one device with one function.
+    /// The function that answers, if any. Behind a port there is one device with one function, while it has power.
     fn find(&self, bus: u8, at: Address) -> Option<Arc<dyn Function>> {
         let state = self.lock();
         if bus == 0 {
@@ -124,7 +124,7 @@ impl Root {
         }
         let first = Address { device: 0, function: 0 };
         let port = state.nodes.values().filter_map(|n| n.port.as_ref()).find(|p| p.secondary() == bus)?;
-        if at == first { port.device() } else { None }
+        if at == first { port.powered() } else { None }
     }
 
     fn read(&self, bus: u8, at: Address, register: u16, data: &mut [u8]) {
@@ -149,7 +149,7 @@ impl Root {
             let own = node.function.mappings().into_iter();
             wanted.extend(own.map(|mapping| Mapped { owner: Arc::clone(&node.function), mapping }));
             let Some(port) = &node.port else { continue };
-            let Some(device) = port.device() else { continue };
+            let Some(device) = port.powered() else { continue };
             let windows = port.windows();
             let through = |m: &Mapping| {
                 let last = m.base.saturating_add(m.size.saturating_sub(1));

@@ -1,20 +1,28 @@
 //! The hot-plug slot of a root port (PCIe 5.0 §6.7, §7.5.3.10-11) as a pure state machine: `(state, input) -> (state, effects)`.
 //!
 //! ```text
-//!                    Plug: presence, presence changed, button, link up
-//!        ┌────────────────────────────────────────────────────────────────┐
-//!        │                                                                ▼
-//!      empty                                                          occupied ◀──┐
-//!        ▲                                                            │   │       │ guest clears the button and
-//!        │  guest writes "power off, indicator off":                  │   │       │ does nothing: may be asked again
-//!        │  Detach, presence and link cleared, presence changed       │   ▼       │
-//!        └────────────────────────────────────────────────────────────┴── asked ──┘
+//!             Plug: presence, presence changed, button, link up
+//!        ┌───────────────────────────────────────────────────────┐
+//!        │                                                       ▼
+//!      empty ◀────── AskRemoval: Detach ────────────────────── waits: power off, indicator off
+//!        ▲                                                       │ guest switches the slot on
+//!        │  guest writes "power off, indicator off":             ▼
+//!        │  Detach, presence and link cleared, presence      occupied ◀──┐
+//!        │  changed                                          │   │       │ guest clears the button and
+//!        │                                                   │   ▼       │ does nothing: may be asked again
+//!        └───────────────────────────────────────────────────┴── asked ──┘
 //!                                                  AskRemoval: button, link down
 //! ```
 //!
+//! A device has power when its slot has: until then, and when the guest switches the slot off, nothing of it is to be seen but that it is there
+//! (§6.7.1.8), and power comes back to a device as after a reset. So a guest that starts does not take, unasked, what has come while it did: it
+//! finds the slot occupied and off. What still waits has no driver, and leaves without a word of the guest's.
+//!
 //! The guest answers a button by letting the power indicator blink for five seconds; a second press then would take the first back. So nothing is
-//! asked ([`Slot::pending`]) while the button is unread, the indicator blinks, or the power is off though a device is there. A reset
-//! takes a device out that was asked to leave: the guest that was to let it go is no more.
+//! asked ([`Slot::pending`]) while the button is unread, the indicator blinks, or a driver has switched the power off but not the indicator.
+//! A driver that starts clears what it finds, a button too that was pressed before it could hear: when it lets itself be told of buttons and
+//! the device was asked to leave, the button is pressed again. A reset takes a device out that was asked to leave: the guest that was to let
+//! it go is no more.
 //!
 //! The link goes down when a device is asked to leave, and comes up again when the guest switches the slot on: it keeps the device.
 //!
@@ -56,6 +64,8 @@ pub(super) enum Input {
 pub(super) struct Effects {
     /// The device leaves.
     pub(super) detach: bool,
+    /// The device stays, and has lost its power.
+    pub(super) cut: bool,
     /// An event has come that the driver wants to hear of: one message.
     pub(super) message: bool,
 }
@@ -117,11 +127,22 @@ impl Slot {
         self.status
     }
 
-    /// The guest is busy with this slot, or has not looked yet.
+    /// The guest is busy with this slot, or has not read the button.
     pub(super) fn pending(&self) -> bool {
-        self.status & ATTENTION_BUTTON != 0
+        let busy = self.status & ATTENTION_BUTTON != 0
             || self.control & POWER_INDICATOR == POWER_INDICATOR_BLINK
-            || (self.occupied && self.control & POWER_OFF != 0)
+            || (self.occupied && !self.powered());
+        busy && !self.waits()
+    }
+
+    /// What is in the slot can be reached.
+    pub(super) fn powered(&self) -> bool {
+        self.control & POWER_OFF == 0
+    }
+
+    /// There is a device that no driver has taken.
+    fn waits(&self) -> bool {
+        self.occupied && Self::is_off(self.control)
     }
 
     /// The level of the port's interrupt.
@@ -137,12 +158,26 @@ impl Slot {
         control & POWER_OFF != 0 && control & POWER_INDICATOR == POWER_INDICATOR_OFF
     }
 
+    /// The driver lets itself be told of buttons.
+    fn listens(&self) -> bool {
+        self.control & (INTERRUPT_ENABLE | ATTENTION_BUTTON) == INTERRUPT_ENABLE | ATTENTION_BUTTON
+    }
+
+    fn leave(&mut self) {
+        (self.occupied, self.link, self.asked) = (false, false, false);
+        self.status = self.status & !PRESENCE | PRESENCE_CHANGED;
+    }
+
     pub(super) fn step(self, input: Input) -> (Self, Effects) {
         let (mut next, mut effects) = (self, Effects::default());
         match input {
             Input::Plug if !self.occupied => {
                 (next.occupied, next.link, next.asked) = (true, true, false);
                 next.status |= PRESENCE | PRESENCE_CHANGED | ATTENTION_BUTTON;
+            }
+            Input::AskRemoval { .. } if self.waits() => {
+                effects.detach = true;
+                next.leave();
             }
             Input::AskRemoval { fast } if self.occupied => {
                 (next.asked, next.link) = (true, false);
@@ -154,10 +189,14 @@ impl Slot {
                 next.status |= COMMAND_COMPLETED;
                 if self.occupied && Self::is_off(next.control) && !Self::is_off(self.control) {
                     effects.detach = true;
-                    (next.occupied, next.link, next.asked) = (false, false, false);
-                    next.status = next.status & !PRESENCE | PRESENCE_CHANGED;
+                    next.leave();
                 } else if self.occupied && Self::is_on(next.control) {
                     next.link = true;
+                }
+                effects.cut = next.occupied && self.powered() && !next.powered();
+                if next.asked && next.listens() && !self.listens() && !next.pending() {
+                    next.status |= ATTENTION_BUTTON;
+                    next.link = false;
                 }
             }
             Input::Status(value) => next.status &= !(value & EVENTS),
@@ -172,169 +211,4 @@ impl Slot {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// All that Linux enables: button, presence, command completed, interrupts.
-    const ENABLED: u16 = EVENT_ENABLES | INTERRUPT_ENABLE;
-    const ON: u16 = ENABLED | ATTENTION_OFF | POWER_INDICATOR_ON;
-    const BLINK: u16 = ENABLED | ATTENTION_OFF | POWER_INDICATOR_BLINK;
-
-    const ASK: Input = Input::AskRemoval { fast: false };
-
-    fn run(slot: Slot, inputs: &[Input]) -> (Slot, Vec<Effects>) {
-        let mut slot = slot;
-        let effects = inputs.iter().map(|input| {
-            let (next, effects) = slot.step(*input);
-            slot = next;
-            effects
-        });
-        let effects = effects.collect();
-        (slot, effects)
-    }
-
-    #[test]
-    fn a_device_comes_and_goes_as_linux_does_it() {
-        let off = ENABLED | ATTENTION_OFF | POWER_INDICATOR_OFF | POWER_OFF;
-        let (slot, _) = run(Slot::new(false), &[Input::Control(off), Input::Status(EVENTS)]);
-        assert!(!slot.interrupt() && !slot.pending());
-        let (slot, effects) = run(slot, &[Input::Plug]);
-        assert_eq!(effects, [Effects { detach: false, message: true }]);
-        assert_eq!(slot.status(), PRESENCE | PRESENCE_CHANGED | ATTENTION_BUTTON);
-        assert!(slot.link() && slot.pending());
-        // Read and cleared, power on, indicator on.
-        let status = slot.status();
-        let on = off & !POWER_OFF & !POWER_INDICATOR | POWER_INDICATOR_BLINK;
-        let (slot, effects) = run(slot, &[Input::Status(status), Input::Control(on), Input::Status(0x10)]);
-        assert_eq!(effects.iter().filter(|e| e.message).count(), 1, "command completed");
-        let (slot, _) = run(slot, &[Input::Control(ON), Input::Status(0x10)]);
-        assert!(!slot.pending() && slot.occupied);
-
-        let (slot, effects) = run(slot, &[ASK, Input::Status(1), Input::Control(BLINK)]);
-        assert!(effects[0].message && slot.pending() && slot.occupied && !slot.link());
-        let power_off = BLINK | POWER_OFF;
-        let (slot, effects) =
-            run(slot, &[Input::Status(0x10), Input::Control(power_off), Input::Control(off)]);
-        assert_eq!(effects.iter().map(|e| e.detach).collect::<Vec<_>>(), [false, false, true]);
-        assert!(!slot.occupied && !slot.link());
-        assert_eq!(slot.status() & (PRESENCE | PRESENCE_CHANGED), PRESENCE_CHANGED);
-        let (slot, _) = run(slot, &[Input::Status(EVENTS)]);
-        assert!(!slot.pending(), "ready for the next one");
-    }
-
-    #[test]
-    fn a_request_that_the_guest_missed_can_be_made_again() {
-        let (slot, _) = run(Slot::new(true), &[ASK]);
-        assert!(slot.pending());
-        // A driver that starts clears what it finds.
-        let (slot, _) = run(slot, &[Input::Status(0x17)]);
-        assert!(!slot.pending() && !slot.link());
-        let (slot, _) = run(slot, &[Input::Control(ON), Input::Status(0x10)]);
-        assert!(slot.link(), "the guest keeps it");
-        let (slot, effects) = run(slot, &[ASK]);
-        assert!(effects[0].message && slot.pending());
-    }
-
-    #[test]
-    fn an_event_between_read_and_clear_of_others_survives() {
-        let (slot, _) = run(Slot::new(false), &[Input::Control(ON), Input::Plug]);
-        let seen = COMMAND_COMPLETED;
-        let (slot, _) = run(slot, &[Input::Status(seen)]);
-        assert_eq!(slot.status() & EVENTS, PRESENCE_CHANGED | ATTENTION_BUTTON);
-        assert!(slot.interrupt());
-    }
-
-    #[test]
-    fn a_reset_takes_out_what_was_asked_to_leave() {
-        let (slot, effects) = run(Slot::new(true), &[ASK, Input::Reset]);
-        assert!(effects[1].detach);
-        assert_eq!(slot, Slot::new(false));
-        let (slot, effects) = run(Slot::new(true), &[Input::Control(BLINK), Input::Reset]);
-        assert!(!effects[1].detach);
-        assert_eq!(slot, Slot::new(true));
-    }
-
-    #[test]
-    fn a_fast_request_says_that_the_device_is_gone() {
-        let (slot, effects) = run(
-            Slot::new(true),
-            &[Input::Control(ON), Input::Status(EVENTS), Input::AskRemoval { fast: true }],
-        );
-        assert!(effects[2].message && slot.pending());
-        assert_eq!(slot.status(), PRESENCE | PRESENCE_CHANGED | ATTENTION_BUTTON);
-    }
-
-    fn any_input() -> impl Strategy<Value = Input> {
-        prop_oneof![
-            Just(Input::Plug),
-            any::<bool>().prop_map(|fast| Input::AskRemoval { fast }),
-            any::<u16>().prop_map(Input::Control),
-            prop::sample::select(vec![ON, BLINK, BLINK | POWER_OFF, ON | POWER_OFF | POWER_INDICATOR_OFF])
-                .prop_map(Input::Control),
-            any::<u16>().prop_map(Input::Status),
-            Just(Input::Status(EVENTS)),
-            Just(Input::Reset),
-        ]
-    }
-
-    #[test]
-    fn a_slot_that_no_guest_can_have_made_is_told_apart() {
-        let good = Slot::new(true);
-        assert!(good.makes_sense() && Slot::new(false).makes_sense());
-        for bad in [
-            Slot { occupied: false, ..good },
-            Slot { link: false, ..good },
-            Slot { status: 0, ..good },
-            Slot { status: PRESENCE | 0x200, ..good },
-            Slot { control: 0x2000, ..good },
-            Slot { asked: true, ..Slot::new(false) },
-        ] {
-            assert!(!bad.makes_sense(), "{bad:?}");
-        }
-    }
-
-    proptest! {
-        /// Any order of requests and guest writes: presence is true to the device, a device leaves at most once and only when the guest
-        /// or a reset lets it, and the driver gets a message exactly when its interrupt rises.
-        #[test]
-        fn the_slot_is_true_to_its_device(cold: bool, inputs in prop::collection::vec(any_input(), 0..80)) {
-            let mut slot = Slot::new(cold);
-            let mut device = cold;
-            for input in inputs {
-                let (next, effects) = slot.step(input);
-                if input == Input::Plug {
-                    device = true;
-                }
-                if effects.detach {
-                    prop_assert!(device, "left twice");
-                    prop_assert!(matches!(input, Input::Control(_) | Input::Reset));
-                    device = false;
-                }
-                prop_assert_eq!(next.occupied, device);
-                prop_assert_eq!(next.status() & PRESENCE != 0, device);
-                prop_assert!(device || !next.link());
-                match input {
-                    Input::Plug if !slot.occupied => prop_assert!(next.link()),
-                    Input::AskRemoval { .. } => prop_assert!(!next.link()),
-                    Input::Control(value) if device && Slot::is_on(value) => prop_assert!(next.link()),
-                    Input::Reset => prop_assert_eq!(next.link(), device),
-                    _ if device => prop_assert_eq!(next.link(), slot.link()),
-                    _ => {}
-                }
-                prop_assert_eq!(effects.message, next.interrupt() && !slot.interrupt());
-                if let Input::Status(value) = input {
-                    prop_assert_eq!(next.status(), slot.status() & !(value & EVENTS));
-                } else if input != Input::Reset {
-                    prop_assert_eq!(slot.status() & EVENTS & !next.status(), 0, "events are not lost");
-                }
-                slot = next;
-            }
-            // Whatever has happened: a guest by the book can let any device go.
-            let book = [Input::Control(ON), ASK, Input::Status(EVENTS), Input::Control(BLINK),
-                Input::Control(BLINK | POWER_OFF), Input::Control(ON | POWER_OFF | POWER_INDICATOR_OFF)];
-            let (end, _) = run(slot, &book);
-            prop_assert!(!end.occupied);
-        }
-    }
-}
+mod tests;

@@ -218,6 +218,7 @@ fn a_device_in_a_slot_comes_goes_and_is_reached_through_the_bridge_only() {
     assert_eq!(rig.get(0, 5, express + 0x18) >> 16, 0x49);
     assert_eq!(rig.get(0, 5, express + 0x10) >> 16, 0x2011, "link active");
     rig.put16(0, 5, express + 0x1a, 0x1f);
+    assert_eq!(rig.get(1, 0, 0), u32::MAX, "there is no power");
     rig.put16(0, 5, express + 0x18, 0x01f9);
     assert_eq!(rig.get(1, 0, 0), 0x1042_1af4);
     assert_eq!(rig.get(1, 1, 0), u32::MAX, "one device");
@@ -237,10 +238,18 @@ fn a_device_in_a_slot_comes_goes_and_is_reached_through_the_bridge_only() {
     rig.put16(0, 5, express + 0x18, 0x06f9);
     rig.port.ask_removal().unwrap_err();
     assert_eq!(rig.left.0.load(Ordering::Relaxed), 0);
+    assert_eq!((rig.get(1, 0, 0), rig.byte(0xd000_0000)), (u32::MAX, 0xff), "the power has gone");
+    rig.put16(0, 5, express + 0x18, 0x01f9);
+    assert_eq!((rig.get(1, 0, 0x10), rig.get(1, 0, 4) & 7), (0xc, 0), "and comes back as after a reset");
     rig.put16(0, 5, express + 0x18, 0x07f9);
     assert_eq!((rig.left.0.load(Ordering::Relaxed), rig.byte(0xd000_0000)), (1, 0xff));
     assert_eq!((rig.get(1, 0, 0), rig.cards[2].at.lock().unwrap()[0]), (u32::MAX, None));
     assert!(rig.port.device().is_none());
+    // What nobody has taken goes at once, unseen.
+    assert!(rig.port.plug(Arc::clone(&rig.cards[2]) as _).is_ok());
+    rig.port.ask_removal().unwrap();
+    assert_eq!(rig.left.0.load(Ordering::Relaxed), 2);
+    assert!(rig.port.device().is_none() && rig.port.plug(Card::new(0)).is_ok());
 }
 
 #[test]

@@ -8,5 +8,6 @@ pub mod fleet;
 pub mod host;
 pub mod hostile;
 pub mod own_daemon;
+pub mod plug;
 pub mod qmp;
 pub mod scenario;

@@ -319,8 +319,18 @@ impl Drop for Vmm<'_> {
 /// # Errors
 /// When it does not start, or the programs are not built.
 pub fn host_with_vmm(name: &str) -> Outcome<Host> {
-    let vmm = program("flotilla-vmm")?;
-    let host = Host::start(name)?;
-    host.push(Path::new(&vmm), "/usr/bin/flotilla-vmm")?;
+    with_vmm(Host::start(name)?)
+}
+
+/// As [`host_with_vmm`], for guests that start in firmware.
+///
+/// # Errors
+/// As for [`host_with_vmm`].
+pub fn host_with_vmm_for_firmware(name: &str) -> Outcome<Host> {
+    with_vmm(Host::start_for_firmware(name)?)
+}
+
+fn with_vmm(host: Host) -> Outcome<Host> {
+    host.push(&program("flotilla-vmm")?, "/usr/bin/flotilla-vmm")?;
     Ok(host)
 }

@@ -1,30 +1,12 @@
 //! One `flotilla-vmm -machine q35` on a test host, with Debian's unmodified cloud kernel: PCI Express, its life in place, and devices that come
 //! and go through root ports while it runs.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use tests::console::Console;
 use tests::host::Host;
+use tests::plug::{SPARE, UNPLUG, bind, gone, in_guest, on_host, until};
 use tests::qmp::Qmp;
 use tests::scenario::{BOOT, Guest, Outcome, SOON, Vmm, check, host_with_vmm, step};
-
-/// The guest lets its indicator blink for five seconds before it lets a device go.
-const UNPLUG: Duration = Duration::from_secs(60);
-
-/// Waits until `command` prints `wanted` in the guest.
-fn until(console: &mut Console, command: &str, wanted: &str) -> Outcome {
-    let line = format!(
-        "i=0; while [ $((i=i+1)) -lt 150 ]; do r=$({command}); [ \"$r\" = '{wanted}' ] && break; busybox sleep 0.2; done; echo \"$r\""
-    );
-    let got = console.shell(&line, UNPLUG)?;
-    check(got == wanted, || format!("{command}: {got:?} and not {wanted:?}"))
-}
-
-fn gone(qmp: &mut Qmp, device: &str) -> Outcome {
-    let event = qmp.wait(UNPLUG, |name, data| name == "DEVICE_DELETED" && data["device"] == device)?;
-    check(event["data"]["path"] == format!("/machine/peripheral/{device}"), || event.to_string())
-}
 
 /// Sends `words` to what listens in the guest, and wants them back.
 fn echo(host: &Host, to: &str, words: &str) -> Outcome {
@@ -97,44 +79,6 @@ fn queues(console: &mut Console) -> Outcome {
     check(messages == "4", || format!("{messages} interrupts of the NIC's queues"))?;
     let disk = console.shell("ls /sys/block/vda/mq | wc -l", SOON)?;
     check(disk == "2", || format!("{disk} queues of the disk"))
-}
-
-/// A disk of the emulated host's, behind its IOMMU.
-const SPARE: &str = "0000:01:00.0";
-
-/// Has a driver of the host's take the spare disk.
-fn bind(host: &Host, driver: &str) -> Outcome {
-    let bound = host.ok(&format!(
-        "modprobe {driver}; cd /sys/bus/pci/devices/{SPARE} && echo {driver} > driver_override && \
-         {{ [ ! -e driver ] || echo {SPARE} > driver/unbind; }} && echo {SPARE} > /sys/bus/pci/drivers_probe && basename $(readlink driver)"
-    ))?;
-    check(bound.trim() == driver, || format!("{SPARE} is {bound}'s and not {driver}'s"))
-}
-
-/// Sum of what is on the spare disk, which the host must have. With `fill` it writes something new there first.
-fn on_host(host: &Host, fill: bool) -> Outcome<String> {
-    let fill = if fill { "head -c 16M /dev/urandom > $d && sync $d && " } else { "" };
-    let sum = format!("d=/dev/$(ls /sys/bus/pci/devices/{SPARE}/virtio*/block) && {fill}md5sum < $d");
-    Ok(host.ok(&sum)?.trim().to_owned())
-}
-
-/// The spare disk in a guest: its driver finds there what has the sum `holds`, interrupted in this way, and writes something in the middle. Returns the
-/// new sum.
-fn in_guest(console: &mut Console, holds: &str, interrupts: &str) -> Outcome<String> {
-    let find = "basename $(grep -l ^spare /sys/class/block/vd*/serial | cut -d / -f 1-5) 2>&1";
-    until(console, find, "vdb")?;
-    let read = console.shell("busybox md5sum < /dev/vdb", SOON)?;
-    check(read.trim() == holds, || format!("the guest reads {read}, not {holds}"))?;
-    let count = format!(
-        "v=$(basename $(readlink -f /sys/class/block/vdb/device)); grep \"$v\" /proc/interrupts | grep -c '{interrupts}'"
-    );
-    let lines = console.shell(&count, SOON)?;
-    check(lines.trim() != "0", || format!("no {interrupts} of the disk's"))?;
-    let write = "head -c 1M /dev/urandom | dd of=/dev/vdb bs=1M seek=7 conv=notrunc,fsync iflag=fullblock 2>/dev/null; \
-                 echo 3 > /proc/sys/vm/drop_caches; busybox md5sum < /dev/vdb";
-    let wrote = console.shell(write, SOON)?.trim().to_owned();
-    check(wrote != holds, || "what was written is not there".into())?;
-    Ok(wrote)
 }
 
 /// A disk of the host's that was there at the start, and over a reboot: it goes back, comes again while the guest runs, and goes back.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::cache::{self, Key};
 use super::error::{HostError, io};
 use crate::qmp::Qmp;
 
@@ -50,6 +51,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) peer: Option<&'a Path>,
     /// End with this process, however that ends.
     pub(crate) tied: bool,
+    /// With what `lock.c` mends.
+    pub(crate) mended: bool,
 }
 
 /// A running emulator.
@@ -62,6 +65,21 @@ pub(crate) struct Emulator {
 pub(crate) fn version() -> Result<String, HostError> {
     let output = Command::new(PROGRAM).arg("--version").output().map_err(io(format!("run {PROGRAM}")))?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
+}
+
+/// What `lock.c` makes, which says what for; built by the compiler that links Rust's programs.
+fn lock() -> Result<PathBuf, HostError> {
+    let source = include_str!("lock.c");
+    let entry = cache::entry("emulator-lock", &Key::default().with(source), |dir| {
+        let code = dir.join("lock.c");
+        fs::write(&code, source).map_err(io(format!("write {}", code.display())))?;
+        let mut compiler = Command::new("cc");
+        compiler.args(["-O2", "-shared", "-fPIC", "-o"]).arg(dir.join("lock.so")).arg(&code);
+        let output = compiler.output().map_err(io("run cc"))?;
+        let text = || String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        if output.status.success() { Ok(()) } else { Err(HostError::Usage(format!("cc lock.c: {}", text()))) }
+    })?;
+    Ok(entry.join("lock.so"))
 }
 
 /// Makes a disk on top of another one, which is not written.
@@ -107,6 +125,9 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Emulator, HostError> {
     let mut command = if plan.tied { Command::new("setpriv") } else { Command::new("setsid") };
     if plan.tied {
         command.args(["--pdeathsig", "KILL", "--"]);
+    }
+    if plan.mended {
+        command.env("LD_PRELOAD", lock()?);
     }
     command
         .arg(PROGRAM)

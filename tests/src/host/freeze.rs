@@ -33,6 +33,7 @@ pub(super) fn boot(name: &str, dir: &Path, start: &Start) -> Result<(Emulator, u
         incoming: false,
         peer: start.peer.as_deref(),
         tied: !start.detached,
+        mended: start.mended,
     };
     let mut emulator = emulator::spawn(&plan)?;
     let port = port(name, &mut emulator)?;
@@ -57,6 +58,7 @@ pub(super) fn thaw(name: &str, dir: &Path, start: &Start) -> Result<(Emulator, u
         incoming: true,
         peer: start.peer.as_deref(),
         tied: !start.detached,
+        mended: start.mended,
     };
     let mut emulator = emulator::spawn(&plan)?;
     if let Err(error) = emulator.thaw(&frozen.join("state")) {

@@ -19,7 +19,7 @@ pub struct Images {
     pub initrd: PathBuf,
     /// The host's root disk, qcow2; never written.
     pub disk: PathBuf,
-    /// The read-only disk with the Debian guest (kernel, initrd, root disk), mounted on `/srv/guest`.
+    /// The read-only disk with the Debian guest (kernel, initrd, root disk), a Debian that firmware boots, and firmware, mounted on `/srv/guest`.
     pub guest: PathBuf,
     /// Stands for the content of all of them.
     pub key: Key,
@@ -30,8 +30,8 @@ pub struct Images {
 /// # Errors
 /// When a script fails: its log's last lines are in the error.
 pub fn images() -> Result<Images, HostError> {
-    let host = built("host-image")?;
-    let guest = built("guest-image")?;
+    let host = built("host-image", &["fetch-kernel"])?;
+    let guest = built("guest-image", &["fetch-kernel", "fetch-ovmf", "debian-disk"])?;
     let key = Key::default().with(name_of(&host)).with(name_of(&guest));
     Ok(Images {
         kernel: host.join("vmlinuz"),
@@ -46,14 +46,16 @@ fn name_of(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn built(script: &str) -> Result<PathBuf, HostError> {
+/// What a script makes, with others that it runs.
+fn built(script: &str, others: &[&str]) -> Result<PathBuf, HostError> {
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("images");
     let suite = suite()?;
     let sources = sources(&suite)?;
-    let mut key = Key::default()
-        .with_file(&scripts.join(script))?
-        .with_file(&scripts.join("fetch-kernel"))?
-        .with(&suite);
+    let mut key = Key::default().with_file(&scripts.join(script))?;
+    for other in others {
+        key = key.with_file(&scripts.join(other))?;
+    }
+    key = key.with(&suite);
     for (_, text) in &sources {
         key = key.with(text);
     }

@@ -3,7 +3,7 @@
 //! States of a host: absent → (cold boot | thaw of the frozen host) → answering → gone (dropped: killed, folder removed but for
 //! its logs). The first start on a machine builds images and freezes a booted host (minutes); later ones thaw it (seconds).
 //!
-//! Rooms, highest first: `mod` (this) → `freeze` → `emulator`, `agent` → `wire`; `image` → `cache`; `error`.
+//! Rooms, highest first: `mod` (this) → `freeze` → `emulator`, `agent` → `wire`; `emulator`, `image` → `cache`; `error`.
 //! `server` is the agent that runs inside.
 
 mod agent;
@@ -68,6 +68,9 @@ pub struct Start {
     pub detached: bool,
     /// Run folder of the host at the other end of the private link.
     pub peer: Option<PathBuf>,
+    /// Guests there start in firmware, whose way with interrupts the emulator does not stand (`lock.c`). Not for others: under it a guest's
+    /// reboot has stood still.
+    pub mended: bool,
 }
 
 fn runs() -> PathBuf {
@@ -93,6 +96,14 @@ impl Host {
     /// When an image cannot be built or the host does not answer in time; with the end of its console.
     pub fn start(name: &str) -> Result<Self, HostError> {
         Self::start_as(&unique(name), &Start::default())
+    }
+
+    /// As [`Host::start`], for guests that start in firmware.
+    ///
+    /// # Errors
+    /// As for [`Host::start`].
+    pub fn start_for_firmware(name: &str) -> Result<Self, HostError> {
+        Self::start_as(&unique(name), &Start { mended: true, ..Start::default() })
     }
 
     /// Starts two hosts whose `link0` cards are one private link, addressed 10.77.0.1/24 and 10.77.0.2/24.

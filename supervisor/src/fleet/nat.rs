@@ -95,8 +95,9 @@ impl Nat {
             std::fs::remove_file(&self.marker).map_err(marker)?;
             info!("nat: no network wants it any more, its table is gone");
         } else {
-            // Taken away again this moment: then it is not there to be compared with, and the next look writes it.
-            *self.written() = Some(list_ruleset().await.unwrap_or_default());
+            // Taken away again this moment, or some of it: the kernel tells of that, too, and the next look writes it anew.
+            let listed = list_ruleset().await.ok().filter(|listed| verdicts(listed) == verdicts(&text));
+            *self.written() = Some(listed.unwrap_or_default());
         }
         Ok(())
     }
@@ -113,4 +114,9 @@ impl Nat {
     pub(super) fn trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// How many lines of a table do something, by what they do: the same in our text and in the kernel's.
+fn verdicts(text: &str) -> [usize; 3] {
+    ["masquerade", "accept", "drop"].map(|verdict| text.lines().filter(|line| line.contains(verdict)).count())
 }

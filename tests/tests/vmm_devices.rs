@@ -61,7 +61,7 @@ fn terminal_stream_random_numbers_and_balloon_work_in_debian() -> Outcome {
     let mut port = host.dial(&vmm.path("agent.sock"))?;
     port.set_read_timeout(Some(Duration::from_secs(60)))?;
     serial.enter(&format!(
-        "p=$(ls /dev/vport*p1); head -c {STREAM} $p > /tmp/got; echo got''all $(md5sum < /tmp/got)"
+        "p=$(ls /dev/vport*p1); until head -c {STREAM} $p > /tmp/got; test -s /tmp/got; do busybox sleep 0.2; done; echo got''all $(md5sum < /tmp/got)"
     ))?;
     port.write_all(&sent)?;
     let line = serial.expect_line("gotall", BOOT)?;

@@ -87,7 +87,7 @@ fn devices(host: &Host, qmp: &mut Qmp, console: &mut Console) -> Outcome {
     let nic = json!({ "id": "nic", "driver": "virtio-net-pci", "netdev": "nic", "mac": "52:54:00:12:34:99", "bus": "pcie.6", "addr": "0x0" });
     execute(qmp, "device_add", nic)?;
     // Whatever it is called.
-    let find = "grep -l 52:54:00:12:34:99 /sys/class/net/*/address | cut -d / -f 5";
+    let find = "grep -sl 52:54:00:12:34:99 /sys/class/net/*/address | cut -d / -f 5";
     until(console, &format!("{find} | grep -c ."), "1")?;
     console.shell(&format!("n=$({find}); ip link set $n up && ip address add 10.9.0.2/24 dev $n"), SOON)?;
     host.eventually(SOON, "ping -c 3 -W 2 10.9.0.2")?;

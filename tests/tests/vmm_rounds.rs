@@ -17,6 +17,9 @@ const WARM_UP: u32 = 20;
 const LOOK_EVERY: u32 = 125;
 /// Bytes by which the VMM's own memory may differ; a page a round would be more.
 const SLACK: u64 = 1 << 20;
+/// glibc keeps the stacks of threads that have ended (2 MiB and a guard page each) for those to come: whether two overlap once more than in the
+/// warm-up is chance, and such a stack is mapped, not resident.
+const KEPT_STACK: u64 = (2 << 20) + 4096;
 /// Size of the disk, in sectors of 512 bytes.
 const SECTORS: &str = "2048";
 
@@ -153,8 +156,8 @@ fn five_hundred_rounds_under_load_leave_nothing_in_vmm_host_or_guest() -> Outcom
     let (after, memory_after) = held(&host, &vmm)?;
     step(format!("done; {after:?}, {memory_after:?}"));
     check(before == after, || format!("{before:?} before, {after:?} after"))?;
-    for (before, after) in memory_before.iter().zip(&memory_after) {
-        check(*after <= before + SLACK, || {
+    for (n, slack) in [SLACK, SLACK + KEPT_STACK].into_iter().enumerate() {
+        check(memory_after[n] <= memory_before[n] + slack, || {
             format!("memory: {memory_before:?} before, {memory_after:?} after")
         })?;
     }

@@ -220,3 +220,9 @@ fn standard_machine() -> Outcome {
 fn snapshot() -> Outcome {
     play("microvm/7-snapshot.json", 7)
 }
+
+/// The same on the standard machine, in the middle of a copy to a plugged disk, of a sleep, and with a TCP connection over a plugged NIC.
+#[test]
+fn snapshot_of_the_standard_machine() -> Outcome {
+    play("standard/2-snapshot.json", 9)
+}

@@ -105,11 +105,12 @@ fn flood(host: &Host, vmm: &Vmm<'_>, console: &mut Console, [nic, tap]: [&str; 2
     Ok(())
 }
 
-/// Waits until the guest sees a link, or none.
+/// Waits until the guest sees a link, or none. By `ip`: the file `carrier` says it earlier, before the kernel has looked at the
+/// link's state for everything else (its watch runs at most once a second).
 fn carrier(console: &mut Console, up: bool) -> Outcome {
-    let wanted = u8::from(up);
+    let negation = if up { "!" } else { "" };
     let line = format!(
-        "i=0; until [ $(cat /sys/class/net/eth1/carrier) = {wanted} ] || [ $((i += 1)) -gt 200 ]; do busybox usleep 50000; done; \
+        "i=0; until {negation} busybox ip link show eth1 | busybox grep -q NO-CARRIER || [ $((i += 1)) -gt 200 ]; do busybox usleep 50000; done; \
          busybox ip link show eth1"
     );
     let shown = console.shell(&line, SOON)?;

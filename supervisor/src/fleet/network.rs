@@ -302,15 +302,16 @@ impl Network {
     pub(super) async fn watch_nat(&self) -> io::Result<()> {
         let watch = NatWatch::new()?;
         loop {
-            watch.taken().await?;
-            // Whoever reloads a firewall does it in several steps.
-            sleep(NAT_PAUSE).await;
+            // First a look: it may have gone between its writing and now.
             let all = self.all();
             if let Err(error) =
                 self.nat.put_back(all.iter().map(|(name, spec)| (name.as_str(), &**spec))).await
             {
                 warn!("{error}");
             }
+            watch.taken().await?;
+            // Whoever reloads a firewall does it in several steps.
+            sleep(NAT_PAUSE).await;
         }
     }
 
